@@ -1,0 +1,98 @@
+"""Shared fixtures: a Stable Diffusion of a few thousand random weights in the published folder format, and a subject."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network would be a mistake
+
+ROOT = Path(__file__).resolve().parent.parent
+MINIATURE = ROOT / "miniature" / "model"
+WORDS = "a photo of the in on with dog cat grass snow painting style my good close - up picture white red".split()
+
+
+def byte_symbols() -> list[str]:
+    """The 256 printable stand-ins that byte-level BPE uses for bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return list(bytes_to_unicode().values())
+
+
+def make_model(folder: Path, prediction_type: str = "epsilon", width: int = 32, length: int = 77) -> Path:
+    """Write a Stable Diffusion with random weights (about 0.3 M) to `folder`, as save_pretrained would."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    symbols = byte_symbols()
+    tokens = symbols + [s + "</w>" for s in symbols]
+    merges = []
+    for word in WORDS:  # left to right: every prefix becomes a symbol, the whole word one token
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            if (pieces[0], pieces[1]) not in merges:
+                merges.append((pieces[0], pieces[1]))
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+            if pieces[0] not in tokens:
+                tokens.append(pieces[0])
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges))
+    tokenizer = CLIPTokenizer(
+        vocab=str(folder / "tokenizer" / "vocab.json"), merges=str(folder / "tokenizer" / "merges.txt"),
+        model_max_length=length, unk_token="<|endoftext|>", bos_token="<|startoftext|>", eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    )
+    # the default initialisation is a fan-in one for some layers and 0.02 for others: seeded, as tests compare numbers
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text_encoder = CLIPTextModel(CLIPTextConfig(
+            vocab_size=len(tokens), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=length, bos_token_id=len(tokens) - 2,
+            eos_token_id=len(tokens) - 1, pad_token_id=len(tokens) - 1,
+        ))
+        torch.nn.init.normal_(text_encoder.embeddings.token_embedding.weight, std=0.5)
+        unet = UNet2DConditionModel(
+            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=width, norm_num_groups=8,
+            attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=16,
+        )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1,
+        set_alpha_to_one=False, prediction_type=prediction_type,
+    )
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def make_subject(folder: Path, count: int = 3, side: int = 24) -> Path:
+    """A folder of `count` pictures with low-frequency content, and no captions."""
+    folder.mkdir(parents=True)
+    for i in range(count):
+        values = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(values).resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny-sd")
+
+
+@pytest.fixture(scope="session")
+def subject(tmp_path_factory) -> Path:
+    return make_subject(tmp_path_factory.mktemp("data") / "dog6")
