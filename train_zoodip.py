@@ -25,11 +25,11 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import platform
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -43,12 +43,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize_tensors
+from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from tqdm import tqdm
 
 # diffusers, transformers, accelerate and bitsandbytes take seconds to import: the functions that need them import them.
 
+DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_IMAGE_SIDE = 16384  # pixels; a header that promises more is refused before a byte of it is decoded
 NUM_TRAIN_TIMESTEPS = 1000  # of every Stable Diffusion 1.x and 2.x
@@ -95,16 +96,21 @@ class OneLineArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
     parser = OneLineArgumentParser(
         description="Learn one token embedding for a subject by forward passes through a quantised Stable Diffusion.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
 
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--pretrained_model_name_or_path", default="stable-diffusion-v1-5/stable-diffusion-v1-5", metavar="PATH_OR_NAME",
+    add("--pretrained_model_name_or_path", default=DEFAULT_MODEL, metavar="PATH_OR_NAME",
         help="folder in diffusers format, or hub name, of a Stable Diffusion 1.x or 2.x")
     add("--revision", default=None, help="branch, tag or commit of the hub repository")
     add("--variant", default=None, help="weight file variant, for example fp16 for *.fp16.safetensors")
@@ -123,7 +129,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--train_data_dir", required=True, help="folder of images of the subject")
-    add("--use_cc", action="store_true", help="use the comprehensive captions of --cc_file instead of templates")
+    add("--use_cc", action=argparse.BooleanOptionalAction, default=False,
+        help="use the comprehensive captions of --cc_file instead of templates")
     add("--cc_file", default="cc.json", help="captions: {folder name: {file name: caption with one {}}}")
     add("--learnable_property", default="object", choices=["object", "style"], help="which templates, without --use_cc")
     add("--resolution", type=int, default=None, help="side of the training images in pixels; default: the model's own")
@@ -223,12 +230,14 @@ def find_images(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"--train_data_dir: there is no folder {str(folder)!r}; give a folder of images")
+        raise InputError(f"--train_data_dir: there is no folder {str(folder)!r}; give a folder of images (dataset/README.md "
+                         "says how to get the paper's)")
     entries = sorted(folder.iterdir(), key=lambda path: path.name)
     images = [path for path in entries
               if path.is_file() and not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES]
     skipped = [path.name for path in entries if path not in images]
-    hint = " (convert HEIC to JPEG to use it)" if any(name.lower().endswith((".heic", ".heif")) for name in skipped) else ""
+    heic = any(name.lower().endswith((".heic", ".heif")) for name in skipped)
+    hint = " (convert HEIC to JPEG to use it)" if heic else ""
     if skipped:
         print(f"{folder}: skipped {len(skipped)} that are not images: {', '.join(skipped[:5])}"
               f"{' ...' if len(skipped) > 5 else ''}{hint}", file=sys.stderr)
@@ -303,7 +312,7 @@ def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path]) -
 class Subject:
     """What is known of the subject before any model is loaded."""
 
-    images: list[Image.Image]  # upright RGB, their own sizes
+    paths: list[Path]
     captions: list[list[str]]  # per image, the texts (with one {}) to choose from
     fingerprint: str  # SHA-256 of pictures and captions: a checkpoint continues only on the same ones
 
@@ -316,11 +325,9 @@ def load_subject(args: argparse.Namespace) -> Subject:
     else:
         captions = [OBJECT_TEMPLATES if args.learnable_property == "object" else STYLE_TEMPLATES] * len(paths)
     digest = hashlib.sha256(json.dumps(captions).encode())
-    images = []
-    for path in paths:
-        images.append(open_image(path))
-        digest.update(images[-1].tobytes())
-    return Subject(images, captions, digest.hexdigest())
+    for path in paths:  # decoded now to find a broken one early, and again when encoded: a photograph can be 100 MB
+        digest.update(open_image(path).tobytes())
+    return Subject(paths, captions, digest.hexdigest())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,7 +342,7 @@ def find_model_folder(name: str, revision: str | None = None, variant: str | Non
     folder = Path(name)
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
-            raise InputError(f"--pretrained_model_name_or_path: there is no folder {name!r}; give a folder in diffusers "
+            raise InputError(f"--pretrained_model_name_or_path: there is no folder {name!r}; give one in diffusers "
                              "format (with model_index.json) or a hub name")
         folder = download_model(name, revision, variant)
     for needed in ("model_index.json", "tokenizer", "scheduler/scheduler_config.json", "unet/config.json",
@@ -355,14 +362,14 @@ def download_model(name: str, revision: str | None, variant: str | None) -> Path
     patterns = ["model_index.json", "tokenizer/*", "scheduler/*"]
     for part, stem in WEIGHT_NAMES.items():
         patterns += [f"{part}/config.json", f"{part}/{stem}{ending}", f"{part}/{stem}*-of-*{ending}",
-                     f"{part}/{stem}{ending}.index.json"]
+                     f"{part}/{stem}.safetensors.index{f'.{variant}' if variant else ''}.json"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, authorisation, spelling: many classes, one remedy
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"--pretrained_model_name_or_path: {name!r} is neither a folder here nor to be had from the hub ({reason}); "
-            f"where there is network run `hf download {name} --local-dir sd-model`, copy the folder here and give its path"
+            f"where there is network run `hf download {name} --local-dir sd-model`, copy that folder here, give its path"
         ) from None
 
 
@@ -384,7 +391,8 @@ def find_weights(folder: Path, part: str, variant: str | None) -> list[Path]:
     remedy = ("only safetensors is read, never a pickle: save the model with save_pretrained(safe_serialization=True)"
               if others and not any(name.endswith(".safetensors") for name in others)
               else "set or drop --variant" if others else "download the folder again")
-    raise InputError(f"{folder / part}: {stem}.safetensors is missing (found: {', '.join(others) or 'nothing'}); {remedy}")
+    raise InputError(f"{folder / part}: {stem}.safetensors is missing (found: {', '.join(others) or 'nothing'}); "
+                     f"{remedy}")
 
 
 def read_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -495,8 +503,8 @@ def load_frozen(folder: Path, part: str, variant: str | None, quantization: str,
             setattr(module, leaf, nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False))
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
-        raise InputError(f"{folder / part}: the weights lack {missing[0]!r} and {len(missing) - 1} more that config.json "
-                         "describes; download the folder again")
+        raise InputError(f"{folder / part}: the weights lack {missing[0]!r} and {len(missing) - 1} more that "
+                         "config.json describes; download the folder again")
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -517,8 +525,8 @@ def modern_name(name: str, part: str) -> str:
     if part == "text_encoder":
         return name.removeprefix("text_model.")
     if part == "vae":
-        for old, new in ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")):
-            name = name.replace(old, new)
+        for old, new in ("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"):
+            name = name.replace(f".{old}.", f".{new}.")
     return name
 
 
@@ -541,15 +549,15 @@ def load_pipeline(name: str, quantization: str = "nf4", dtype: torch.dtype = tor
 
 
 @torch.no_grad()
-def encode_images(vae: nn.Module, images: list[Image.Image], resolution: int, center_crop: bool) -> torch.Tensor:
-    """Images -> [N, 2 (flips), 2 (mean, standard deviation), 4, h, w]: scaled latent distributions, fp32, on the CPU.
+def encode_images(vae: nn.Module, paths: list[Path], resolution: int, center_crop: bool) -> torch.Tensor:
+    """Image files -> [N, 2 (flips), 2 (mean, standard deviation), 4, h, w]: scaled latent distributions, fp32, on the CPU.
 
     The VAE is needed no more after this; every step still samples its own latent (z = vae(x) * scaling_factor, Eq. 1).
     """
     device = next(vae.parameters()).device
     latents = []
-    for image in tqdm(images, desc="encoding", unit="image", leave=False):
-        pixels = to_square(image, resolution, center_crop)
+    for path in tqdm(paths, desc="encoding", unit="image", leave=False):
+        pixels = to_square(open_image(path), resolution, center_crop)
         flips = []
         for picture in pixels:  # one at a time: the largest activations of the whole run are here
             distribution = vae.encode(picture[None].to(device, vae.dtype)).latent_dist
@@ -583,8 +591,8 @@ def initializer_ids(tokenizer, initializer_token: str) -> list[int]:
     ids = tokenizer(initializer_token, add_special_tokens=False).input_ids
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     if not ids or special & set(ids):
-        raise InputError(f"--initializer_token: {initializer_token!r} is unknown to this tokenizer; use a plain word for "
-                         "the subject's class, for example dog")
+        raise InputError(f"--initializer_token: {initializer_token!r} is unknown to this tokenizer; use a plain word "
+                         "for the subject's class, for example dog")
     return ids
 
 
@@ -598,7 +606,8 @@ def tokenize(tokenizer, text: str, placeholder_id: int, num_vectors: int, length
     for word in words:
         ids += range(placeholder_id, placeholder_id + num_vectors) if word == placeholder_id else [word]
     if len(ids) > length - 2:
-        raise InputError(f"the caption {text!r} is {len(ids)} tokens long, the text encoder takes {length - 2}; shorten it")
+        raise InputError(f"the caption {text!r} is {len(ids)} tokens long, the text encoder takes {length - 2}; "
+                         "shorten it")
     ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
     return ids + [tokenizer.pad_token_id] * (length - len(ids))
 
@@ -611,7 +620,8 @@ def read_embedding_rows(folder: Path, variant: str | None, ids: list[int]) -> to
                 if name.endswith("embeddings.token_embedding.weight"):
                     table = handle.get_slice(name)
                     return torch.cat([table[i : i + 1] for i in ids]).float()
-    raise InputError(f"{folder / 'text_encoder'}: the weights lack embeddings.token_embedding.weight; download them again")
+    raise InputError(f"{folder / 'text_encoder'}: the weights lack embeddings.token_embedding.weight; download them "
+                     "again")
 
 
 @dataclass
@@ -642,7 +652,8 @@ def initial_token(rows: torch.Tensor, num_vectors: int) -> torch.Tensor:
     return rows.clone() if len(rows) == num_vectors else rows.mean(0, keepdim=True).repeat(num_vectors, 1)
 
 
-def encode_prompts(text_encoder: nn.Module, rows: torch.Tensor, ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def encode_prompts(text_encoder: nn.Module, rows: torch.Tensor, ids: torch.Tensor,
+                   tokens: torch.Tensor) -> torch.Tensor:
     """Text-encoder states of B prompts under each of C candidate tokens.
 
     rows [R, d], ids [B, L] as in `Prompts`, tokens [C, num_vectors, d] -> [C * B, L, d]. A pure function of `tokens`:
@@ -710,7 +721,7 @@ def draw_batch(latents: torch.Tensor, choices: list[list[int]], prompts: Prompts
     images = torch.randint(len(latents), (size,), generator=generator)
     flips = torch.randint(2, (size,), generator=generator)
     draws = torch.rand(size, generator=generator)
-    captions = [choices[i][int(u * len(choices[i]))] for i, u in zip(images.tolist(), draws.tolist())]
+    captions = [choices[i][int(u * len(choices[i]))] for i, u in zip(images.tolist(), draws.tolist(), strict=True)]
     timesteps = sample_timesteps(args.timestep_sampling, size, generator, args.t_min, args.t_max, scheduler.alphas_cumprod)
     return noise_batch(latents[images, flips], timesteps, prompts.ids[captions], scheduler, generator)
 
@@ -880,6 +891,15 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise InputError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
 
 
+def serialize(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file with a sorted header: the library's order of metadata differs from process to process."""
+    content = safetensors_bytes({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata)
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+
+
 def prepare_output(args: argparse.Namespace) -> None:
     """Make the output folder, prove that it takes a file, and set an earlier run's results aside unless resuming."""
     folder = Path(args.output_dir)
@@ -944,7 +964,7 @@ def embedding_metadata(args: argparse.Namespace, step: int, prediction_type: str
 
 def save_embedding(path: Path, args: argparse.Namespace, theta: torch.Tensor, metadata: dict[str, str]) -> None:
     """One tensor, key = the placeholder token, [num_vectors, d] fp32: what diffusers, A1111 and ComfyUI read."""
-    write_atomically(path, serialize_tensors({args.placeholder_token: theta.detach().contiguous()}, metadata))
+    write_atomically(path, serialize({args.placeholder_token: theta}, metadata))
 
 
 @dataclass
@@ -963,15 +983,13 @@ def save_checkpoint(path: Path, args: argparse.Namespace, fingerprint: str, zo: 
     adam = zo.optimizer.state.get(zo.theta) or dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(zo.theta),
                                                     exp_avg_sq=torch.zeros_like(zo.theta))
     tensors = {
-        "theta": zo.theta.detach(), "adam.step": adam["step"], "adam.exp_avg": adam["exp_avg"].detach(),
-        "adam.exp_avg_sq": adam["exp_avg_sq"].detach(), "generator": generator.get_state(),
+        "theta": zo.theta, "adam.step": adam["step"], "adam.exp_avg": adam["exp_avg"],
+        "adam.exp_avg_sq": adam["exp_avg_sq"], "generator": generator.get_state(),
         "subspace.token_history": zo.subspace.token_history, "subspace.projection": zo.subspace.projection,
     }  # fmt: skip
     header = dict(settings=run_settings(args), fingerprint=fingerprint, progress=vars(progress),
                   skipped_in_a_row=zo.skipped_in_a_row)
-    content = serialize_tensors({name: tensor.contiguous() for name, tensor in tensors.items()},
-                                {"format": "pt", "zoodip.checkpoint": json.dumps(header)})
-    write_atomically(path, content)
+    write_atomically(path, serialize(tensors, {"format": "pt", "zoodip.checkpoint": json.dumps(header, sort_keys=True)}))
 
 
 def load_checkpoint(path: Path, args: argparse.Namespace, fingerprint: str, zo: ZOAdam,
@@ -1055,6 +1073,12 @@ def peak_memory_gb(device: torch.device) -> float:
     """Peak memory so far: allocated on the GPU, or resident of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        import psutil  # comes with accelerate
+
+        return psutil.Process().memory_info().peak_wset / 1e9
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -1108,34 +1132,39 @@ class FrozenModel:
         return float(np.mean([self.losses(batch, theta.detach()[None]).item() for batch in batches]))
 
 
+class StopSignal:
+    """Remembers SIGINT and SIGTERM, so that the step under way is finished and saved; a second one ends at once."""
+
+    number = 0
+
+    def __enter__(self) -> StopSignal:
+        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame) -> None:
+        self.number = number
+        for each in self.previous:
+            signal.signal(each, signal.SIG_DFL)
+
+
 def shared_losses(accelerator, model: FrozenModel, batch: Batch, candidates: torch.Tensor,
-                  stop: bool) -> tuple[torch.Tensor, bool]:
+                  stop: StopSignal) -> tuple[torch.Tensor, bool]:
     """Losses of all candidates, each process evaluating its share; only losses, and the wish to stop, are exchanged.
 
     Every process draws the same numbers and so holds the same theta, without ever sending it.
     """
     processes, rank = accelerator.num_processes, accelerator.process_index
     if processes == 1:
-        return model.losses(batch, candidates), stop
+        return model.losses(batch, candidates), stop.number != 0
     message = torch.zeros(len(candidates) + 1)
     message[:-1][rank::processes] = model.losses(batch, candidates[rank::processes])
-    message[-1] = float(stop)
+    message[-1] = float(stop.number != 0)
     message = accelerator.reduce(message.to(accelerator.device), reduction="sum").cpu()
     return message[:-1], bool(message[-1] > 0)
-
-
-class StopSignal:
-    """Remembers SIGINT and SIGTERM, so that the step under way is finished and saved; a second one ends at once."""
-
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
-
-    def receive(self, number: int, frame) -> None:
-        self.number = number
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
 
 
 class Recorder:
@@ -1167,7 +1196,7 @@ class Recorder:
         row = progress.curve[-1]
         if self.accelerator.is_main_process:
             write_curve(self.folder / "training_log.csv", progress.curve)
-        self.accelerator.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
+        self.accelerator.log({f"eval/{k}": v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
 
     def run(self, progress: Progress, seconds: float, steps: int) -> None:
         """run.json: what was run, on what, how fast and in how much memory."""
@@ -1239,9 +1268,8 @@ class Data:
 
 
 def train(args: argparse.Namespace, accelerator, model: FrozenModel, data: Data, zo: ZOAdam, generator: torch.Generator,
-          progress: Progress, recorder: Recorder, drawer: ValidationDrawer | None) -> int:
-    """The loop. Returns the number of the signal that ended it, or 0. Raises InputError where it cannot go on."""
-    stop = StopSignal()
+          progress: Progress, recorder: Recorder, drawer: ValidationDrawer | None, stop: StopSignal) -> None:
+    """The loop, from `progress` to the last step or to a signal. Raises InputError where it cannot go on."""
     fixed_set = evaluation_batches(data.latents, data.choices, data.prompts, data.scheduler, args) if args.eval_steps else []
     first_step, started, stopped = progress.step, time.time(), False
 
@@ -1257,7 +1285,7 @@ def train(args: argparse.Namespace, accelerator, model: FrozenModel, data: Data,
     while progress.step < args.max_train_steps and not stopped:
         batch = draw_batch(data.latents, data.choices, data.prompts, data.scheduler, args, generator)
         directions, candidates = zo.candidates(generator)
-        losses, stopped = shared_losses(accelerator, model, batch, candidates, stop.number != 0)
+        losses, stopped = shared_losses(accelerator, model, batch, candidates, stop)
         progress.step += 1
         progress.forwards += len(candidates)
         if zo.step(directions, losses):
@@ -1275,6 +1303,8 @@ def train(args: argparse.Namespace, accelerator, model: FrozenModel, data: Data,
         bar.update()
         bar.set_postfix_str(f"loss {progress.smoothed_loss or math.nan:.4f}, {peak_memory_gb(accelerator.device):.2f} GB",
                             refresh=False)
+        if due(progress.step, 10):
+            accelerator.log({"train/loss": progress.smoothed_loss or math.nan}, step=progress.step)
         last = progress.step == args.max_train_steps
         if args.eval_steps and (due(progress.step, args.eval_steps) or last):
             evaluate()
@@ -1288,7 +1318,6 @@ def train(args: argparse.Namespace, accelerator, model: FrozenModel, data: Data,
     recorder.embedding(zo, progress.step, final=True)
     recorder.run(progress, time.time() - started, progress.step - first_step)
     accelerator.wait_for_everyone()
-    return stop.number if progress.step < args.max_train_steps else 0
 
 
 def main(args: argparse.Namespace) -> int:
@@ -1318,11 +1347,12 @@ def main(args: argparse.Namespace) -> int:
     if accelerator.is_main_process:
         prepare_output(args)
     accelerator.wait_for_everyone()
+    accelerator.init_trackers("zoodip", {name: value for name, value in run_settings(args).items() if value is not None})
 
     from diffusers import DDPMScheduler
 
     vae = load_frozen(folder, "vae", args.variant, "none", torch.float32, device, skip=("decoder.", "post_quant_conv."))
-    latents = encode_images(vae, subject.images, args.resolution, args.center_crop)
+    latents = encode_images(vae, subject.paths, args.resolution, args.center_crop)
     fingerprint = subject.fingerprint
     del vae, subject
     data = Data(latents, choices, prompts, DDPMScheduler.from_pretrained(folder / "scheduler"))
@@ -1338,20 +1368,29 @@ def main(args: argparse.Namespace) -> int:
         drawer = ValidationDrawer(args, unet, text_encoder, decoder, validation_prompts, folder)
 
     recorder = Recorder(args, accelerator, fingerprint, data.scheduler.config.prediction_type)
-    signal_number = train(args, accelerator, model, data, zo, generator, progress, recorder, drawer)
+    with StopSignal() as stop:
+        train(args, accelerator, model, data, zo, generator, progress, recorder, drawer, stop)
     accelerator.end_training()
+    interrupted = progress.step < args.max_train_steps
     if accelerator.is_main_process:
-        if signal_number:
+        if interrupted:
             print(f"interrupted and saved at step {progress.step}; the same command with --resume_from_checkpoint latest "
                   "goes on from there", file=sys.stderr)
         else:
             print(f"{Path(args.output_dir) / 'learned_embeds.safetensors'}: {args.placeholder_token} after "
                   f"{progress.step} steps")
-    return 128 + signal_number if signal_number else 0
+    return 128 + (stop.number or signal.SIGTERM) if interrupted else 0
+
+
+def quiet_libraries() -> None:
+    """Silence notices about optional packages that are not needed; errors still come through. Call before loading."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 
 
 def cli(argv: list[str] | None = None) -> int:
     """`main` for the command line: what the user can mend is one line on stderr and exit code 2."""
+    quiet_libraries()
     try:
         return main(parse_args(argv))
     except InputError as error:

@@ -1,0 +1,157 @@
+#!/usr/bin/env python
+"""Gradient textual inversion (Gal et al. 2022, arXiv 2208.01618): the baseline that ZOODiP does without.
+
+Model, quantisation, images, captions, timesteps, evaluation set and output files are those of train_zoodip.py, from
+which this script imports them; only the update differs. Each step is one UNet forward and one backward through the
+dequantised weights, and Adam (epsilon 1e-8) on the token:
+
+    python reproduction/textual_inversion.py --train_data_dir dataset/dog6 --initializer_token dog --use_cc
+
+The flags are those of train_zoodip.py, and the four of `parse_args` below. A backward pass keeps every activation and
+every dequantised weight: at SD v1.5's size expect several times the memory of train_zoodip.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_zoodip as zoodip  # noqa: E402
+from train_zoodip import Data, FrozenModel, InputError, Progress  # noqa: E402
+
+LOSS_SCALE = 1024.0  # a power of two: exact in fp32 and bf16, and keeps fp16 gradients from vanishing
+
+# Flags of train_zoodip.py that say how to do without gradients, or that this script has no use for.
+UNUSED = ("n mu tau nu estimator candidates_per_forward save_steps checkpointing_steps checkpoints_total_limit "
+          "resume_from_checkpoint validation_prompt validation_steps num_validation_images").split()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of train_zoodip.py with this method's defaults; exits with code 2 on flags that mean nothing here."""
+    parser = argparse.ArgumentParser(
+        description="Gradient textual inversion. Every other flag is that of train_zoodip.py.", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--learning_rate", type=float, default=5e-3, help="of Adam (betas .9, .999), constant")
+    parser.add_argument("--adam_epsilon", type=float, default=1e-8, help="of Adam; here gradients are exact")
+    parser.add_argument("--max_train_steps", type=int, default=5000, help="steps of one forward and one backward")
+    parser.add_argument("--output_dir", default="results/textual_inversion", help="folder for embedding, curve, record")
+    own, rest = parser.parse_known_args(argv)
+    args = zoodip.parse_args(rest)
+    defaults = zoodip.parse_args(["--train_data_dir", "x", "--initializer_token", "x"])
+    for name in UNUSED:
+        if getattr(args, name) != getattr(defaults, name):
+            parser.exit(2, f"error: --{name} has no meaning for gradient textual inversion; drop it\n")
+    for name, value in vars(own).items():
+        setattr(args, name, value)
+    try:
+        zoodip.check_args(args)
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+    return args
+
+
+def invert(model: FrozenModel, data: Data, theta0: torch.Tensor, args: argparse.Namespace, steps: int, lr: float,
+           evaluate: Callable[[torch.Tensor], float] | None = None, eval_steps: int = 0,
+           on_row: Callable[[list[dict]], None] | None = None, show_bar: bool = True) -> tuple[torch.Tensor, list[dict]]:
+    """Minimise Eq. 1 over the token by backpropagation -> (theta [V, d] fp32 on the CPU, rows of the curve).
+
+    Draws the same batches as train_zoodip.py with the same seed would (args.train_batch_size, .timestep_sampling, .seed),
+    though not in step with it, as no directions are drawn here. `evaluate(theta)` is asked every `eval_steps` steps, at
+    0 and at the end; `on_row` is told of each new row. One step counts as train_batch_size / train_batch_size = 1
+    UNet forward; its backward pass, about twice as dear, is not counted.
+    """
+    device = model.rows.device
+    theta = nn.Parameter(theta0.detach().clone().float().to(device))
+    optimizer = torch.optim.Adam([theta], lr=lr, betas=(0.9, 0.999), eps=getattr(args, "adam_epsilon", 1e-8))
+    generator = torch.Generator().manual_seed(args.seed)
+    curve, smoothed = [], None
+
+    def add_row(step: int):
+        curve.append(dict(step=step, unet_forwards=step, loss=smoothed, eval_loss=evaluate(theta.detach().cpu()),
+                          token_norm=theta.detach().norm(dim=1).mean().item()))
+        if on_row is not None:
+            on_row(curve)
+
+    if evaluate is not None:
+        add_row(0)
+    bar = tqdm(range(1, steps + 1), unit="step", mininterval=0.5, smoothing=0.05, disable=not show_bar)
+    for step in bar:
+        batch = zoodip.draw_batch(data.latents, data.choices, data.prompts, data.scheduler, args, generator).to(device)
+        loss = zoodip.denoising_losses(model.unet, model.text_encoder, model.rows, batch, theta[None])[0]
+        (gradient,) = torch.autograd.grad(loss * LOSS_SCALE, theta)
+        loss = loss.item()
+        if torch.isfinite(gradient).all():
+            theta.grad = gradient / LOSS_SCALE
+            optimizer.step()
+            smoothed = loss if smoothed is None else 0.99 * smoothed + 0.01 * loss
+        bar.set_postfix_str(f"loss {loss if smoothed is None else smoothed:.4f}", refresh=False)
+        if evaluate is not None and (zoodip.due(step, eval_steps) or step == steps):
+            add_row(step)
+    return theta.detach().cpu(), curve
+
+
+def prepare(args: argparse.Namespace, device: torch.device) -> tuple[FrozenModel, Data, torch.Tensor, str]:
+    """What train_zoodip.py loads for these flags: (model, data, initial token [V, d], fingerprint of the subject)."""
+    from diffusers import DDPMScheduler
+
+    subject = zoodip.load_subject(args)
+    folder = zoodip.find_model_folder(args.pretrained_model_name_or_path, args.revision, args.variant)
+    tokenizer = zoodip.load_tokenizer(folder, args.placeholder_token, args.num_vectors)
+    pieces = zoodip.initializer_ids(tokenizer, args.initializer_token)
+    theta0 = zoodip.initial_token(zoodip.read_embedding_rows(folder, args.variant, pieces), args.num_vectors)
+    texts = sorted({text for captions in subject.captions for text in captions})
+    prompts = zoodip.build_prompts(tokenizer, folder, args.variant, texts, args.placeholder_token, args.num_vectors)
+    choices = [[texts.index(text) for text in captions] for captions in subject.captions]
+    zoodip.resolve_defaults(args, folder, device)
+    zoodip.prepare_output(args)
+    vae = zoodip.load_frozen(folder, "vae", args.variant, "none", torch.float32, device, skip=("decoder.", "post_quant_conv."))
+    latents = zoodip.encode_images(vae, subject.images, args.resolution, args.center_crop)
+    del vae
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[args.mixed_precision]
+    how = (args.variant, args.quantization, dtype, device)
+    text_encoder = zoodip.load_frozen(folder, "text_encoder", *how, skip=("embeddings.token_embedding.",))
+    model = FrozenModel(zoodip.load_frozen(folder, "unet", *how), text_encoder, prompts.rows.to(device))
+    data = Data(latents, choices, prompts, DDPMScheduler.from_pretrained(folder / "scheduler"))
+    return model, data, theta0, subject.fingerprint
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load, train, save: learned_embeds.safetensors, training_log.csv and run.json as train_zoodip.py writes them."""
+    accelerator = zoodip.make_accelerator(args)
+    model, data, theta0, fingerprint = prepare(args, accelerator.device)
+    args.estimator = "backpropagation"
+    args.n = args.mu = args.tau = args.nu = None  # the record must not claim what was not used
+    recorder = zoodip.Recorder(args, accelerator, fingerprint, data.scheduler.config.prediction_type)
+    fixed_set, evaluate = [], None
+    if args.eval_steps:
+        fixed_set = zoodip.evaluation_batches(data.latents, data.choices, data.prompts, data.scheduler, args)
+
+        def evaluate(theta):
+            return model.mean_loss(fixed_set, theta)
+
+    started = time.time()
+    theta, curve = invert(model, data, theta0, args, args.max_train_steps, args.learning_rate, evaluate, args.eval_steps,
+                          lambda rows: recorder.curve(Progress(curve=rows)))
+    smoothed = curve[-1]["loss"] if curve else None
+    progress = Progress(args.max_train_steps, args.max_train_steps, 0, smoothed, curve)
+    recorder.embedding(SimpleNamespace(theta=theta), args.max_train_steps, final=True)
+    recorder.run(progress, time.time() - started, args.max_train_steps)
+    print(f"{Path(args.output_dir) / 'learned_embeds.safetensors'}: {args.placeholder_token} by backpropagation, "
+          f"{args.max_train_steps} steps")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except InputError as input_error:
+        sys.exit(f"error: {input_error}")
