@@ -38,17 +38,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
-from torch import nn
-from tqdm import tqdm
-
-# diffusers, transformers, accelerate and bitsandbytes take seconds to import: the functions that need them import them.
-
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MAX_IMAGE_SIDE = 16384  # pixels; a header that promises more is refused before a byte of it is decoded
@@ -101,8 +90,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
+def build_parser() -> argparse.ArgumentParser:
     parser = OneLineArgumentParser(
         description="Learn one token embedding for a subject by forward passes through a quantised Stable Diffusion.",
         formatter_class=HelpFormatter,
@@ -159,7 +147,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = group.add_argument
     add("--output_dir", default="results", help="folder for the embedding, checkpoints, curves and pictures")
     add("--save_steps", type=int, default=0, help="steps between learned_embeds-steps-N.safetensors; 0: only at the end")
-    add("--checkpointing_steps", type=int, default=500, help="steps between checkpoints; 0: only when interrupted")
+    add("--checkpointing_steps", type=int, default=500,
+        help="steps between checkpoints, and one at the end; 0: only when interrupted")
     add("--checkpoints_total_limit", type=int, default=2, help="checkpoints kept, the newest; 0: all")
     add("--resume_from_checkpoint", default=None, metavar="PATH_OR_latest", help="checkpoint file to continue from")
     add("--eval_steps", type=int, default=250, help="steps between evaluations of the fixed set; 0: never")
@@ -168,7 +157,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validation_steps", type=int, default=0, help="steps between those pictures; 0: only at the end")
     add("--num_validation_images", type=int, default=4, help="pictures a time")
     add("--report_to", default="none", choices=["none", "tensorboard", "wandb"], help="experiment tracker")
+    return parser
 
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         check_args(args)
@@ -217,6 +211,23 @@ def check_args(args: argparse.Namespace) -> None:
     require(args.validation_steps == 0 or args.validation_prompt is not None, "validation_steps",
             "needs a --validation_prompt")
 
+
+# torch takes a second to import: --help and wrong arguments are answered before.
+if __name__ == "__main__":
+    ARGS = parse_args()
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+from tqdm import tqdm
+
+# diffusers, transformers, accelerate and bitsandbytes take longer still: the functions that need them import them.
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The subject: images and captions
@@ -314,7 +325,7 @@ class Subject:
 
     paths: list[Path]
     captions: list[list[str]]  # per image, the texts (with one {}) to choose from
-    fingerprint: str  # SHA-256 of pictures and captions: a checkpoint continues only on the same ones
+    fingerprint: str  # SHA-256 of pictures and captions
 
 
 def load_subject(args: argparse.Namespace) -> Subject:
@@ -506,6 +517,18 @@ def load_frozen(folder: Path, part: str, variant: str | None, quantization: str,
         raise InputError(f"{folder / part}: the weights lack {missing[0]!r} and {len(missing) - 1} more that "
                          "config.json describes; download the folder again")
     return model.to(device).eval().requires_grad_(False)
+
+
+def model_digest(folder: Path, variant: str | None) -> str:
+    """SHA-256 over size, beginning and end of the weight files: enough to tell a retrained model, and quick."""
+    digest = hashlib.sha256()
+    for path in [path for part in WEIGHT_NAMES for path in find_weights(folder, part, variant)]:
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read() + str(size).encode())
+    return digest.hexdigest()
 
 
 def build_model(folder: Path, part: str) -> nn.Module:
@@ -805,7 +828,8 @@ def low_variance_directions(history: torch.Tensor, nu: float) -> torch.Tensor:
     """Directions in which the tokens of `history` [tau, D] hardly moved -> orthonormal rows [k, D], k < tau (Eqs. 4-7).
 
     Columns are standardised; of the right singular vectors those are returned that follow the smallest number whose
-    variances sum to more than 1 - nu of the whole. Singular values in fp64: their squares span twelve decades.
+    variances sum to more than 1 - nu of the whole. The last one is of variance 0, as centred data have rank tau - 1; Eq. 7
+    includes it. Singular values in fp64: their squares span twelve decades.
     """
     history = history.double()
     centred = history - history.mean(0)
@@ -978,7 +1002,7 @@ class Progress:
     curve: list[dict] | None = None  # rows of training_log.csv
 
 
-def save_checkpoint(path: Path, args: argparse.Namespace, fingerprint: str, zo: ZOAdam, generator: torch.Generator,
+def save_checkpoint(path: Path, args: argparse.Namespace, fingerprint: dict, zo: ZOAdam, generator: torch.Generator,
                     progress: Progress) -> None:
     adam = zo.optimizer.state.get(zo.theta) or dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(zo.theta),
                                                     exp_avg_sq=torch.zeros_like(zo.theta))
@@ -992,7 +1016,7 @@ def save_checkpoint(path: Path, args: argparse.Namespace, fingerprint: str, zo: 
     write_atomically(path, serialize(tensors, {"format": "pt", "zoodip.checkpoint": json.dumps(header, sort_keys=True)}))
 
 
-def load_checkpoint(path: Path, args: argparse.Namespace, fingerprint: str, zo: ZOAdam,
+def load_checkpoint(path: Path, args: argparse.Namespace, fingerprint: dict, zo: ZOAdam,
                     generator: torch.Generator) -> Progress:
     """Put a checkpoint's state into `zo` and `generator`. Raises InputError where it is broken or of another run."""
     try:
@@ -1005,9 +1029,10 @@ def load_checkpoint(path: Path, args: argparse.Namespace, fingerprint: str, zo: 
         if different:
             raise InputError(f"--resume_from_checkpoint {path}: is of another run ({'; '.join(different)}); use the same "
                              "settings, or start anew without --resume_from_checkpoint")
-        if header["fingerprint"] != fingerprint:
-            raise InputError(f"--resume_from_checkpoint {path}: the images or captions of {args.train_data_dir} have "
-                             "changed since; restore them, or start anew without --resume_from_checkpoint")
+        for what, digest in fingerprint.items():
+            if header["fingerprint"][what] != digest:
+                raise InputError(f"--resume_from_checkpoint {path}: the {what} have changed since it was saved; restore "
+                                 "them, or start anew without --resume_from_checkpoint")
         shape, dim = zo.theta.shape, zo.theta.numel()
         for name in ("theta", "adam.exp_avg", "adam.exp_avg_sq"):
             if state[name].shape != shape or not torch.isfinite(state[name]).all():
@@ -1038,7 +1063,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(numbered)]
 
 
-def resume(args: argparse.Namespace, fingerprint: str, zo: ZOAdam, generator: torch.Generator) -> Progress:
+def resume(args: argparse.Namespace, fingerprint: dict, zo: ZOAdam, generator: torch.Generator) -> Progress:
     """The state to start from: fresh, of the checkpoint asked for, or of the newest that is whole."""
     if args.resume_from_checkpoint is None:
         return Progress(curve=[])
@@ -1132,6 +1157,61 @@ class FrozenModel:
         return float(np.mean([self.losses(batch, theta.detach()[None]).item() for batch in batches]))
 
 
+@dataclass
+class Data:
+    """What batches are drawn from."""
+
+    latents: torch.Tensor  # [N, 2, 2, 4, h, w] of `encode_images`
+    choices: list[list[int]]  # per image, the rows of prompts.ids that describe it
+    prompts: Prompts
+    scheduler: object  # DDPMScheduler: the noise schedule
+
+
+@dataclass
+class Inputs:
+    """What is known before a model is loaded; what is wrong with it has been refused by then."""
+
+    subject: Subject
+    folder: Path  # of the model
+    initial_token: torch.Tensor  # [V, d]
+    choices: list[list[int]]  # per image, the rows of prompts.ids that describe it
+    prompts: Prompts
+    validation_prompts: Prompts | None  # the prompt and the empty one
+
+
+def read_inputs(args: argparse.Namespace) -> Inputs:
+    """Images, captions, model folder, tokenizer and initial token of a run. Raises InputError."""
+    subject = load_subject(args)
+    folder = find_model_folder(args.pretrained_model_name_or_path, args.revision, args.variant)
+    tokenizer = load_tokenizer(folder, args.placeholder_token, args.num_vectors)
+    pieces = read_embedding_rows(folder, args.variant, initializer_ids(tokenizer, args.initializer_token))
+
+    def prompts_of(texts: list[str]) -> Prompts:
+        return build_prompts(tokenizer, folder, args.variant, texts, args.placeholder_token, args.num_vectors)
+
+    texts = sorted({text for captions in subject.captions for text in captions})
+    return Inputs(
+        subject, folder, initial_token(pieces, args.num_vectors),
+        choices=[[texts.index(text) for text in captions] for captions in subject.captions], prompts=prompts_of(texts),
+        validation_prompts=prompts_of([args.validation_prompt, ""]) if args.validation_prompt else None,
+    )
+
+
+def load_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> tuple[FrozenModel, Data]:
+    """Encode the images, free the VAE, then load text encoder and UNet: never more than one of them unquantised."""
+    from diffusers import DDPMScheduler
+
+    folder = inputs.folder
+    vae = load_frozen(folder, "vae", args.variant, "none", torch.float32, device, skip=("decoder.", "post_quant_conv."))
+    latents = encode_images(vae, inputs.subject.paths, args.resolution, args.center_crop)
+    del vae
+    how = (args.variant, args.quantization, DTYPES[args.mixed_precision], device)
+    text_encoder = load_frozen(folder, "text_encoder", *how, skip=("embeddings.token_embedding.",))
+    unet = load_frozen(folder, "unet", *how)
+    model = FrozenModel(unet, text_encoder, inputs.prompts.rows.to(device), args.candidates_per_forward)
+    return model, Data(latents, inputs.choices, inputs.prompts, DDPMScheduler.from_pretrained(folder / "scheduler"))
+
+
 class StopSignal:
     """Remembers SIGINT and SIGTERM, so that the step under way is finished and saved; a second one ends at once."""
 
@@ -1170,7 +1250,7 @@ def shared_losses(accelerator, model: FrozenModel, batch: Batch, candidates: tor
 class Recorder:
     """Writes what a run leaves behind, on the main process only."""
 
-    def __init__(self, args: argparse.Namespace, accelerator, fingerprint: str, prediction_type: str):
+    def __init__(self, args: argparse.Namespace, accelerator, fingerprint: dict, prediction_type: str):
         self.args, self.accelerator, self.fingerprint = args, accelerator, fingerprint
         self.prediction_type = prediction_type
         self.folder = Path(args.output_dir)
@@ -1199,7 +1279,7 @@ class Recorder:
         self.accelerator.log({f"eval/{k}": v for k, v in row.items() if k != "step" and v is not None}, step=row["step"])
 
     def run(self, progress: Progress, seconds: float, steps: int) -> None:
-        """run.json: what was run, on what, how fast and in how much memory."""
+        """run.json: what was run, on what, how fast (evaluation and pictures apart) and in how much memory."""
         if not self.accelerator.is_main_process:
             return
         device = self.accelerator.device
@@ -1226,13 +1306,14 @@ class Recorder:
 class ValidationDrawer:
     """Draws the validation prompt with the modules that training holds in memory, plus the quantised VAE decoder."""
 
-    def __init__(self, args: argparse.Namespace, unet: nn.Module, text_encoder: nn.Module, vae: nn.Module,
-                 prompts: Prompts, folder: Path):
+    def __init__(self, args: argparse.Namespace, model: FrozenModel, folder: Path, prompts: Prompts):
         from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-        self.args, self.text_encoder, self.prompts = args, text_encoder, prompts
+        self.args, self.text_encoder, self.prompts = args, model.text_encoder, prompts
+        vae = load_frozen(folder, "vae", args.variant, args.quantization, DTYPES[args.mixed_precision], model.rows.device,
+                          skip=("encoder.", "quant_conv."))
         self.pipeline = StableDiffusionPipeline(
-            vae=vae, unet=unet, scheduler=PNDMScheduler.from_pretrained(folder / "scheduler"), text_encoder=None,
+            vae=vae, unet=model.unet, scheduler=PNDMScheduler.from_pretrained(folder / "scheduler"), text_encoder=None,
             tokenizer=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -1257,21 +1338,11 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-@dataclass
-class Data:
-    """What batches are drawn from."""
-
-    latents: torch.Tensor  # [N, 2, 2, 4, h, w] of `encode_images`
-    choices: list[list[int]]  # per image, the rows of prompts.ids that describe it
-    prompts: Prompts
-    scheduler: object  # DDPMScheduler: the noise schedule
-
-
 def train(args: argparse.Namespace, accelerator, model: FrozenModel, data: Data, zo: ZOAdam, generator: torch.Generator,
           progress: Progress, recorder: Recorder, drawer: ValidationDrawer | None, stop: StopSignal) -> None:
     """The loop, from `progress` to the last step or to a signal. Raises InputError where it cannot go on."""
     fixed_set = evaluation_batches(data.latents, data.choices, data.prompts, data.scheduler, args) if args.eval_steps else []
-    first_step, started, stopped = progress.step, time.time(), False
+    first_step, stepping_seconds, stopped = progress.step, 0.0, False
 
     def evaluate():
         progress.curve.append(dict(step=progress.step, unet_forwards=progress.forwards, loss=progress.smoothed_loss,
@@ -1283,12 +1354,15 @@ def train(args: argparse.Namespace, accelerator, model: FrozenModel, data: Data,
     bar = tqdm(total=args.max_train_steps, initial=progress.step, unit="step", smoothing=0.05, mininterval=0.5,
                disable=not accelerator.is_main_process)
     while progress.step < args.max_train_steps and not stopped:
+        step_started = time.perf_counter()
         batch = draw_batch(data.latents, data.choices, data.prompts, data.scheduler, args, generator)
         directions, candidates = zo.candidates(generator)
         losses, stopped = shared_losses(accelerator, model, batch, candidates, stop)
         progress.step += 1
         progress.forwards += len(candidates)
-        if zo.step(directions, losses):
+        finite = zo.step(directions, losses)
+        stepping_seconds += time.perf_counter() - step_started
+        if finite:
             # losses[0] is the unperturbed loss of rge; of the others, which evaluate none, the mean is it to order mu
             loss = (losses[0] if args.estimator == "rge" else losses.mean()).item()
             previous = loss if progress.smoothed_loss is None else progress.smoothed_loss
@@ -1310,13 +1384,13 @@ def train(args: argparse.Namespace, accelerator, model: FrozenModel, data: Data,
             evaluate()
         if due(progress.step, args.save_steps):
             recorder.embedding(zo, progress.step, final=False)
-        if due(progress.step, args.checkpointing_steps) or stopped or last:
+        if due(progress.step, args.checkpointing_steps) or stopped or (last and args.checkpointing_steps):
             recorder.checkpoint(zo, generator, progress)
         if drawer is not None and (due(progress.step, args.validation_steps) or last):
             recorder.picture(drawer.draw(zo.theta), progress.step)
     bar.close()
     recorder.embedding(zo, progress.step, final=True)
-    recorder.run(progress, time.time() - started, progress.step - first_step)
+    recorder.run(progress, stepping_seconds, progress.step - first_step)
     accelerator.wait_for_everyone()
 
 
@@ -1325,48 +1399,22 @@ def main(args: argparse.Namespace) -> int:
 
     Returns the exit code: 0, or 128 + signal where the run was interrupted (and saved). Raises InputError.
     """
-    subject = load_subject(args)
-    folder = find_model_folder(args.pretrained_model_name_or_path, args.revision, args.variant)
-    tokenizer = load_tokenizer(folder, args.placeholder_token, args.num_vectors)
-    pieces = initializer_ids(tokenizer, args.initializer_token)
-
-    def prompts_of(texts: list[str]) -> Prompts:
-        return build_prompts(tokenizer, folder, args.variant, texts, args.placeholder_token, args.num_vectors)
-
-    texts = sorted({text for captions in subject.captions for text in captions})
-    prompts = prompts_of(texts)
-    choices = [[texts.index(text) for text in captions] for captions in subject.captions]
-    validation_prompts = prompts_of([args.validation_prompt, ""]) if args.validation_prompt else None
-
+    inputs = read_inputs(args)
     accelerator = make_accelerator(args)
-    device = accelerator.device
-    resolve_defaults(args, folder, device)
-    zo = ZOAdam(initial_token(read_embedding_rows(folder, args.variant, pieces), args.num_vectors), args)
+    resolve_defaults(args, inputs.folder, accelerator.device)
+    zo = ZOAdam(inputs.initial_token, args)
     generator = torch.Generator().manual_seed(args.seed)
-    progress = resume(args, subject.fingerprint, zo, generator)
+    fingerprint = {"images or captions": inputs.subject.fingerprint, "model weights": model_digest(inputs.folder, args.variant)}
+    progress = resume(args, fingerprint, zo, generator)
     if accelerator.is_main_process:
         prepare_output(args)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("zoodip", {name: value for name, value in run_settings(args).items() if value is not None})
 
-    from diffusers import DDPMScheduler
-
-    vae = load_frozen(folder, "vae", args.variant, "none", torch.float32, device, skip=("decoder.", "post_quant_conv."))
-    latents = encode_images(vae, subject.paths, args.resolution, args.center_crop)
-    fingerprint = subject.fingerprint
-    del vae, subject
-    data = Data(latents, choices, prompts, DDPMScheduler.from_pretrained(folder / "scheduler"))
-
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[args.mixed_precision]
-    how = (args.variant, args.quantization, dtype, device)
-    text_encoder = load_frozen(folder, "text_encoder", *how, skip=("embeddings.token_embedding.",))
-    unet = load_frozen(folder, "unet", *how)
-    model = FrozenModel(unet, text_encoder, prompts.rows.to(device), args.candidates_per_forward)
+    model, data = load_model(args, inputs, accelerator.device)
     drawer = None
-    if validation_prompts is not None and accelerator.is_main_process:
-        decoder = load_frozen(folder, "vae", *how, skip=("encoder.", "quant_conv."))
-        drawer = ValidationDrawer(args, unet, text_encoder, decoder, validation_prompts, folder)
-
+    if inputs.validation_prompts is not None and accelerator.is_main_process:
+        drawer = ValidationDrawer(args, model, inputs.folder, inputs.validation_prompts)
     recorder = Recorder(args, accelerator, fingerprint, data.scheduler.config.prediction_type)
     with StopSignal() as stop:
         train(args, accelerator, model, data, zo, generator, progress, recorder, drawer, stop)
@@ -1388,11 +1436,11 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 
 
-def cli(argv: list[str] | None = None) -> int:
+def cli(args: argparse.Namespace) -> int:
     """`main` for the command line: what the user can mend is one line on stderr and exit code 2."""
     quiet_libraries()
     try:
-        return main(parse_args(argv))
+        return main(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -1402,4 +1450,4 @@ def cli(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(cli(ARGS))

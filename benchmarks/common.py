@@ -6,10 +6,12 @@ The scripts run as `python benchmarks/<script>.py` from the repository root.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +29,16 @@ sys.path.insert(0, str(ROOT))  # the only place: the scripts import this module 
 import train_zoodip as zoodip  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def cli(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """`main` for the command line: what the user can mend is one line on stderr and exit code 2."""
+    zoodip.quiet_libraries()
+    try:
+        main(args)
+    except zoodip.InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 # ----------------------------------------------------------------------------------------------------- records
@@ -61,7 +73,7 @@ def environment(device: str = "cpu") -> dict:
 
 
 def write_report(name: str, args: argparse.Namespace, results: dict, markdown: str, device: str = "cpu",
-                 folder: Path | None = None) -> None:
+                 folder: Path | None = None, show: bool = True) -> None:
     """<name>.json (arguments, environment, results) and <name>.md (the tables, and where they come from)."""
     where = environment(device)
     record = dict(arguments=plain_arguments(args), **where, results=results)
@@ -71,7 +83,8 @@ def write_report(name: str, args: argparse.Namespace, results: dict, markdown: s
     versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
     foot = f"\nMeasured by `benchmarks/{name}.py` on {where['hardware']}; {versions}; commit {where['commit']}.\n"
     zoodip.write_atomically(folder / f"{name}.md", (markdown.rstrip() + "\n" + foot).encode())
-    print(markdown)
+    if show:
+        print(markdown)
 
 
 def table(header: list[str], rows: list[list]) -> str:
@@ -92,6 +105,7 @@ class Loaded:
     scheduler: object  # DDPMScheduler: the noise schedule
     unet: nn.Module
     text_encoder: nn.Module
+    weights: str  # hash of the weight files: a refreshed model is another model
 
     def prompts(self, texts: list[str], args: argparse.Namespace) -> zoodip.Prompts:
         return zoodip.build_prompts(self.tokenizer, self.folder, args.variant, texts, args.placeholder_token, args.num_vectors)
@@ -121,13 +135,21 @@ def load_model(args: argparse.Namespace, device: str) -> Loaded:
     parts = [load_part(folder, part, args.quantization, DTYPES[args.mixed_precision], device)
              for part in ("unet", "text_encoder")]
     tokenizer = zoodip.load_tokenizer(folder, args.placeholder_token, args.num_vectors)
-    return Loaded(folder, tokenizer, DDPMScheduler.from_pretrained(folder / "scheduler"), *parts)
+    digest = hashlib.sha256()
+    for part in zoodip.WEIGHT_NAMES:
+        for path in zoodip.find_weights(folder, part, None):
+            digest.update(path.read_bytes())
+    return Loaded(folder, tokenizer, DDPMScheduler.from_pretrained(folder / "scheduler"), *parts, digest.hexdigest()[:16])
 
 
 def encode(folder: Path, images: list[Image.Image], args: argparse.Namespace, device: str) -> torch.Tensor:
-    """Latent distributions [N, 2, 2, 4, h, w] by the unquantised encoder, as in training."""
+    """Latent distributions [N, 2, 2, 4, h, w] by the unquantised encoder, from image files as in training."""
     vae = zoodip.load_frozen(folder, "vae", None, "none", torch.float32, device, skip=("decoder.", "post_quant_conv."))
-    return zoodip.encode_images(vae, images, args.resolution, args.center_crop)
+    with tempfile.TemporaryDirectory() as temporary:
+        paths = [Path(temporary) / f"{i:05}.png" for i in range(len(images))]
+        for path, image in zip(paths, images, strict=True):
+            image.save(path, compress_level=1)
+        return zoodip.encode_images(vae, paths, args.resolution, args.center_crop)
 
 
 def merge_batches(batches: list[zoodip.Batch], size: int) -> list[zoodip.Batch]:
@@ -219,12 +241,12 @@ class Watcher:
 
 
 def run_watched(command: list[str], first_phase: str, on_text: Callable[[str, Watcher], None] | None = None,
-                cwd: Path = ROOT) -> tuple[int, str, dict]:
+                cwd: Path = ROOT, env: dict[str, str] | None = None) -> tuple[int, str, dict]:
     """Run a command to its end -> (exit code, what it printed, phases of `Watcher`).
 
     `on_text(text, watcher)` sees each piece of output, progress bars included, and may begin phases.
     """
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
+    process = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
     watcher, pieces = Watcher(process.pid, first_phase), []
     while piece := process.stdout.read(4096):
         text = piece.decode(errors="replace")

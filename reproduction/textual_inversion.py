@@ -67,8 +67,8 @@ def invert(model: FrozenModel, data: Data, theta0: torch.Tensor, args: argparse.
 
     Draws the same batches as train_zoodip.py with the same seed would (args.train_batch_size, .timestep_sampling, .seed),
     though not in step with it, as no directions are drawn here. `evaluate(theta)` is asked every `eval_steps` steps, at
-    0 and at the end; `on_row` is told of each new row. One step counts as train_batch_size / train_batch_size = 1
-    UNet forward; its backward pass, about twice as dear, is not counted.
+    0 and at the end; `on_row` is told of each new row. A step counts as one UNet forward of train_batch_size samples; its
+    backward pass, about twice as dear, is not counted.
     """
     device = model.rows.device
     theta = nn.Parameter(theta0.detach().clone().float().to(device))
@@ -100,39 +100,21 @@ def invert(model: FrozenModel, data: Data, theta0: torch.Tensor, args: argparse.
     return theta.detach().cpu(), curve
 
 
-def prepare(args: argparse.Namespace, device: torch.device) -> tuple[FrozenModel, Data, torch.Tensor, str]:
-    """What train_zoodip.py loads for these flags: (model, data, initial token [V, d], fingerprint of the subject)."""
-    from diffusers import DDPMScheduler
-
-    subject = zoodip.load_subject(args)
-    folder = zoodip.find_model_folder(args.pretrained_model_name_or_path, args.revision, args.variant)
-    tokenizer = zoodip.load_tokenizer(folder, args.placeholder_token, args.num_vectors)
-    pieces = zoodip.initializer_ids(tokenizer, args.initializer_token)
-    theta0 = zoodip.initial_token(zoodip.read_embedding_rows(folder, args.variant, pieces), args.num_vectors)
-    texts = sorted({text for captions in subject.captions for text in captions})
-    prompts = zoodip.build_prompts(tokenizer, folder, args.variant, texts, args.placeholder_token, args.num_vectors)
-    choices = [[texts.index(text) for text in captions] for captions in subject.captions]
-    zoodip.resolve_defaults(args, folder, device)
-    zoodip.prepare_output(args)
-    vae = zoodip.load_frozen(folder, "vae", args.variant, "none", torch.float32, device, skip=("decoder.", "post_quant_conv."))
-    latents = zoodip.encode_images(vae, subject.images, args.resolution, args.center_crop)
-    del vae
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[args.mixed_precision]
-    how = (args.variant, args.quantization, dtype, device)
-    text_encoder = zoodip.load_frozen(folder, "text_encoder", *how, skip=("embeddings.token_embedding.",))
-    model = FrozenModel(zoodip.load_frozen(folder, "unet", *how), text_encoder, prompts.rows.to(device))
-    data = Data(latents, choices, prompts, DDPMScheduler.from_pretrained(folder / "scheduler"))
-    return model, data, theta0, subject.fingerprint
-
-
 def main(args: argparse.Namespace) -> None:
     """Load, train, save: learned_embeds.safetensors, training_log.csv and run.json as train_zoodip.py writes them."""
     accelerator = zoodip.make_accelerator(args)
-    model, data, theta0, fingerprint = prepare(args, accelerator.device)
+    if accelerator.num_processes > 1:
+        raise InputError("this baseline runs as one process; start it with python, not accelerate launch")
+    inputs = zoodip.read_inputs(args)
+    zoodip.resolve_defaults(args, inputs.folder, accelerator.device)
+    zoodip.prepare_output(args)
+    model, data = zoodip.load_model(args, inputs, accelerator.device)
     args.estimator = "backpropagation"
     args.n = args.mu = args.tau = args.nu = None  # the record must not claim what was not used
-    recorder = zoodip.Recorder(args, accelerator, fingerprint, data.scheduler.config.prediction_type)
-    fixed_set, evaluate = [], None
+    settings = {name: value for name, value in zoodip.run_settings(args).items() if value is not None}
+    accelerator.init_trackers("textual_inversion", settings)
+    recorder = zoodip.Recorder(args, accelerator, {}, data.scheduler.config.prediction_type)
+    evaluate = None
     if args.eval_steps:
         fixed_set = zoodip.evaluation_batches(data.latents, data.choices, data.prompts, data.scheduler, args)
 
@@ -140,18 +122,21 @@ def main(args: argparse.Namespace) -> None:
             return model.mean_loss(fixed_set, theta)
 
     started = time.time()
-    theta, curve = invert(model, data, theta0, args, args.max_train_steps, args.learning_rate, evaluate, args.eval_steps,
-                          lambda rows: recorder.curve(Progress(curve=rows)))
+    theta, curve = invert(model, data, inputs.initial_token, args, args.max_train_steps, args.learning_rate, evaluate,
+                          args.eval_steps, lambda rows: recorder.curve(Progress(curve=rows)))
     smoothed = curve[-1]["loss"] if curve else None
     progress = Progress(args.max_train_steps, args.max_train_steps, 0, smoothed, curve)
     recorder.embedding(SimpleNamespace(theta=theta), args.max_train_steps, final=True)
     recorder.run(progress, time.time() - started, args.max_train_steps)
+    accelerator.end_training()
     print(f"{Path(args.output_dir) / 'learned_embeds.safetensors'}: {args.placeholder_token} by backpropagation, "
           f"{args.max_train_steps} steps")
 
 
 if __name__ == "__main__":
+    zoodip.quiet_libraries()
     try:
         main(parse_args())
     except InputError as input_error:
-        sys.exit(f"error: {input_error}")
+        print(f"error: {input_error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""What the demo costs: wall time, memory and speed of `sh train_zoodip.sh demo`.
+
+    python benchmarks/demo.py
+
+Writes benchmarks/demo.json and .md. Memory is sampled on Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from common import ROOT, cli, run_watched, table, write_report
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder for demo.json and .md")
+    parser.add_argument("extra", nargs="*", help="after --: flags handed on to train_zoodip.py")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the demo into a temporary folder and report what its run.json and the sampler say."""
+    with tempfile.TemporaryDirectory() as output:
+        environment = dict(os.environ, OUTPUT_DIR=output, PYTHON=sys.executable)
+        started = time.monotonic()
+        code, text, phases = run_watched(["sh", str(ROOT / "train_zoodip.sh"), "demo", *args.extra], "all", env=environment)
+        seconds = time.monotonic() - started
+        if code:
+            raise SystemExit(f"the demo ended with code {code}:\n{text[-2000:]}")
+        run = json.loads((Path(output) / "run.json").read_text())
+        curve = (Path(output) / "training_log.csv").read_text().splitlines()
+    memory = phases["all"]
+    rows = [
+        ["wall time, from the command to the prompt", f"{seconds / 60:.2f} min"],
+        ["training loop, evaluations and pictures included", f"{run['seconds_this_time'] / 60:.2f} min"],
+        ["steps", run["steps_this_time"]],
+        ["steps/s", f"{run['steps_per_second']:.1f}"],
+        ["peak RSS (anonymous pages)", f"{memory['VmRSS'] / 1e9:.2f} GB ({memory['RssAnon'] / 1e9:.2f} GB)"],
+    ]
+    results = dict(wall_seconds=round(seconds, 1), memory=memory, run=run, curve=curve)
+    write_report("demo", args, results, table(["`sh train_zoodip.sh demo`", ""], rows), folder=args.output)
+
+
+if __name__ == "__main__":
+    cli(main, parse_args())
