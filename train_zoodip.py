@@ -363,7 +363,33 @@ def find_model_folder(name: str, revision: str | None = None, variant: str | Non
                              "model_index.json, tokenizer, scheduler, text_encoder, unet and vae")
     for part in WEIGHT_NAMES:
         find_weights(folder, part, variant)
+    if (folder / "text_encoder_2").exists():
+        raise InputError(f"{folder}: has two text encoders (SDXL); give a Stable Diffusion 1.x or 2.x")
+    channels = read_json(folder / "unet" / "config.json").get("in_channels", 4)
+    if channels != read_json(folder / "vae" / "config.json").get("latent_channels", 4):
+        raise InputError(f"{folder}: the UNet takes {channels} channels (an inpainting or depth model?); give a plain "
+                         "text-to-image Stable Diffusion")
     return folder
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object of the model folder. Raises InputError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); download the folder again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: is not a JSON object; download the folder again")
+    return content
+
+
+def from_folder(path: Path, load):
+    """`load(path)` of a library, with whatever it raises on a damaged folder as one InputError."""
+    try:
+        return load(path)
+    except Exception as error:  # each class of each library raises its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: cannot be loaded ({reason}); download the folder again") from error
 
 
 def download_model(name: str, revision: str | None, variant: str | None) -> Path:
@@ -392,10 +418,10 @@ def find_weights(folder: Path, part: str, variant: str | None) -> list[Path]:
     if whole.is_file():
         return [whole]
     if index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = {str(name) for name in read_json(index).get("weight_map", {}).values()}
         shards = [folder / part / Path(name).name for name in sorted(names)]
         missing = [path.name for path in shards if not path.is_file()]
-        if not missing:
+        if shards and not missing:
             return shards
         raise InputError(f"{folder / part}: the shards {', '.join(missing)} are missing; download the folder again")
     others = sorted(path.name for path in (folder / part).glob("*") if path.suffix in (".safetensors", ".bin", ".ckpt"))
@@ -536,11 +562,11 @@ def build_model(folder: Path, part: str) -> nn.Module:
     if part == "text_encoder":
         from transformers import CLIPTextConfig, CLIPTextModel
 
-        return CLIPTextModel(CLIPTextConfig.from_pretrained(folder / part))
+        return from_folder(folder / part, lambda path: CLIPTextModel(CLIPTextConfig.from_pretrained(path)))
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     model_class = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
-    return model_class.from_config(model_class.load_config(folder / part))
+    return from_folder(folder / part, lambda path: model_class.from_config(model_class.load_config(path)))
 
 
 def modern_name(name: str, part: str) -> str:
@@ -565,8 +591,8 @@ def load_pipeline(name: str, quantization: str = "nf4", dtype: torch.dtype = tor
     folder = find_model_folder(name, revision, variant)
     parts = {part: load_frozen(folder, part, variant, quantization, dtype, device) for part in WEIGHT_NAMES}
     return StableDiffusionPipeline(
-        **parts, tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        scheduler=PNDMScheduler.from_pretrained(folder / "scheduler"),
+        **parts, tokenizer=from_folder(folder / "tokenizer", CLIPTokenizer.from_pretrained),
+        scheduler=from_folder(folder / "scheduler", PNDMScheduler.from_pretrained),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )
 
@@ -598,7 +624,7 @@ def load_tokenizer(folder: Path, placeholder_token: str, num_vectors: int):
     """The model's CLIPTokenizer with the placeholder added. Raises InputError where the token is taken."""
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = from_folder(folder / "tokenizer", CLIPTokenizer.from_pretrained)
     vocabulary = tokenizer.get_vocab()
     names = [placeholder_token] + [f"{placeholder_token}_{i}" for i in range(1, num_vectors)]  # as diffusers names them
     taken = [word for name in names for word in (name, name + "</w>") if word in vocabulary]
@@ -638,11 +664,14 @@ def tokenize(tokenizer, text: str, placeholder_id: int, num_vectors: int, length
 def read_embedding_rows(folder: Path, variant: str | None, ids: list[int]) -> torch.Tensor:
     """Rows `ids` of the token-embedding table, [len(ids), d] fp32, without reading the table (76 MB for SD v1.5)."""
     for path in find_weights(folder, "text_encoder", variant):
-        with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():
-                if name.endswith("embeddings.token_embedding.weight"):
-                    table = handle.get_slice(name)
-                    return torch.cat([table[i : i + 1] for i in ids]).float()
+        try:
+            with safe_open(path, framework="pt") as handle:
+                for name in handle.keys():
+                    if name.endswith("embeddings.token_embedding.weight"):
+                        table = handle.get_slice(name)
+                        return torch.cat([table[i : i + 1] for i in ids]).float()
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: is not a whole safetensors file ({error}); download it again") from error
     raise InputError(f"{folder / 'text_encoder'}: the weights lack embeddings.token_embedding.weight; download them "
                      "again")
 
@@ -659,8 +688,7 @@ def build_prompts(tokenizer, folder: Path, variant: str | None, texts: list[str]
                   num_vectors: int) -> Prompts:
     """Tokenise `texts` (each with {} or the placeholder) and read the rows they need. Raises InputError."""
     placeholder_id = tokenizer.convert_tokens_to_ids(placeholder_token)
-    config = json.loads((folder / "text_encoder" / "config.json").read_text())
-    length = config.get("max_position_embeddings", 77)
+    length = read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
     ids = torch.tensor([
         tokenize(tokenizer, text.replace("{}", placeholder_token), placeholder_id, num_vectors, length) for text in texts
     ])
@@ -924,15 +952,21 @@ def serialize(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> byt
     return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
-def prepare_output(args: argparse.Namespace) -> None:
-    """Make the output folder, prove that it takes a file, and set an earlier run's results aside unless resuming."""
+def prepare_output(args: argparse.Namespace):
+    """Make the output folder, lock it, prove that it takes a file, set an earlier run's results aside unless resuming.
+
+    Returns the lock, to be kept until the run ends. Raises InputError.
+    """
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output_dir {args.output_dir!r} cannot be made ({error.strerror}); choose another") from error
+    lock = lock_output(folder)
     write_atomically(folder / ".probe", bytes(4 << 20))  # the size of the largest checkpoints
     (folder / ".probe").unlink()
+    for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+        leftover.unlink()
     patterns = ("learned_embeds*.safetensors", "checkpoint-*.safetensors", "training_log.csv", "run.json",
                 "validation-*.png", f"{file_stem(args.placeholder_token)}.safetensors")
     earlier = sorted({path for pattern in patterns for path in folder.glob(pattern)})
@@ -944,6 +978,23 @@ def prepare_output(args: argparse.Namespace) -> None:
         for path in earlier:
             path.rename(folder / f"previous-{number}" / path.name)
         print(f"{folder}: moved the {len(earlier)} files of an earlier run to {folder / f'previous-{number}'}", file=sys.stderr)
+    return lock
+
+
+def lock_output(folder: Path):
+    """Hold the output folder for this process alone, until it ends. Raises InputError where another run holds it."""
+    try:
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        raise InputError(f"--output_dir {str(folder)!r} cannot be written ({error.strerror}); choose another") from error
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"--output_dir {str(folder)!r} is in use by another run; choose another") from None
+    return lock
 
 
 def file_stem(token: str) -> str:
@@ -1132,8 +1183,8 @@ def resolve_defaults(args: argparse.Namespace, folder: Path, device: torch.devic
     if args.mu is None:  # bf16 keeps 8 bits: a smaller step drowns in rounding (benchmarks/README.md)
         args.mu = 1e-2 if args.mixed_precision == "bf16" else 1e-3
     if args.resolution is None:
-        levels = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
-        args.resolution = json.loads((folder / "unet" / "config.json").read_text())["sample_size"] * 2 ** (levels - 1)
+        levels = len(read_json(folder / "vae" / "config.json").get("block_out_channels", [0] * 4))
+        args.resolution = read_json(folder / "unet" / "config.json").get("sample_size", 64) * 2 ** (levels - 1)
 
 
 @dataclass
@@ -1202,6 +1253,7 @@ def load_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) -
     from diffusers import DDPMScheduler
 
     folder = inputs.folder
+    scheduler = from_folder(folder / "scheduler", DDPMScheduler.from_pretrained)
     vae = load_frozen(folder, "vae", args.variant, "none", torch.float32, device, skip=("decoder.", "post_quant_conv."))
     latents = encode_images(vae, inputs.subject.paths, args.resolution, args.center_crop)
     del vae
@@ -1209,7 +1261,7 @@ def load_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) -
     text_encoder = load_frozen(folder, "text_encoder", *how, skip=("embeddings.token_embedding.",))
     unet = load_frozen(folder, "unet", *how)
     model = FrozenModel(unet, text_encoder, inputs.prompts.rows.to(device), args.candidates_per_forward)
-    return model, Data(latents, inputs.choices, inputs.prompts, DDPMScheduler.from_pretrained(folder / "scheduler"))
+    return model, Data(latents, inputs.choices, inputs.prompts, scheduler)
 
 
 class StopSignal:
@@ -1313,7 +1365,7 @@ class ValidationDrawer:
         vae = load_frozen(folder, "vae", args.variant, args.quantization, DTYPES[args.mixed_precision], model.rows.device,
                           skip=("encoder.", "quant_conv."))
         self.pipeline = StableDiffusionPipeline(
-            vae=vae, unet=model.unet, scheduler=PNDMScheduler.from_pretrained(folder / "scheduler"), text_encoder=None,
+            vae=vae, unet=model.unet, scheduler=from_folder(folder / "scheduler", PNDMScheduler.from_pretrained), text_encoder=None,
             tokenizer=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -1404,10 +1456,10 @@ def main(args: argparse.Namespace) -> int:
     resolve_defaults(args, inputs.folder, accelerator.device)
     zo = ZOAdam(inputs.initial_token, args)
     generator = torch.Generator().manual_seed(args.seed)
-    fingerprint = {"images or captions": inputs.subject.fingerprint, "model weights": model_digest(inputs.folder, args.variant)}
+    fingerprint = {"images or captions": inputs.subject.fingerprint,
+                   "model weights": model_digest(inputs.folder, args.variant)}
     progress = resume(args, fingerprint, zo, generator)
-    if accelerator.is_main_process:
-        prepare_output(args)
+    lock = prepare_output(args) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
     accelerator.init_trackers("zoodip", {name: value for name, value in run_settings(args).items() if value is not None})
 
@@ -1419,6 +1471,8 @@ def main(args: argparse.Namespace) -> int:
     with StopSignal() as stop:
         train(args, accelerator, model, data, zo, generator, progress, recorder, drawer, stop)
     accelerator.end_training()
+    if lock is not None:
+        lock.close()
     interrupted = progress.step < args.max_train_steps
     if accelerator.is_main_process:
         if interrupted:
