@@ -1364,9 +1364,10 @@ class ValidationDrawer:
         self.args, self.text_encoder, self.prompts = args, model.text_encoder, prompts
         vae = load_frozen(folder, "vae", args.variant, args.quantization, DTYPES[args.mixed_precision], model.rows.device,
                           skip=("encoder.", "quant_conv."))
+        scheduler = from_folder(folder / "scheduler", PNDMScheduler.from_pretrained)
         self.pipeline = StableDiffusionPipeline(
-            vae=vae, unet=model.unet, scheduler=from_folder(folder / "scheduler", PNDMScheduler.from_pretrained), text_encoder=None,
-            tokenizer=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+            vae=vae, unet=model.unet, scheduler=scheduler, text_encoder=None, tokenizer=None, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False)
         self.pipeline.set_progress_bar_config(disable=True)
 
     @torch.no_grad()

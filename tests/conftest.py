@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +97,36 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def subject(tmp_path_factory) -> Path:
     return make_subject(tmp_path_factory.mktemp("data") / "dog6")
+
+
+@pytest.fixture(autouse=True)
+def restore_signal_handlers():
+    """A run installs its own; left in place they would swallow the Ctrl-C that is meant for pytest."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def arguments(model: Path | str, subject: Path | str, output: Path | str, **flags) -> list[str]:
+    """A command line for a short run; flags given as name=value, True for a switch, None to leave one out."""
+    flags = {
+        "pretrained_model_name_or_path": model, "train_data_dir": subject, "output_dir": output,
+        "initializer_token": "dog", "cpu": True, "resolution": 16, "max_train_steps": 12, "eval_steps": 6,
+        "num_eval_samples": 2, "tau": 4, "nu": 0.1, "mu": 1e-2, **flags,
+    }  # fmt: skip
+    argv = []
+    for name, value in flags.items():
+        if value is not None:
+            argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return argv
+
+
+def run_cli(argv: list[str]) -> int:
+    """The script's exit code, run in this process."""
+    import train_zoodip
+
+    try:
+        return train_zoodip.cli(train_zoodip.parse_args(argv))
+    except SystemExit as exit_:
+        return exit_.code
