@@ -249,7 +249,7 @@ def find_images(folder: str | Path) -> list[Path]:
     skipped = [path.name for path in entries if path not in images]
     heic = any(name.lower().endswith((".heic", ".heif")) for name in skipped)
     hint = " (convert HEIC to JPEG to use it)" if heic else ""
-    if skipped:
+    if skipped and images:
         print(f"{folder}: skipped {len(skipped)} that are not images: {', '.join(skipped[:5])}"
               f"{' ...' if len(skipped) > 5 else ''}{hint}", file=sys.stderr)
     if not images:
@@ -270,7 +270,7 @@ def open_image(path: str | Path) -> Image.Image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") or image.mode == "F":  # 16-bit greyscale: Pillow's convert() clips it
                 values = np.asarray(image).astype(np.float64)
-                scale = 257.0 if values.max() > 255 else 1.0
+                scale = 257.0 if image.mode.startswith("I;16") or values.max() > 255 else 1.0
                 image = Image.fromarray((values / scale).clip(0, 255).round().astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
                 image = image.convert("RGBA")
@@ -395,11 +395,11 @@ def from_folder(path: Path, load):
 def download_model(name: str, revision: str | None, variant: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
-    ending = f".{variant}.safetensors" if variant else ".safetensors"
+    suffix = f".{variant}" if variant else ""
     patterns = ["model_index.json", "tokenizer/*", "scheduler/*"]
     for part, stem in WEIGHT_NAMES.items():
-        patterns += [f"{part}/config.json", f"{part}/{stem}{ending}", f"{part}/{stem}*-of-*{ending}",
-                     f"{part}/{stem}.safetensors.index{f'.{variant}' if variant else ''}.json"]
+        patterns += [f"{part}/config.json", f"{part}/{stem}{suffix}.safetensors",
+                     f"{part}/{stem}{suffix}-*-of-*.safetensors", f"{part}/{stem}.safetensors.index{suffix}.json"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, authorisation, spelling: many classes, one remedy
@@ -495,9 +495,10 @@ class QuantizedLayer(nn.Module):
         return bnb.dequantize_4bit(self.packed, self.quant_state).view(self.shape)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        weight = self.dequantize().to(inputs.dtype)  # another dtype than at loading only after module.to(dtype)
         if self.convolution is None:
-            return F.linear(inputs, self.dequantize(), self.bias)
-        return F.conv2d(inputs, self.dequantize(), self.bias, **self.convolution)
+            return F.linear(inputs, weight, self.bias)
+        return F.conv2d(inputs, weight, self.bias, **self.convolution)
 
 
 def load_frozen(folder: Path, part: str, variant: str | None, quantization: str, dtype: torch.dtype,
@@ -527,7 +528,7 @@ def load_frozen(folder: Path, part: str, variant: str | None, quantization: str,
         if name.startswith(skip):
             setattr(module, leaf, nn.Parameter(torch.empty(0), requires_grad=False))
             continue
-        if tensor.shape != expected and tensor.shape.numel() == expected.numel():
+        if tensor.shape == (*expected, 1, 1):
             tensor = tensor.view(expected)  # older VAEs keep attention matrices as 1 x 1 convolutions
         if tensor.shape != expected:
             raise InputError(f"{folder / part}: {name} is {tuple(tensor.shape)}, config.json says {tuple(expected)}; "
@@ -869,7 +870,7 @@ def low_variance_directions(history: torch.Tensor, nu: float) -> torch.Tensor:
         return history.new_zeros(0, history.shape[1]).float()
     enough = explained / explained[-1] > 1 - nu
     kept = int(enough.float().argmax()) + 1 if enough.any() else len(enough)  # i* of Eq. 6, 1-based
-    return right_vectors[kept:].float()
+    return right_vectors[kept:].float().contiguous()  # as a checkpoint restores it: a layout changes the last bit
 
 
 class SubspaceGradient:
@@ -952,8 +953,8 @@ def serialize(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> byt
     return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
-def prepare_output(args: argparse.Namespace):
-    """Make the output folder, lock it, prove that it takes a file, set an earlier run's results aside unless resuming.
+def prepare_output(args: argparse.Namespace, fresh: bool = True):
+    """Make the output folder, lock it, prove that it takes a file; before a fresh run set an earlier one's results aside.
 
     Returns the lock, to be kept until the run ends. Raises InputError.
     """
@@ -970,7 +971,7 @@ def prepare_output(args: argparse.Namespace):
     patterns = ("learned_embeds*.safetensors", "checkpoint-*.safetensors", "training_log.csv", "run.json",
                 "validation-*.png", f"{file_stem(args.placeholder_token)}.safetensors")
     earlier = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-    if earlier and args.resume_from_checkpoint is None:
+    if earlier and fresh:
         number = 1
         while (folder / f"previous-{number}").exists():
             number += 1
@@ -999,7 +1000,8 @@ def lock_output(folder: Path):
 
 def file_stem(token: str) -> str:
     """The token as a file name: AUTOMATIC1111 and ComfyUI use the file's name as the word for the prompt."""
-    return re.sub(r"[^a-z0-9_-]", "", token.lower()) or "token"
+    stem = re.sub(r"[^a-z0-9_-]", "", token.lower()) or "token"
+    return f"token-{stem}" if stem.startswith(("checkpoint-", "learned_embeds")) else stem  # our own names
 
 
 def run_settings(args: argparse.Namespace) -> dict:
@@ -1073,7 +1075,7 @@ def load_checkpoint(path: Path, args: argparse.Namespace, fingerprint: dict, zo:
     try:
         with safe_open(path, framework="pt") as handle:
             header = json.loads(handle.metadata()["zoodip.checkpoint"])
-            state = {name: handle.get_tensor(name) for name in handle.keys()}
+            state = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # off the memory map
         progress = Progress(**header["progress"])
         saved, ours = header["settings"], run_settings(args)
         different = [f"--{name} was {saved[name]!r}, is {ours[name]!r}" for name in SETTINGS if saved[name] != ours[name]]
@@ -1091,6 +1093,7 @@ def load_checkpoint(path: Path, args: argparse.Namespace, fingerprint: dict, zo:
         for name in ("subspace.token_history", "subspace.projection"):
             if state[name].shape[1:] != (dim,) or not torch.isfinite(state[name]).all():
                 raise ValueError(f"{name} is not finite rows of {dim}")
+        adam = dict(step=state["adam.step"], exp_avg=state["adam.exp_avg"], exp_avg_sq=state["adam.exp_avg_sq"])
         generator.set_state(state["generator"])
     except InputError:
         raise
@@ -1100,8 +1103,7 @@ def load_checkpoint(path: Path, args: argparse.Namespace, fingerprint: dict, zo:
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"--resume_from_checkpoint {path}: is not a whole checkpoint ({error}); use an older one") from error
     zo.theta.data.copy_(state["theta"])
-    zo.optimizer.state[zo.theta] = dict(step=state["adam.step"], exp_avg=state["adam.exp_avg"],
-                                        exp_avg_sq=state["adam.exp_avg_sq"])
+    zo.optimizer.state[zo.theta] = adam
     zo.subspace.token_history, zo.subspace.projection = state["subspace.token_history"], state["subspace.projection"]
     zo.skipped_in_a_row = header["skipped_in_a_row"]
     return progress
@@ -1133,10 +1135,9 @@ def resume(args: argparse.Namespace, fingerprint: dict, zo: ZOAdam, generator: t
 
 def write_curve(path: Path, curve: list[dict]) -> None:
     text = io.StringIO()
-    if curve:
-        writer = csv.DictWriter(text, fieldnames=list(curve[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(curve)
+    writer = csv.DictWriter(text, ["step", "unet_forwards", "loss", "eval_loss", "token_norm"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(curve)
     write_atomically(path, text.getvalue().encode())
 
 
@@ -1321,7 +1322,8 @@ class Recorder:
         path = self.folder / f"checkpoint-{progress.step}.safetensors"
         save_checkpoint(path, self.args, self.fingerprint, zo, generator, progress)
         if self.args.checkpoints_total_limit:
-            for old in list_checkpoints(self.folder)[: -self.args.checkpoints_total_limit]:
+            checkpoints = list_checkpoints(self.folder)  # later ones than this are there after going back to an older one
+            for old in checkpoints[: checkpoints.index(path) + 1][: -self.args.checkpoints_total_limit]:
                 old.unlink(missing_ok=True)
 
     def curve(self, progress: Progress) -> None:
@@ -1337,7 +1339,12 @@ class Recorder:
         device = self.accelerator.device
         cuda = device.type == "cuda"
         here = Path(__file__).resolve().parent
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True)
+        try:
+            git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True,
+                                 text=True)
+            commit = git.stdout.strip() or None
+        except OSError:  # no git
+            commit = None
         record = dict(
             settings=run_settings(self.args), step=progress.step, unet_forwards=progress.forwards,
             skipped_steps=progress.skipped, smoothed_loss=progress.smoothed_loss, steps_this_time=steps,
@@ -1345,7 +1352,7 @@ class Recorder:
             peak_memory_gb=round(peak_memory_gb(device), 3),
             device=torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
             processes=self.accelerator.num_processes, python=platform.python_version(), versions=package_versions(),
-            commit=git.stdout.strip() if git.returncode == 0 else None,
+            commit=commit,
         )  # fmt: skip
         write_atomically(self.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
 
@@ -1422,7 +1429,7 @@ def train(args: argparse.Namespace, accelerator, model: FrozenModel, data: Data,
             progress.smoothed_loss = 0.99 * previous + 0.01 * loss
         else:
             progress.skipped += 1
-            if zo.skipped_in_a_row == 20:
+            if zo.skipped_in_a_row >= 20:
                 bar.close()
                 recorder.checkpoint(zo, generator, progress)
                 raise InputError(f"the loss was not finite for 20 steps up to step {progress.step}; try --mixed_precision "
@@ -1442,6 +1449,8 @@ def train(args: argparse.Namespace, accelerator, model: FrozenModel, data: Data,
         if drawer is not None and (due(progress.step, args.validation_steps) or last):
             recorder.picture(drawer.draw(zo.theta), progress.step)
     bar.close()
+    if progress.step == progress.skipped > 0:
+        raise InputError("no step had a finite loss; try --mixed_precision fp32 or bf16, or another model")
     recorder.embedding(zo, progress.step, final=True)
     recorder.run(progress, stepping_seconds, progress.step - first_step)
     accelerator.wait_for_everyone()
@@ -1460,7 +1469,7 @@ def main(args: argparse.Namespace) -> int:
     fingerprint = {"images or captions": inputs.subject.fingerprint,
                    "model weights": model_digest(inputs.folder, args.variant)}
     progress = resume(args, fingerprint, zo, generator)
-    lock = prepare_output(args) if accelerator.is_main_process else None
+    lock = prepare_output(args, fresh=progress.step == 0) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
     accelerator.init_trackers("zoodip", {name: value for name, value in run_settings(args).items() if value is not None})
 

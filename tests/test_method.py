@@ -1,0 +1,305 @@
+"""The mathematics of the method, against references written out plainly (numpy, loops, the stock models)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import train_zoodip as z
+
+ESTIMATORS = ["rge", "spsa", "one_point"]
+
+
+def make_args(*flags: str):
+    argv = ["--train_data_dir", "x", "--initializer_token", "dog", "--mu", "1e-2", *flags]
+    return z.parse_args(argv)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# --- the gradient estimate (Eq. 3) ---
+
+
+class Quadratic:
+    """L(x) = x A x / 2 + b x over [V, d] points, fp64, with its gradient."""
+
+    def __init__(self, vectors: int, width: int):
+        generator, size = seeded(1), vectors * width
+        root = torch.randn(size, size, generator=generator, dtype=torch.float64)
+        self.matrix, self.linear = root @ root.T / size, torch.randn(size, generator=generator, dtype=torch.float64)
+        self.theta = torch.randn(vectors, width, generator=generator, dtype=torch.float64)
+
+    def loss(self, point: torch.Tensor) -> torch.Tensor:
+        flat = point.flatten()
+        return flat @ self.matrix @ flat / 2 + self.linear @ flat
+
+    def gradient(self) -> torch.Tensor:
+        return (self.matrix @ self.theta.flatten() + self.linear).view_as(self.theta)
+
+    def estimate(self, estimator: str, n: int, mu: float, generator: torch.Generator, effective_dim: int):
+        count = z.num_directions(estimator, n)
+        directions = torch.randn(count, *self.theta.shape, generator=generator, dtype=torch.float64)
+        points = self.theta + mu * z.candidate_offsets(estimator, directions)
+        losses = torch.stack([self.loss(point) for point in points])
+        return directions, losses, z.zeroth_order_gradient(estimator, directions, losses, mu, effective_dim)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("effective_dim", [12, 9])
+def test_gradient_equals_a_naive_loop(estimator, n, effective_dim):
+    """A wrong order of candidates, a missing 1/n, 1/mu or s would differ by whole factors."""
+    problem, mu = Quadratic(2, 6), 1e-2
+    directions, losses, gradient = problem.estimate(estimator, n, mu, seeded(2), effective_dim)
+    total = torch.zeros_like(problem.theta)
+    for i in range(n):
+        u = directions[i]
+        if estimator == "rge":
+            p = (problem.loss(problem.theta + mu * u) - problem.loss(problem.theta)) / mu
+        elif estimator == "spsa":
+            p = (problem.loss(problem.theta + mu * u) - problem.loss(problem.theta - mu * u)) / (2 * mu)
+        else:
+            u = directions[i + 1]
+            p = (problem.loss(problem.theta + mu * u) - problem.loss(problem.theta + mu * directions[i])) / mu
+        total += p * u
+    expected = total / (n * math.sqrt((effective_dim + n - 1) / n))
+    assert len(losses) == {"rge": n + 1, "spsa": 2 * n, "one_point": n + 1}[estimator]
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)  # fp64, the same differences over mu
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_expectation_is_the_gradient(estimator):
+    """With very many directions (s -> 1) the estimate is the gradient: a wrong sign or multiplier shows."""
+    problem = Quadratic(2, 3)
+    _, _, gradient = problem.estimate(estimator, 40000, 1e-4, seeded(3), 6)
+    error = (gradient - problem.gradient()).norm() / problem.gradient().norm()
+    assert error < 0.06  # sampling error sqrt(2 d / n) = 1.7 % for one_point, the noisiest
+
+
+@pytest.mark.parametrize(("estimator", "ratio"), [("rge", 1.0), ("spsa", 1.0), ("one_point", math.sqrt(2))])
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_scale_brings_the_norm_to_the_gradients(estimator, ratio, n):
+    """Without s the norm would be sqrt(65 / 2) = 6 times the gradient's. one_point differences two draws: variance 2."""
+    problem, trials, generator = Quadratic(2, 32), 1500, seeded(4)
+    norms = [problem.estimate(estimator, n, 1e-5, generator, 64)[2].norm() for _ in range(trials)]
+    measured = torch.stack(norms).square().mean().sqrt() / problem.gradient().norm()
+    # relative error of the mean square is about sqrt(2 / trials) = 3.7 % (n = 1), of its root half of that; the
+    # expectation itself is sqrt((d + n + 1) / (d + n - 1)) = 1.016
+    assert measured / ratio == pytest.approx(1.0, abs=0.08)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_candidates_are_new_tensors_around_theta(estimator):
+    """theta must not be perturbed in place, and directions belong to their candidates."""
+    zo = z.ZOAdam(torch.randn(2, 8, generator=seeded()), make_args("--estimator", estimator, "--n", "3"))
+    before = zo.theta.detach().clone()
+    directions, candidates = zo.candidates(seeded(1))
+    assert torch.equal(zo.theta, before)
+    assert candidates.data_ptr() != zo.theta.data_ptr()
+    offsets = (candidates - before) / 1e-2
+    expected = {"rge": [torch.zeros(2, 8), *directions], "spsa": [*directions, *(-directions)],
+                "one_point": list(directions)}[estimator]
+    # fp32 theta of size 1 keeps 1e-7 of it; divided by mu = 1e-2 that is 1e-5
+    torch.testing.assert_close(offsets, torch.stack(expected), rtol=0, atol=1e-4)
+
+
+# --- Adam ---
+
+
+def drive(zo: z.ZOAdam, steps: int, seed: int = 5):
+    """Steps on a bowl; yields (directions, losses, projection before the step, theta after it)."""
+    generator, centre = seeded(seed), torch.full_like(zo.theta, 0.3)
+    for _ in range(steps):
+        directions, candidates = zo.candidates(generator)
+        losses = (candidates - centre).square().flatten(1).sum(1)
+        projection = zo.subspace.projection
+        assert zo.step(directions, losses)
+        yield directions, losses, projection, zo.theta.detach().clone()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_steps_equal_torch_adam_on_the_projected_gradient(estimator):
+    """Same class, same numbers: bit for bit. Catches a wrong epsilon, betas, effective dimension or projection."""
+    args = make_args("--estimator", estimator, "--tau", "5", "--nu", "0.2", "--learning_rate", "0.02")
+    zo = z.ZOAdam(torch.zeros(2, 6), args)
+    theta = torch.nn.Parameter(torch.zeros(2, 6))
+    adam = torch.optim.Adam([theta], lr=0.02, betas=(0.9, 0.999), eps=1e-3)
+    projected_steps = 0
+    for directions, losses, projection, reached in drive(zo, 23):
+        gradient = z.zeroth_order_gradient(estimator, directions, losses, args.mu, 12 - len(projection))
+        flat = gradient.flatten()
+        theta.grad = (flat - (flat @ projection.T) @ projection).view(2, 6)
+        adam.step()
+        assert torch.equal(theta, reached)
+        projected_steps += len(projection) > 0
+    assert projected_steps == 18  # all but the first tau
+
+
+def test_steps_equal_adam_written_out():
+    """Adam of the paper in numpy, fp64: bias-corrected moments, epsilon 1e-3 outside the root, constant rate."""
+    zo = z.ZOAdam(torch.zeros(1, 10), make_args("--nu", "0", "--learning_rate", "0.01"))
+    theta, m, v = np.zeros(10), np.zeros(10), np.zeros(10)
+    for t, (_, _, _, reached) in enumerate(drive(zo, 40), start=1):
+        g = zo.theta.grad.double().numpy().ravel()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        theta = theta - 0.01 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-3)
+        # fp32 against fp64: 40 steps of at most 0.01, each right to a few 1e-7 of itself
+        np.testing.assert_allclose(reached.numpy().ravel(), theta, rtol=0, atol=1e-6)
+    assert np.abs(theta).max() > 0.05  # it moved
+
+
+def test_a_loss_that_is_not_finite_changes_nothing():
+    """One NaN in the moments would spoil every later step."""
+    zo = z.ZOAdam(torch.zeros(1, 4), make_args("--tau", "3"))
+    directions, _ = zo.candidates(seeded())
+    assert not zo.step(directions, torch.tensor([1.0, math.nan, 1.0]))
+    assert not zo.step(directions, torch.tensor([math.inf, 1.0, 1.0]))
+    assert zo.theta.abs().max() == 0 and not zo.optimizer.state and len(zo.subspace.token_history) == 0
+    assert zo.skipped_in_a_row == 2
+    assert zo.step(directions, torch.tensor([1.0, 1.1, 0.9]))
+    assert zo.skipped_in_a_row == 0 and len(zo.subspace.token_history) == 1
+
+
+# --- Subspace Gradient (Eqs. 4-8) ---
+
+
+def standardise(history: np.ndarray) -> np.ndarray:
+    history = history.astype(np.float64)
+    deviation = history.std(0)
+    deviation[deviation == 0] = 1
+    return (history - history.mean(0)) / deviation
+
+
+def plain_low_variance(history: np.ndarray, nu: float) -> np.ndarray:
+    """Eqs. 4 to 7 and Algorithm 2, without a thought for speed."""
+    _, singular, right = np.linalg.svd(standardise(history), full_matrices=False)
+    eigenvalues = singular**2
+    i_star = len(eigenvalues)
+    for i in range(1, len(eigenvalues) + 1):
+        if eigenvalues[:i].sum() / eigenvalues.sum() > 1 - nu:
+            i_star = i
+            break
+    return right[i_star:]
+
+
+def low_rank(tau: int = 30, dim: int = 40, rank: int = 3, noise: float = 1e-3) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(tau, rank)) @ rng.normal(size=(rank, dim)) + noise * rng.normal(size=(tau, dim))
+
+
+def random_walk(tau: int, dim: int) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(tau, dim)).cumsum(0)
+
+
+@pytest.mark.parametrize("nu", [1e-3, 0.05, 0.3, 0.99])
+@pytest.mark.parametrize("history", [low_rank(), random_walk(30, 40), random_walk(50, 8)],
+                         ids=["low-rank", "walk", "tau-above-D"])  # fmt: skip
+def test_low_variance_directions_equal_the_plain_form(history, nu):
+    """Off by one in i*, or variances summed from the wrong end, changes the number of rows or the span."""
+    history = history.astype(np.float32)
+    found, expected = z.low_variance_directions(torch.from_numpy(history), nu), plain_low_variance(history, nu)
+    assert found.shape == expected.shape and found.dtype == torch.float32
+    found = found.numpy().astype(np.float64)
+    np.testing.assert_allclose(found @ found.T, np.eye(len(found)), rtol=0, atol=1e-5)  # orthonormal to fp32 storage
+    if len(history) <= history.shape[1]:  # centring leaves rank tau - 1: the last right vector is then arbitrary
+        found, expected = found[:-1], expected[:-1]
+    # signs are free, so projectors are compared; neighbouring eigenvalues at the cut differ by > 1 %: vectors to 1e-5
+    np.testing.assert_allclose(found.T @ found, expected.T @ expected, rtol=0, atol=1e-4)
+    variance = standardise(history)
+    assert np.square(variance @ expected.T).sum() <= nu * np.square(variance).sum()  # what goes is at most nu
+
+
+def test_the_moving_subspace_is_kept():
+    """On a trajectory of rank 3 the noise is projected out and the motion is not."""
+    history = low_rank()
+    removed = z.low_variance_directions(torch.from_numpy(history), 1e-3).numpy()
+    assert len(removed) == 30 - 3  # i* = 3: three directions hold 1 - 1e-6 of the variance
+    _, _, right = np.linalg.svd(standardise(history), full_matrices=False)
+    assert np.abs(right[:3] @ removed.T).max() < 1e-5  # orthogonal to the motion, to fp32 storage
+
+
+def test_no_projection_without_nu():
+    """nu = 0 must switch Subspace Gradient off entirely."""
+    assert z.low_variance_directions(torch.from_numpy(random_walk(20, 30)), 0.0).shape == (0, 30)
+    assert z.low_variance_directions(torch.from_numpy(low_rank()), 0.0).shape == (0, 40)
+
+
+def test_columns_that_never_moved():
+    """A zero deviation divides by one, not by zero; such a column holds no variance."""
+    history = random_walk(20, 12).astype(np.float32)
+    history[:, [2, 7]] = [0.1, -3.7]  # not exactly representable
+    found = z.low_variance_directions(torch.from_numpy(history), 0.05)
+    assert torch.isfinite(found).all()
+    expected = plain_low_variance(history, 0.05)
+    assert found.shape == expected.shape
+    ordinary = [i for i in range(12) if i not in (2, 7)]
+    kept = np.linalg.svd(standardise(history))[2][: 12 - len(found)]
+    assert np.abs(kept[:, [2, 7]]).max() < 1e-9  # the kept directions have nothing of those columns
+    assert np.abs(kept[:, ordinary]).max() > 0.1
+    assert (found @ torch.from_numpy(kept.T).float()).abs().max() < 1e-5  # fp32 storage
+
+
+def test_a_token_that_never_moved_projects_nothing():
+    """0 / 0 in the explained share must not become a projection or a NaN."""
+    assert z.low_variance_directions(torch.full((6, 9), 0.1), 1e-3).shape == (0, 9)
+
+
+def test_subspace_bookkeeping():
+    """tau unprojected steps, a refresh every tau, a buffer that starts over and holds UPDATED tokens."""
+    zo = z.ZOAdam(torch.zeros(2, 6), make_args("--tau", "5", "--nu", "0.2"))
+    window, previous = [], zo.subspace.projection
+    for step, (_, _, _, reached) in enumerate(drive(zo, 17), start=1):
+        window.append(reached.flatten())
+        projection = zo.subspace.projection
+        if step % 5:
+            assert torch.equal(zo.subspace.token_history, torch.stack(window))
+            assert projection is previous
+        else:
+            assert len(zo.subspace.token_history) == 0
+            assert torch.equal(projection, z.low_variance_directions(torch.stack(window), 0.2))
+            assert 1 <= len(projection) <= 4
+            window, previous = [], projection
+        if step < 5:
+            assert len(projection) == 0
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("saved_at", [3, 16, 25])
+def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path, estimator, saved_at):
+    """At a real token's size: the memory layout of a restored projection must not change the last bit of a product."""
+    args = make_args("--estimator", estimator, "--tau", "8", "--nu", "0.2", "--mixed_precision", "fp32", "--resolution", "64")
+    path, start = tmp_path / "checkpoint-1.safetensors", torch.zeros(2, 384)
+    whole, restored, generator, again = z.ZOAdam(start, args), z.ZOAdam(start, args), seeded(1), seeded(2)
+
+    def step(zo, source):
+        directions, candidates = zo.candidates(source)
+        zo.step(directions, (candidates - 0.3).square().flatten(1).mean(1))
+
+    for _ in range(saved_at):
+        step(whole, generator)
+    z.save_checkpoint(path, args, {"images": "abc"}, whole, generator, z.Progress(step=saved_at, curve=[]))
+    assert z.load_checkpoint(path, args, {"images": "abc"}, restored, again).step == saved_at
+    for _ in range(30):
+        assert torch.equal(whole.theta, restored.theta)
+        step(whole, generator)
+        step(restored, again)
+    assert torch.equal(whole.theta, restored.theta) and len(whole.subspace.projection) > 0
+
+
+def test_project_removes_exactly_the_projection():
+    """g - g P^T P: nothing left along P, all else untouched, the shape kept."""
+    subspace = z.SubspaceGradient(4, 0.3, 12)
+    gradient = torch.randn(3, 4, generator=seeded())
+    assert torch.equal(subspace.project(gradient), gradient)
+    subspace.projection = torch.linalg.qr(torch.randn(12, 3, generator=seeded(1)))[0].T.contiguous()
+    projected = subspace.project(gradient)
+    assert projected.shape == (3, 4)
+    assert (subspace.projection @ projected.flatten()).abs().max() < 1e-6  # fp32 of values of size 1
+    removed = (gradient - projected).flatten()
+    torch.testing.assert_close(removed, subspace.projection.T @ (subspace.projection @ removed), rtol=0, atol=1e-6)
+    torch.testing.assert_close(subspace.project(projected), projected, rtol=0, atol=1e-6)

@@ -1,0 +1,387 @@
+"""Whole runs on the tiny model: what they leave behind, that it loads, and that it is the same every time."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, arguments, make_model, make_subject, run_cli
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+SCRIPT = str(ROOT / "train_zoodip.py")
+# How far theta moves in these runs at most: the learning rate times the steps. Differences are judged against it.
+LEARNING_RATE = 5e-3
+
+
+def theta(folder: Path, name: str = "learned_embeds") -> torch.Tensor:
+    (tensor,) = load_file(folder / f"{name}.safetensors").values()
+    return tensor
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {".lock"}  # which stays, so that it can be locked again
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model, subject, tmp_path_factory) -> Path:
+    """The script itself, in a process of its own, started from elsewhere: 24 steps."""
+    out = tmp_path_factory.mktemp("base") / "out"
+    argv = arguments(tiny_model, subject, out, max_train_steps=24, save_steps=10, checkpointing_steps=8,
+                     checkpoints_total_limit=2)
+    done = subprocess.run([sys.executable, SCRIPT, *argv], cwd=out.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out / 'learned_embeds.safetensors'}: <sks> after 24 steps\n"
+    return out
+
+
+@pytest.fixture
+def train(tiny_model, subject, tmp_path):
+    """Runs in this process and returns the output folder."""
+
+    def run(name: str = "out", code: int = 0, model: Path = tiny_model, data: Path = subject, **flags) -> Path:
+        assert run_cli(arguments(model, data, tmp_path / name, **flags)) == code
+        return tmp_path / name
+
+    return run
+
+
+# --- what a run leaves behind ---
+
+
+def test_files(base):
+    """Nothing missing, nothing temporary left, and only the newest two checkpoints."""
+    assert names(base) == {
+        "learned_embeds.safetensors", "sks.safetensors", "learned_embeds-steps-10.safetensors",
+        "learned_embeds-steps-20.safetensors", "checkpoint-16.safetensors", "checkpoint-24.safetensors",
+        "training_log.csv", "run.json",
+    }  # fmt: skip
+    # A1111 and ComfyUI take the file's name as the word
+    assert (base / "sks.safetensors").read_bytes() == (base / "learned_embeds.safetensors").read_bytes()
+    assert torch.equal(theta(base), load_file(base / "checkpoint-24.safetensors")["theta"])
+
+
+def test_saved_steps_are_the_tokens_of_those_steps(base, train):
+    """A file of step 10 holds what a run of 10 steps ends with."""
+    assert torch.equal(theta(base, "learned_embeds-steps-10"), theta(train(max_train_steps=10)))
+    assert not torch.equal(theta(base, "learned_embeds-steps-10"), theta(base))
+
+
+def test_metadata(base, tiny_model):
+    """What it was made with, in the header that other programs show; and nothing of this machine."""
+    with safe_open(base / "learned_embeds.safetensors", "pt") as handle:
+        metadata, keys = handle.metadata(), list(handle.keys())
+    assert keys == ["<sks>"] and metadata["format"] == "pt"
+    assert metadata["zoodip.base_model"] == tiny_model.name and metadata["zoodip.step"] == "24"
+    assert metadata["modelspec.trigger_phrase"] == "<sks>" and metadata["modelspec.resolution"] == "16x16"
+    assert metadata["modelspec.prediction_type"] == "epsilon"
+    assert metadata["modelspec.architecture"].endswith("/textual-inversion")
+    settings = json.loads(metadata["zoodip.settings"])
+    assert settings["tau"] == 4 and settings["mu"] == 1e-2 and settings["quantization"] == "nf4"
+    assert json.loads(metadata["zoodip.versions"])["torch"] == torch.__version__.split("+")[0] or "+" in torch.__version__
+
+
+def test_no_paths_in_the_outputs(base, tiny_model, subject):
+    """Results are passed on: they must not tell where somebody's home is."""
+    for path in base.iterdir():
+        content = path.read_bytes()
+        for private in (str(base.parent), str(tiny_model.parent), str(subject.parent), str(ROOT)):
+            assert private.encode() not in content, path.name
+
+
+def test_curve_and_record(base):
+    """Evaluation at the start, every eval_steps and at the end; n + 1 forwards a step."""
+    rows = list(csv.DictReader((base / "training_log.csv").open()))
+    assert [int(row["step"]) for row in rows] == [0, 6, 12, 18, 24]
+    assert [int(row["unet_forwards"]) for row in rows] == [0, 18, 36, 54, 72]
+    # predicting noise of variance 1 with a random network: a loss near 1
+    assert all(0.5 < float(row["eval_loss"]) < 2 and float(row["token_norm"]) > 0 for row in rows)
+    assert len({row["eval_loss"] for row in rows}) == 5
+    record = json.loads((base / "run.json").read_text())
+    assert record["step"] == 24 and record["unet_forwards"] == 72 and record["skipped_steps"] == 0
+    assert record["peak_memory_gb"] > 0.1 and record["steps_per_second"] > 0 and record["processes"] == 1
+    assert record["settings"]["n"] == 2 and set(record) >= {"versions", "commit", "device", "python"}
+
+
+@pytest.mark.parametrize("num_vectors", [1, 2])
+def test_result_loads_in_a_pipeline(base, train, tiny_model, num_vectors):
+    """The purpose of it all: load_textual_inversion, a prompt, a picture."""
+    from diffusers import StableDiffusionPipeline
+
+    out = base if num_vectors == 1 else train(num_vectors=2)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_textual_inversion(out, weight_name="learned_embeds.safetensors")
+    words = ["<sks>", "<sks>_1"][:num_vectors]
+    ids = pipeline.tokenizer.convert_tokens_to_ids(words)
+    assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[ids], theta(out))
+    assert theta(out).shape == (num_vectors, 32)
+    tokens = pipeline.tokenizer.tokenize(pipeline.maybe_convert_prompt("a photo of <sks> on grass", pipeline.tokenizer))
+    assert [token for token in tokens if "<sks>" in token] == words
+    pictures = [pipeline(prompt, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+                for prompt in ("a photo of <sks>", "a photo of")]
+    assert pictures[0].shape == (1, 16, 16, 3) and not np.array_equal(*pictures)
+
+
+def test_an_earlier_run_is_moved_aside(train):
+    """A second run in the same folder must not overwrite days of work, nor touch other files."""
+    out = train(validation_prompt="a photo of {}", num_validation_images=1)
+    (out / "notes.txt").write_text("mine")
+    first = {path.name: path.read_bytes() for path in out.iterdir() if path.name not in ("notes.txt", ".lock")}
+    assert {"validation-12.png", "sks.safetensors", "checkpoint-12.safetensors"} <= set(first)
+    train(seed=1)
+    assert {path.name: path.read_bytes() for path in (out / "previous-1").iterdir()} == first
+    train(seed=2)
+    assert names(out / "previous-2") == names(out / "previous-1") - {"validation-12.png"}
+    assert (out / "notes.txt").read_text() == "mine" and "notes.txt" not in names(out / "previous-1")
+
+
+def test_latest_without_a_checkpoint_overwrites_nothing(train):
+    """--resume_from_checkpoint latest is safe to give always: starting at step 0 is a new run like any other."""
+    out = train(checkpointing_steps=0)
+    for path in out.glob("checkpoint-*"):
+        path.unlink()
+    first = (out / "learned_embeds.safetensors").read_bytes()
+    train(seed=1, resume_from_checkpoint="latest")
+    assert (out / "learned_embeds.safetensors").read_bytes() != first
+    assert (out / "previous-1" / "learned_embeds.safetensors").read_bytes() == first
+
+
+def test_without_checkpoints(train):
+    """--checkpointing_steps 0: none, unless interrupted, as its help says."""
+    assert not [name for name in names(train(checkpointing_steps=0)) if name.startswith("checkpoint")]
+
+
+def test_without_git(train, monkeypatch):
+    """The commit is recorded where git is at hand; a machine without it still finishes."""
+    monkeypatch.setenv("PATH", "")
+    assert json.loads((train() / "run.json").read_text())["commit"] is None
+
+
+# --- the same run gives the same result ---
+
+
+def test_same_seed_same_bytes(base, train):
+    """Another process, folder and day: the same file, header included."""
+    out = train(max_train_steps=24, save_steps=10, checkpointing_steps=8)
+    for name in names(base) - {"run.json"}:
+        assert (out / name).read_bytes() == (base / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("flags", [
+    dict(seed=1), dict(estimator="spsa"), dict(estimator="one_point"), dict(timestep_sampling="uniform"),
+    dict(timestep_sampling="snr"), dict(quantization="int8"), dict(quantization="none"), dict(num_vectors=2),
+    dict(train_batch_size=2), dict(learnable_property="style"), dict(mixed_precision="bf16"), dict(n=3), dict(mu=0.02),
+    dict(nu=0), dict(nu=0.5), dict(tau=3), dict(t_min=0, t_max=100), dict(learning_rate=1e-2),
+    dict(initializer_token="cat"), dict(resolution=32),
+], ids=lambda flags: "-".join(f"{name}={value}" for name, value in flags.items()))  # fmt: skip
+def test_every_setting_changes_the_result(base, train, flags):
+    """A flag that is read and then ignored would leave the token as it was."""
+    found, reference = theta(train(max_train_steps=10, eval_steps=0, **flags)), theta(base, "learned_embeds-steps-10")
+    assert torch.isfinite(found).all() and found.shape == (flags.get("num_vectors", 1), 32)
+    # no two of these agree to rounding; a step moves each coordinate by up to the learning rate
+    assert (found[:1] - reference).abs().max() > 1e-2 * LEARNING_RATE
+
+
+def test_captions_and_crop_change_the_result(base, train, tmp_path):
+    """--use_cc with its file, and --center_crop on pictures that are not square."""
+    captions = {"dog6": {f"0{i}.png": f"a {colour} photo of {{}}" for i, colour in enumerate(["red", "white", "grass"])}}
+    (tmp_path / "cc.json").write_text(json.dumps(captions))
+    with_captions = theta(train("cc", max_train_steps=10, use_cc=True, cc_file=tmp_path / "cc.json"))
+    assert (with_captions - theta(base, "learned_embeds-steps-10")).abs().max() > 1e-2 * LEARNING_RATE
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 60, 3), np.uint8)).save(wide / "0.png")
+    squeezed, cropped = (theta(train(str(crop), data=wide, center_crop=crop)) for crop in (None, True))
+    assert (squeezed - cropped).abs().max() > 1e-2 * LEARNING_RATE
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_candidates_per_forward_changes_only_rounding(train, chunk):
+    """Losses agree to 1e-7; over mu = 1e-2 that is 1e-5 of a slope, next to Adam's epsilon of 1e-3 about 1 % of a step."""
+    whole, parts = (theta(train(name, max_train_steps=4, candidates_per_forward=c)) for name, c in (("a", None), ("b", chunk)))
+    assert (whole - parts).abs().max() < 0.05 * LEARNING_RATE
+
+
+def test_v_prediction_model(train, tmp_path):
+    """Stable Diffusion 2.1 (768) predicts velocities: another target, and it is recorded."""
+    model = make_model(tmp_path / "tiny-sd", prediction_type="v_prediction")  # the same weights and name
+    out, epsilon = train(model=model), train("epsilon")
+    assert not torch.equal(theta(out), theta(epsilon))
+    with safe_open(out / "learned_embeds.safetensors", "pt") as handle:
+        assert handle.metadata()["modelspec.prediction_type"] == "v"
+
+
+def test_training_lowers_the_loss(train):
+    """On its one image the token of a random network still gets better, by far more than evaluation noise (none)."""
+    out = train(max_train_steps=200, eval_steps=200, n=8, learning_rate=0.05, tau=500, num_eval_samples=16, mu=0.05)
+    first, last = (float(row["eval_loss"]) for row in csv.DictReader((out / "training_log.csv").open()))
+    assert last < first - 1e-4
+
+
+# --- interruption ---
+
+
+@pytest.mark.parametrize("flags", [
+    dict(), dict(estimator="spsa", num_vectors=2), dict(estimator="one_point", nu=0.5), dict(timestep_sampling="snr", n=1),
+    dict(train_batch_size=2, quantization="none"),
+], ids=["defaults", "spsa", "one_point", "snr", "batch"])  # fmt: skip
+def test_resumed_equals_uninterrupted(train, flags):
+    """Bit for bit, from the middle of a tau window: theta, moments, history, projection, generator, curve."""
+    flags = dict(max_train_steps=20, checkpointing_steps=5, checkpoints_total_limit=0, eval_steps=5, **flags)
+    whole, resumed = train("whole", **flags), train("resumed", **{**flags, "max_train_steps": 10})
+    assert not torch.equal(theta(whole), theta(resumed))
+    train("resumed", **flags, resume_from_checkpoint="latest")
+    assert names(resumed) == names(whole)  # and nothing moved aside
+    for name in names(whole) - {"run.json"}:
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
+    record = json.loads((resumed / "run.json").read_text())
+    assert record["step"] == 20 and record["steps_this_time"] == 10
+    named = train("named", **flags, resume_from_checkpoint=whole / "checkpoint-5.safetensors")
+    assert (named / "checkpoint-20.safetensors").read_bytes() == (whole / "checkpoint-20.safetensors").read_bytes()
+
+
+def test_resuming_a_finished_run(base, train, tmp_path):
+    """Changes nothing; more steps go on from its end."""
+    shutil.copytree(base, tmp_path / "out")
+    out = train(max_train_steps=24, save_steps=10, checkpointing_steps=8, resume_from_checkpoint="latest")
+    assert (out / "learned_embeds.safetensors").read_bytes() == (base / "learned_embeds.safetensors").read_bytes()
+    train(max_train_steps=30, resume_from_checkpoint="latest")
+    assert json.loads((out / "run.json").read_text())["step"] == 30
+
+
+def interrupt(argv: list[str], out: Path, number: int) -> tuple[int, str]:
+    """Starts the script, waits for a checkpoint, sends the signal; exit code and stderr."""
+    process = subprocess.Popen([sys.executable, SCRIPT, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        limit = time.monotonic() + 120
+        while not list(out.glob("checkpoint-*.safetensors")) and time.monotonic() < limit and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        return process.returncode, stderr
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_run(train, tiny_model, subject, tmp_path, number, code):
+    """Saved at the step under way, says how to go on, and equals a run that was never interrupted, bit for bit."""
+    out, flags = tmp_path / "out", dict(eval_steps=0, checkpointing_steps=5)
+    returned, stderr = interrupt(arguments(tiny_model, subject, out, **flags, max_train_steps=100000), out, number)
+    assert returned == code, stderr
+    line = stderr.splitlines()[-1]
+    step = max(int(path.stem.split("-")[1]) for path in out.glob("checkpoint-*.safetensors"))
+    assert f"saved at step {step}" in line and "--resume_from_checkpoint latest" in line and "Traceback" not in stderr
+    assert not [name for name in names(out) if "tmp" in name or name.startswith(".")]
+    assert {"learned_embeds.safetensors", "run.json"} <= names(out)
+    whole = train("whole", **flags, max_train_steps=step)
+    name = f"checkpoint-{step}.safetensors"
+    assert (out / name).read_bytes() == (whole / name).read_bytes()
+    train(**flags, max_train_steps=step + 7, resume_from_checkpoint="latest")
+    assert torch.equal(theta(out), theta(train("longer", **flags, max_train_steps=step + 7)))
+
+
+# --- pictures, trackers, NaN, several processes ---
+
+
+def test_validation_pictures(base, train):
+    """A grid of the right size at the right steps, and not a bit of difference in the token."""
+    out = train(max_train_steps=24, validation_prompt="a photo of <sks> in the snow", validation_steps=16,
+                num_validation_images=2, save_steps=10, checkpointing_steps=8)
+    assert {name for name in names(out) if name.endswith(".png")} == {"validation-16.png", "validation-24.png"}
+    pictures = [Image.open(out / f"validation-{step}.png") for step in (16, 24)]
+    assert all(picture.size == (32, 16) and picture.mode == "RGB" for picture in pictures)
+    left, right = np.asarray(pictures[0])[:, :16], np.asarray(pictures[0])[:, 16:]
+    assert left.std() > 0 and not np.array_equal(left, right)  # two pictures, from two noises
+    for name in ("learned_embeds", "checkpoint-24"):
+        assert (out / f"{name}.safetensors").read_bytes() == (base / f"{name}.safetensors").read_bytes()
+
+
+def test_tensorboard(train):
+    """The curve arrives in the tracker."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = train(max_train_steps=20, report_to="tensorboard")
+    logs = [EventAccumulator(str(path)).Reload() for path in out.rglob("events.out.tfevents*")]
+    ((events, tag),) = [(log, tag) for log in logs for tag in log.Tags()["scalars"] if "eval_loss" in tag]
+    rows = list(csv.DictReader((out / "training_log.csv").open()))
+    assert [event.step for event in events.Scalars(tag)] == [int(row["step"]) for row in rows]
+    for event, row in zip(events.Scalars(tag), rows, strict=True):
+        assert event.value == pytest.approx(float(row["eval_loss"]), rel=1e-6)  # stored in fp32
+
+
+@pytest.fixture(scope="module")
+def nan_model(tiny_model, tmp_path_factory) -> Path:
+    model = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("nan") / "tiny-sd"))
+    path = model / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_in.bias"][0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    return model
+
+
+def test_losses_that_stay_nan_stop_the_run(train, nan_model, capsys):
+    """Twenty in a row: exit code 2 and advice, not hours of nothing; and again after a resume."""
+    out = train(code=2, model=nan_model, max_train_steps=60)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "not finite for 20 steps up to step 20" in line and "--mixed_precision" in line
+    assert "learned_embeds.safetensors" not in names(out)
+    train(code=2, model=nan_model, max_train_steps=60, resume_from_checkpoint="latest")
+    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
+
+
+def torchrun(processes: int, port: int) -> list[str]:
+    """Without the -- it takes the script's --n and --nu for its own. (accelerate launch starts one process on CPUs.)"""
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port), "--"]
+
+
+def test_two_processes_equal_one(train, tiny_model, subject, tmp_path):
+    """Each evaluates its share of the candidates; theta is never sent, and must stay the same in both.
+
+    Batches of other shapes sum in another order: losses agree to 1e-7, slopes (over mu = 1e-2) to 1e-5, and Adam, whose
+    steps are slope / (|slope| + 1e-3), turns that into about 1 % of a step. Four steps only, as differences feed back.
+    """
+    flags = dict(max_train_steps=4, eval_steps=0)
+    argv = [*torchrun(2, 29517), SCRIPT, *arguments(tiny_model, subject, tmp_path / "two", **flags)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+    assert done.stdout.count("after 4 steps") == 1  # one process speaks
+    one = theta(train("one", **flags))
+    assert (theta(tmp_path / "two") - one).abs().max() < 0.05 * LEARNING_RATE
+    assert (one - theta(train("other", **flags, seed=1))).abs().max() > LEARNING_RATE  # what a wrong share would do
+
+
+@pytest.mark.slow
+def test_more_processes_than_candidates(tiny_model, subject, tmp_path):
+    """A process without a candidate would only wait; it is refused with the numbers."""
+    argv = [*torchrun(3, 29518), SCRIPT, *arguments(tiny_model, subject, tmp_path / "out", n=1)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and "3 processes share only 2 candidates" in done.stderr
+
+
+def test_bundled_subject(train):
+    """The pictures that come with the project are readable, captioned and trainable as the README says."""
+    captions = json.loads((ROOT / "cc.json").read_text())
+    for folder in sorted(path for path in (ROOT / "dataset").iterdir() if path.is_dir()):
+        assert folder.name in captions
+        out = train(folder.name, data=folder, use_cc=True, cc_file=ROOT / "cc.json", max_train_steps=2, eval_steps=0)
+        assert torch.isfinite(theta(out)).all()
+
+
+def test_subject_of_one_picture(train, tmp_path):
+    """One photograph is enough to run."""
+    assert torch.isfinite(theta(train(data=make_subject(tmp_path / "one", count=1)))).all()
