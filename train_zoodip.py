@@ -156,6 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--validation_prompt", default=None, help="prompt with the token (or {}) to draw pictures of while training")
     add("--validation_steps", type=int, default=0, help="steps between those pictures; 0: only at the end")
     add("--num_validation_images", type=int, default=4, help="pictures a time")
+    add("--validation_guidance", type=float, default=7.5, help="classifier-free guidance scale of those pictures")
     add("--report_to", default="none", choices=["none", "tensorboard", "wandb"], help="experiment tracker")
     return parser
 
@@ -194,6 +195,7 @@ def check_args(args: argparse.Namespace) -> None:
         require(getattr(args, flag) >= 1, flag, "must be at least 1")
     for flag in ("save_steps", "checkpointing_steps", "checkpoints_total_limit", "eval_steps", "validation_steps"):
         require(getattr(args, flag) >= 0, flag, "must not be negative")
+    require(1 <= args.validation_guidance < math.inf, "validation_guidance", "must be at least 1 (no guidance)")
     require(0 <= args.seed < 2**63, "seed", "must be in [0, 2^63)")
 
     token = args.placeholder_token
@@ -1379,7 +1381,7 @@ class ValidationDrawer:
 
     @torch.no_grad()
     def draw(self, theta: torch.Tensor) -> Image.Image:
-        """--num_validation_images pictures side by side: 50 steps, guidance 7.5, the same noise every time."""
+        """--num_validation_images pictures side by side: 50 steps, the same noise every time."""
         device = self.pipeline.unet.conv_in.weight.device
         rows, ids = self.prompts.rows.to(device), self.prompts.ids.to(device)
         prompt, empty = encode_prompts(self.text_encoder, rows, ids, theta.detach()[None].to(device))  # [L, d] each
@@ -1388,7 +1390,8 @@ class ValidationDrawer:
         for i in range(count):  # one at a time: pictures must not need more memory than training
             picture = self.pipeline(
                 prompt_embeds=prompt[None], negative_prompt_embeds=empty[None], num_inference_steps=50,
-                guidance_scale=7.5, generator=torch.Generator().manual_seed(self.args.seed + i), height=side, width=side,
+                guidance_scale=self.args.validation_guidance, height=side, width=side,
+                generator=torch.Generator().manual_seed(self.args.seed + i),
             ).images[0]
             grid.paste(picture, (side * i, 0))
         return grid

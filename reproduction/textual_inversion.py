@@ -33,7 +33,8 @@ LOSS_SCALE = 1024.0  # a power of two: exact in fp32 and bf16, and keeps fp16 gr
 
 # Flags of train_zoodip.py that say how to do without gradients, or that this script has no use for.
 UNUSED = ("n mu tau nu estimator candidates_per_forward save_steps checkpointing_steps checkpoints_total_limit "
-          "resume_from_checkpoint validation_prompt validation_steps num_validation_images").split()
+          "resume_from_checkpoint validation_prompt validation_steps num_validation_images "
+          "validation_guidance").split()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
