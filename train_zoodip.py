@@ -14,7 +14,7 @@ Everything but the token (3 KB) is quantised and frozen. Run it:
     python train_zoodip.py --train_data_dir dataset/dog6 --initializer_token dog --use_cc            # one GPU
     python train_zoodip.py --train_data_dir dataset/dog6 --initializer_token dog --use_cc \\
         --mixed_precision bf16                                                                      # a CPU
-    accelerate launch --num_processes 2 train_zoodip.py ...                       # the n directions over two devices
+    accelerate launch --num_processes 3 train_zoodip.py ...              # the candidates of a step over three GPUs
 """
 
 from __future__ import annotations
