@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     memory = phases["all"]
     rows = [
         ["wall time, from the command to the prompt", f"{seconds / 60:.2f} min"],
-        ["training loop, evaluations and pictures included", f"{run['seconds_this_time'] / 60:.2f} min"],
+        ["stepping alone (evaluations and pictures apart)", f"{run['seconds_this_time'] / 60:.2f} min"],
         ["steps", run["steps_this_time"]],
         ["steps/s", f"{run['steps_per_second']:.1f}"],
         ["peak RSS (anonymous pages)", f"{memory['VmRSS'] / 1e9:.2f} GB ({memory['RssAnon'] / 1e9:.2f} GB)"],
