@@ -34,6 +34,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -1501,6 +1502,7 @@ def quiet_libraries() -> None:
     """Silence notices about optional packages that are not needed; errors still come through. Call before loading."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def cli(args: argparse.Namespace) -> int:
