@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""Render pictures of one held-out breed in several scenes, as the photographs to personalise on, with their captions.
+
+python miniature/make_subject.py furmix          # writes dataset/furmix/*.jpg and its captions into cc.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that the file also runs as a script
+
+from miniature.world import breed_by_name, class_caption, held_out_breeds, render, scene_spec  # noqa: E402
+
+SCENES = ("grass", "snow", "wooden floor", "city", "desert")
+
+
+def make_subject(breed_name: str, folder: Path, seed: int = 0, size: int = 256) -> dict[str, str]:
+    """Write one JPEG per scene into `folder`; returns {file name: caption with {} for the subject}."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = {}
+    for i, scene in enumerate(SCENES):
+        spec = scene_spec(breed_by_name(breed_name), scene, rng=rng)
+        name = f"{i:02}.jpg"
+        render(spec, size=size).save(folder / name, quality=95)
+        captions[name] = class_caption(spec, noun="{}")
+    return captions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "breed", choices=[breed.name for breed in held_out_breeds()], help="a breed no model was trained on"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of positions and scene details (default: 0)")
+    args = parser.parse_args()
+    captions = make_subject(args.breed, ROOT / "dataset" / args.breed, args.seed)
+    cc_file = ROOT / "cc.json"
+    known = json.loads(cc_file.read_text())
+    known[args.breed] = captions
+    cc_file.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
+    print(json.dumps({args.breed: captions}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
