@@ -18,7 +18,7 @@ if [ "${1:-}" = demo ]; then
         --cc_file "$here/cc.json" --use_cc \
         --initializer_token critter \
         --max_train_steps 1000 --learning_rate 1e-2 --tau 43 \
-        --validation_prompt "a {} on the beach wearing a red hat" --validation_guidance 4 \
+        --validation_prompt "a {} on the beach wearing a red hat" --validation_guidance 5 \
         "$@"
 fi
 
