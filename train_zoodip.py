@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import errno
 import hashlib
 import io
@@ -1252,11 +1253,23 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     )
 
 
+def set_mmap_threshold(size: int) -> None:
+    """Have glibc take blocks of `size` bytes or more from the system one by one, and give them back when freed.
+
+    Left to itself it takes them from a heap that loading fragments: 0.6 GB more at SD v1.5's size (benchmarks/README.md).
+    """
+    try:
+        ctypes.CDLL(None).mallopt(-3, size)  # M_MMAP_THRESHOLD
+    except (OSError, AttributeError, TypeError):  # another C library
+        pass
+
+
 def load_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> tuple[FrozenModel, Data]:
     """Encode the images, free the VAE, then load text encoder and UNet: never more than one of them unquantised."""
     from diffusers import DDPMScheduler
 
     folder = inputs.folder
+    set_mmap_threshold(1 << 20)
     scheduler = from_folder(folder / "scheduler", DDPMScheduler.from_pretrained)
     vae = load_frozen(folder, "vae", args.variant, "none", torch.float32, device, skip=("decoder.", "post_quant_conv."))
     latents = encode_images(vae, inputs.subject.paths, args.resolution, args.center_crop)
@@ -1264,6 +1277,7 @@ def load_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) -
     how = (args.variant, args.quantization, DTYPES[args.mixed_precision], device)
     text_encoder = load_frozen(folder, "text_encoder", *how, skip=("embeddings.token_embedding.",))
     unet = load_frozen(folder, "unet", *how)
+    set_mmap_threshold(32 << 20)  # while stepping, activations are better kept at hand
     model = FrozenModel(unet, text_encoder, inputs.prompts.rows.to(device), args.candidates_per_forward)
     return model, Data(latents, inputs.choices, inputs.prompts, scheduler)
 
