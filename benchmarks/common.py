@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the only place: the scripts import this module before anything of the repository
 
 import train_zoodip as zoodip  # noqa: E402
+from train_zoodip import DTYPES  # noqa: E402
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def cli(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
