@@ -30,7 +30,6 @@ import train_zoodip as zoodip  # noqa: E402
 from train_zoodip import DTYPES  # noqa: E402
 
 
-
 def cli(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """`main` for the command line: what the user can mend is one line on stderr and exit code 2."""
     zoodip.quiet_libraries()
