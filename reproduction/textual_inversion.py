@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_zoodip as zoodip  # noqa: E402
-from train_zoodip import Data, FrozenModel, InputError, Progress  # noqa: E402
+from train_zoodip import Data, FrozenModel, InputError, Inputs, Progress  # noqa: E402
 
 LOSS_SCALE = 1024.0  # a power of two: exact in fp32 and bf16, and keeps fp16 gradients from vanishing
 
@@ -46,12 +46,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adam_epsilon", type=float, default=1e-8, help="of Adam; here gradients are exact")
     parser.add_argument("--max_train_steps", type=int, default=5000, help="steps of one forward and one backward")
     parser.add_argument("--output_dir", default="results/textual_inversion", help="folder for embedding, curve, record")
+    return parse_baseline_args(parser, UNUSED, argv, "gradient textual inversion")
+
+
+def parse_baseline_args(parser: argparse.ArgumentParser, unused: list[str], argv: list[str] | None,
+                        method: str) -> argparse.Namespace:
+    """The flags of train_zoodip.py under those of `parser`; exits with code 2 on wrong ones and on any of `unused`."""
     own, rest = parser.parse_known_args(argv)
     args = zoodip.parse_args(rest)
     defaults = zoodip.parse_args(["--train_data_dir", "x", "--initializer_token", "x"])
-    for name in UNUSED:
+    for name in unused:
         if getattr(args, name) != getattr(defaults, name):
-            parser.exit(2, f"error: --{name} has no meaning for gradient textual inversion; drop it\n")
+            parser.exit(2, f"error: --{name} has no meaning for {method}; drop it\n")
     for name, value in vars(own).items():
         setattr(args, name, value)
     try:
@@ -101,43 +107,73 @@ def invert(model: FrozenModel, data: Data, theta0: torch.Tensor, args: argparse.
     return theta.detach().cpu(), curve
 
 
-def main(args: argparse.Namespace) -> None:
-    """Load, train, save: learned_embeds.safetensors, training_log.csv and run.json as train_zoodip.py writes them."""
+# (model, data, inputs, evaluate or None, on_row) -> (theta, rows of the curve, UNet forwards)
+Learner = Callable[[FrozenModel, Data, Inputs, Callable | None, Callable], tuple[torch.Tensor, list[dict], int]]
+
+
+def run_baseline(args: argparse.Namespace, estimator: str, learn: Learner) -> None:
+    """Load, learn, save: learned_embeds.safetensors, training_log.csv and run.json as train_zoodip.py writes them."""
     accelerator = zoodip.make_accelerator(args)
     if accelerator.num_processes > 1:
         raise InputError("this baseline runs as one process; start it with python, not accelerate launch")
     inputs = zoodip.read_inputs(args)
     zoodip.resolve_defaults(args, inputs.folder, accelerator.device)
-    zoodip.prepare_output(args)
+    lock = zoodip.prepare_output(args)
     model, data = zoodip.load_model(args, inputs, accelerator.device)
-    args.estimator = "backpropagation"
-    args.n = args.mu = args.tau = args.nu = None  # the record must not claim what was not used
+    forget_unused(args, estimator)
     settings = {name: value for name, value in zoodip.run_settings(args).items() if value is not None}
-    accelerator.init_trackers("textual_inversion", settings)
+    accelerator.init_trackers(estimator, settings)
     recorder = zoodip.Recorder(args, accelerator, {}, data.scheduler.config.prediction_type)
-    evaluate = None
+    evaluate, evaluating = None, 0.0
     if args.eval_steps:
         fixed_set = zoodip.evaluation_batches(data.latents, data.choices, data.prompts, data.scheduler, args)
 
         def evaluate(theta):
-            return model.mean_loss(fixed_set, theta)
+            nonlocal evaluating
+            started = time.perf_counter()
+            loss = model.mean_loss(fixed_set, theta)
+            evaluating += time.perf_counter() - started
+            return loss
 
-    started = time.time()
-    theta, curve = invert(model, data, inputs.initial_token, args, args.max_train_steps, args.learning_rate, evaluate,
-                          args.eval_steps, lambda rows: recorder.curve(Progress(curve=rows)))
+    started = time.perf_counter()
+    theta, curve, forwards = learn(model, data, inputs, evaluate, lambda rows: recorder.curve(Progress(curve=rows)))
+    seconds = time.perf_counter() - started - evaluating
     smoothed = curve[-1]["loss"] if curve else None
-    progress = Progress(args.max_train_steps, args.max_train_steps, 0, smoothed, curve)
     recorder.embedding(SimpleNamespace(theta=theta), args.max_train_steps, final=True)
-    recorder.run(progress, time.time() - started, args.max_train_steps)
+    recorder.run(Progress(args.max_train_steps, forwards, 0, smoothed, curve), seconds, args.max_train_steps)
     accelerator.end_training()
-    print(f"{Path(args.output_dir) / 'learned_embeds.safetensors'}: {args.placeholder_token} by backpropagation, "
+    lock.close()
+    print(f"{Path(args.output_dir) / 'learned_embeds.safetensors'}: {args.placeholder_token} by {estimator}, "
           f"{args.max_train_steps} steps")
 
 
-if __name__ == "__main__":
+def forget_unused(args: argparse.Namespace, estimator: str) -> None:
+    """The record of a baseline must not claim zeroth-order settings that it did not use."""
+    args.estimator = estimator
+    args.n = args.mu = args.tau = args.nu = None
+
+
+def main(args: argparse.Namespace) -> None:
+    def learn(model, data, inputs, evaluate, on_row):
+        theta, curve = invert(model, data, inputs.initial_token, args, args.max_train_steps, args.learning_rate, evaluate,
+                              args.eval_steps, on_row)
+        return theta, curve, args.max_train_steps
+
+    run_baseline(args, "backpropagation", learn)
+
+
+def cli(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """`main` for the command line: what the user can mend is one line on stderr and exit code 2."""
     zoodip.quiet_libraries()
     try:
-        main(parse_args())
-    except InputError as input_error:
-        print(f"error: {input_error}", file=sys.stderr)
+        main(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    cli(main, parse_args())
