@@ -574,7 +574,8 @@ class QuantizedLayer(nn.Module):
             packed = packed[first * columns // 2 : last * columns // 2]
             scales = scales[first * columns // 64 : last * columns // 64]
         count = shape[0] * columns
-        function = None if packed.is_cuda or count % 2 or torch.compiler.is_compiling() else nf4_cpu_function(dtype)
+        direct = packed.device.type == "cpu" and count % 2 == 0 and not torch.compiler.is_compiling()
+        function = nf4_cpu_function(dtype) if direct else None
         if function is None:
             operator = torch.ops.bitsandbytes.dequantize_4bit.default
             return self.unpacked(operator(packed, scales, 64, "nf4", [1, count], dtype), shape)

@@ -246,3 +246,14 @@ def test_gradients_reach_the_input():
     inputs = torch.randn(2, 10, generator=seeded(3)).requires_grad_()
     (gradient,) = torch.autograd.grad(quantized(inputs).sum(), inputs)
     torch.testing.assert_close(gradient, quantized.dequantize().sum(0).expand(2, 10), rtol=0, atol=1e-6)  # fp32 sums of 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(96, 864), (7, 5), (1280, 1000)])
+def test_the_direct_call_is_the_operator(dtype, shape, monkeypatch):
+    """The library's C function, called directly for speed, and its operator: the same bits; where there is none, the operator."""
+    _, _, quantized = make_linear(shape, "nf4", dtype)
+    direct = quantized.dequantize()
+    assert z.nf4_cpu_function(dtype) is not None, "this bitsandbytes has no such function: the layer falls back to the operator"
+    monkeypatch.setattr(z, "nf4_cpu_function", lambda dtype: None)
+    assert torch.equal(quantized.dequantize(), direct)
