@@ -399,8 +399,8 @@ def test_compiled(tiny_model, subject, tmp_path):
         assert run_cli(arguments(tiny_model, subject, tmp_path / name, compile=compile, max_train_steps=3, eval_steps=0)) == 0
         tokens.append(load_file(tmp_path / name / "learned_embeds.safetensors")["<sks>"])
     assert dynamo.counters["stats"]["unique_graphs"] >= 1 and not dynamo.counters["graph_break"]
-    # losses of size 1 differ by 1e-6, slopes by 1e-6 / mu (1e-2) = 1e-4, gradients by 1 / s (s = 4) of that; where a gradient is as
-    # small as Adam's epsilon, 1e-3, that is 2 % of a step of 5e-3. (The token moves by 1.5e-2.)
+    # losses of size 1 differ by 1e-6, slopes by 1e-6 / mu (1e-2) = 1e-4, gradients by 1 / s (s = 4) of that; where a gradient is
+    # as small as Adam's epsilon, 1e-3, that is 2 % of a step of 5e-3. (The token moves by 1.5e-2.)
     torch.testing.assert_close(*tokens, rtol=0, atol=1e-4)
 
 
