@@ -614,7 +614,7 @@ def load_frozen(folder: Path, part: str, variant: str | None, quantization: str,
 
     Tensors are read, quantised and dropped one by one, so that the 16-bit model never exists whole. A parameter whose
     name begins with an entry of `skip` is left empty. The UNet's conv_in and conv_out
-    (0.003 % of SD v1.5's weights) stay in `dtype`: quantising them costs more loss than all the rest
+    (0.003 % of SD v1.5's weights) stay in `dtype`: quantising them costs as much loss as all the rest
     (benchmarks/README.md). Raises InputError where file and configuration do not match.
     """
     from accelerate import init_empty_weights
