@@ -31,13 +31,16 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -109,16 +112,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mixed_precision", default=None, choices=["fp16", "bf16", "fp32"],
         help="precision of activations; the default is fp16 on a GPU and fp32 on a CPU")
     add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
+    add("--compile", action="store_true",
+        help="torch.compile the UNet: minutes at the start, needs a C++ compiler (CPU) or Triton (GPU)")
+    add("--save_quantized", default=None, metavar="DIR",
+        help="write the model, quantised, to DIR, to be given as --pretrained_model_name_or_path; without --train_data_dir "
+        "that is all")
 
     group = parser.add_argument_group("token")
     add = group.add_argument
     add("--placeholder_token", default="<sks>", help="the new word, in <...>, lower case")
-    add("--initializer_token", required=True, help="word(s) whose embedding the token starts from: the subject's class")
+    add("--initializer_token", default=None, help="word(s) whose embedding the token starts from: the subject's class")
     add("--num_vectors", type=int, default=1, help="embedding vectors of the token, all of them trained")
 
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--train_data_dir", required=True, help="folder of images of the subject")
+    add("--train_data_dir", default=None, help="folder of images of the subject")
     add("--use_cc", action=argparse.BooleanOptionalAction, default=False,
         help="use the comprehensive captions of --cc_file instead of templates")
     add("--cc_file", default="cc.json", help="captions: {folder name: {file name: caption with one {}}}")
@@ -181,6 +189,12 @@ def check_args(args: argparse.Namespace) -> None:
         if not condition:
             raise InputError(f"--{flag} {rule}, got {getattr(args, flag)!r}")
 
+    if args.save_quantized is not None:
+        require(args.quantization != "none", "quantization", "must be nf4 or int8 with --save_quantized")
+        if args.train_data_dir is None:
+            return
+    for flag in ("train_data_dir", "initializer_token"):
+        require(getattr(args, flag) is not None, flag, "is required")
     require(args.n >= 1, "n", "must be at least 1")
     require(args.mu is None or 0 < args.mu < math.inf, "mu", "must be a positive number, for example 1e-3")
     require(args.tau >= 2, "tau", "must be at least 2 (a variance needs two tokens)")
@@ -219,6 +233,8 @@ def check_args(args: argparse.Namespace) -> None:
 # torch takes a second to import: --help and wrong arguments are answered before.
 if __name__ == "__main__":
     ARGS = parse_args()
+    # on Linux CPUs: large tensors on huge pages, which saves a tenth of the time (benchmarks/NOTES.md); read when torch starts
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch
@@ -454,55 +470,142 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
             raise InputError(f"{path}: is not a whole safetensors file ({error}); download it again") from error
 
 
-class QuantizedLayer(nn.Module):
-    """A frozen Linear or Conv2d that holds its weight packed and dequantises it only for the moment of its use.
+def pack_weight(weight: torch.Tensor, quantization: str) -> dict[str, torch.Tensor]:
+    """The tensors that stand for a Linear or Conv2d weight, as `QuantizedLayer` holds and --save_quantized writes them.
 
     nf4:  bitsandbytes NormalFloat4, blocks of 64, absmax itself quantised (Dettmers et al. 2023). The weight is packed
-          flat, because the CPU kernel is slow or wrong for some shapes of more than one dimension.
+          flat, because the CPU kernel is slow or wrong for some shapes of more than one dimension, in slices, because
+          quantising takes ten times a slice's memory, and a convolution's with the input channels last, as
+          the convolution kernels read it.
     int8: one scale per output row (absolute maximum / 127), as in the paper's INT8 rows.
     """
+    if weight.dim() == 4:
+        weight = weight.permute(0, 2, 3, 1)
+    rows = weight.reshape(len(weight), -1)
+    if quantization == "int8":
+        scale = rows.float().abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
+        return dict(int8=(rows / scale).round().to(torch.int8), scale=scale)
+    from bitsandbytes import functional as bnb
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, weight: torch.Tensor, quantization: str, dtype: torch.dtype):
+    slices = [bnb.quantize_4bit(part.float(), blocksize=64, quant_type="nf4") for part in rows.flatten().split(1 << 21)]
+    absmax = torch.cat([state.absmax for _, state in slices])
+    offset = absmax.mean()
+    quantized_absmax, state = bnb.quantize_blockwise(absmax - offset, blocksize=256)
+    return dict(nf4=torch.cat([packed.flatten() for packed, _ in slices]), absmax=quantized_absmax,
+                absmax_scale=state.absmax, absmax_offset=offset)
+
+
+@cache
+def nf4_cpu_function(dtype: torch.dtype):
+    """The C function behind bitsandbytes' operator on a CPU, or None where this build of the library has none.
+
+    Reaching it through the torch operator takes longer than a small layer takes to be dequantised: for the miniature a
+    tenth of a step. Arguments: packed, scales, output (addresses); block size, 1, number of weights.
+    """
+    from bitsandbytes.cextension import lib
+
+    suffix = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    function = getattr(getattr(lib, "_lib", None), f"cdequantize_blockwise_cpu_nf4_{suffix}", None)
+    if function is not None:
+        function.argtypes, function.restype = [ctypes.c_void_p] * 3 + [ctypes.c_longlong] * 3, None
+    return function
+
+
+class QuantizedLayer(nn.Module):
+    """A frozen Linear or Conv2d that holds its weight as `pack_weight` packed it, and dequantises it at the moment of use.
+
+    A weight of more than AT_ONCE numbers is dequantised and applied in slices of output channels. Raises ValueError where
+    the packed tensors are not of the layer's size.
+    """
+
+    AT_ONCE = 1 << 24
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, packed: dict[str, torch.Tensor], dtype: torch.dtype):
         super().__init__()
-        from bitsandbytes import functional as bnb
+        self.shape, self.bias, self.dtype = layer.weight.shape, layer.bias, dtype
+        self.quantization = "nf4" if "nf4" in packed else "int8"
+        self.packed_shape = rows, columns = self.shape[0], math.prod(self.shape[1:])
+        blocks = math.ceil(rows * columns / 64)
+        expected = dict(int8=rows * columns, scale=rows) if self.quantization == "int8" else dict(
+            nf4=math.ceil(rows * columns / 2), absmax=blocks, absmax_scale=math.ceil(blocks / 256), absmax_offset=1)
+        found = {name: tensor.numel() for name, tensor in packed.items()}
+        if found != expected:
+            raise ValueError(f"{found} numbers instead of {expected}")
+        for name in expected:
+            self.register_buffer(name, packed[name])
+        if self.quantization == "nf4":
+            from bitsandbytes.functional import create_dynamic_map
 
-        self.shape, self.dtype, self.quantization = weight.shape, dtype, quantization
-        self.quant_state = None
-        if quantization == "nf4":
-            packed, self.quant_state = bnb.quantize_4bit(weight.float().flatten(), blocksize=64, quant_type="nf4",
-                                                         compress_statistics=True)
-            self.quant_state.dtype = dtype
-        else:
-            rows = weight.float().flatten(1)
-            scale = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
-            packed = (rows / scale).round().to(torch.int8)
-            self.register_buffer("scale", scale)
-        self.register_buffer("packed", packed)
-        self.bias = layer.bias
-        self.convolution = None
-        if isinstance(layer, nn.Conv2d):
-            self.convolution = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation,
-                                    groups=layer.groups)
+            self.register_buffer("absmax_code", create_dynamic_map().to(self.nf4.device))
+            if blocks <= 1 << 14:  # up to 1 M weights: unpacking the scales as well would take half of the time
+                self.absmax = self.block_scales()
+                del self.absmax_scale, self.absmax_offset, self.absmax_code
+        convolution = isinstance(layer, nn.Conv2d)
+        self.convolution = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation,
+                                groups=layer.groups) if convolution else None
+        divisible = columns % 64 == 0 and not (convolution and layer.groups > 1)
+        self.rows_at_once = max(1, self.AT_ONCE // columns) if rows * columns > self.AT_ONCE and divisible else rows
 
     def _apply(self, fn, recurse: bool = True):
+        """Moves go through, casts do not: the scales stay fp32."""
+        kept = dict(self._buffers)
         super()._apply(fn, recurse)
-        if self.quant_state is not None:
-            self.quant_state.to(self.packed.device)
+        for name, buffer in kept.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
         return self
 
-    def dequantize(self) -> torch.Tensor:
-        """The weight in the layer's own shape and compute dtype."""
-        if self.quantization == "int8":
-            return (self.packed * self.scale).to(self.dtype).view(self.shape)
-        from bitsandbytes import functional as bnb
+    def block_scales(self) -> torch.Tensor:
+        """absmax of every block of 64, fp32."""
+        if self.absmax.dtype == torch.float32:
+            return self.absmax
+        operator = torch.ops.bitsandbytes.dequantize_blockwise.default
+        return operator(self.absmax, self.absmax_scale, self.absmax_code, 256, torch.float32) + self.absmax_offset
 
-        return bnb.dequantize_4bit(self.packed, self.quant_state).view(self.shape)
+    def dequantize(self, first: int = 0, last: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Output rows first .. last of the weight, in the layer's own shape (a convolution's in channels_last order)."""
+        rows, columns = self.packed_shape
+        last, dtype = rows if last is None else last, dtype or self.dtype
+        shape = (last - first, *self.shape[1:])
+        if self.quantization == "int8":
+            return self.unpacked((self.int8[first:last] * self.scale[first:last]).to(dtype), shape)
+        packed, scales = self.nf4, self.block_scales()
+        if last - first < rows:
+            packed = packed[first * columns // 2 : last * columns // 2]
+            scales = scales[first * columns // 64 : last * columns // 64]
+        count = shape[0] * columns
+        direct = packed.device.type == "cpu" and count % 2 == 0 and not torch.compiler.is_compiling()
+        function = nf4_cpu_function(dtype) if direct else None
+        if function is None:
+            operator = torch.ops.bitsandbytes.dequantize_4bit.default
+            return self.unpacked(operator(packed, scales, 64, "nf4", [1, count], dtype), shape)
+        order = torch.channels_last if self.convolution else torch.contiguous_format
+        weight = torch.empty(shape, dtype=dtype, memory_format=order)
+        function(packed.data_ptr(), scales.data_ptr(), weight.data_ptr(), 64, 1, count)
+        return weight
+
+    def unpacked(self, flat: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """Numbers in the packed order -> the layer's own shape."""
+        if not self.convolution:
+            return flat.view(shape)
+        rows, channels, height, width = shape
+        return flat.view(rows, height, width, channels).permute(0, 3, 1, 2)
+
+    def product(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.convolution is None:
+            return F.linear(inputs, weight, bias)
+        return F.conv2d(inputs, weight, bias, **self.convolution)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        weight = self.dequantize().to(inputs.dtype)  # another dtype than at loading only after module.to(dtype)
-        if self.convolution is None:
-            return F.linear(inputs, weight, self.bias)
-        return F.conv2d(inputs, weight, self.bias, **self.convolution)
+        rows = self.shape[0]
+        if self.rows_at_once == rows:
+            return self.product(inputs, self.dequantize(dtype=inputs.dtype), self.bias)
+        outputs = []
+        for first in range(0, rows, self.rows_at_once):
+            last = min(first + self.rows_at_once, rows)
+            bias = None if self.bias is None else self.bias[first:last]
+            outputs.append(self.product(inputs, self.dequantize(first, last, inputs.dtype), bias))
+        return torch.cat(outputs, dim=-1 if self.convolution is None else 1)
 
 
 def load_frozen(folder: Path, part: str, variant: str | None, quantization: str, dtype: torch.dtype,
@@ -511,18 +614,26 @@ def load_frozen(folder: Path, part: str, variant: str | None, quantization: str,
 
     Tensors are read, quantised and dropped one by one, so that the 16-bit model never exists whole. A parameter whose
     name begins with an entry of `skip` is left empty. The UNet's conv_in and conv_out
-    (0.003 % of SD v1.5's weights) stay in `dtype`: quantising them costs more loss than all the rest
+    (0.003 % of SD v1.5's weights) stay in `dtype`: quantising them costs as much loss as all the rest
     (benchmarks/README.md). Raises InputError where file and configuration do not match.
     """
     from accelerate import init_empty_weights
 
     with init_empty_weights():
         model = build_model(folder, part)
+    packed_layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in read_tensors(find_weights(folder, part, variant)):
         name = modern_name(name, part)
         module_name, _, leaf = name.rpartition(".")
         if name.endswith("position_ids"):
             continue  # a constant that older files hold
+        if module_name.endswith(".weight"):  # written by --save_quantized
+            if name.startswith(skip):
+                module = model.get_submodule(module_name.removesuffix(".weight"))
+                module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+            else:
+                packed_layers.setdefault(module_name.removesuffix(".weight"), {})[leaf] = tensor.to(device, copy=True)
+            continue
         try:
             module = model.get_submodule(module_name)
             expected = getattr(module, leaf).shape
@@ -538,16 +649,93 @@ def load_frozen(folder: Path, part: str, variant: str | None, quantization: str,
             raise InputError(f"{folder / part}: {name} is {tuple(tensor.shape)}, config.json says {tuple(expected)}; "
                              "configuration and weights are of different models")
         tensor = tensor.to(device)
-        quantize = quantization != "none" and leaf == "weight" and isinstance(module, (nn.Linear, nn.Conv2d))
-        if quantize and not (part == "unet" and module_name in ("conv_in", "conv_out")):
-            model.set_submodule(module_name, QuantizedLayer(module, tensor, quantization, dtype))
+        if quantization != "none" and leaf == "weight" and is_quantized(part, module_name, module):
+            model.set_submodule(module_name, QuantizedLayer(module, pack_weight(tensor, quantization), dtype))
         else:
             setattr(module, leaf, nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False))
+    for module_name, packed in packed_layers.items():
+        try:
+            model.set_submodule(module_name, QuantizedLayer(model.get_submodule(module_name), packed, dtype))
+        except (AttributeError, KeyError, ValueError) as error:
+            raise InputError(f"{folder / part}: the packed weight of {module_name} does not fit config.json ({error}); "
+                             "write the folder again with --save_quantized") from None
+        if quantization not in packed:
+            raise InputError(f"{folder / part}: the weights are packed as {'nf4' if 'nf4' in packed else 'int8'}; use "
+                             f"that as --quantization, or the model they were made from")
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise InputError(f"{folder / part}: the weights lack {missing[0]!r} and {len(missing) - 1} more that "
                          "config.json describes; download the folder again")
     return model.to(device).eval().requires_grad_(False)
+
+
+def is_quantized(part: str, name: str, module: nn.Module) -> bool:
+    """Whether a module is one of those whose weight is packed: every Linear and Conv2d but the UNet's first and last."""
+    return isinstance(module, (nn.Linear, nn.Conv2d)) and not (part == "unet" and name in ("conv_in", "conv_out"))
+
+
+def packed_tensors(folder: Path, part: str, variant: str | None, quantization: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of one part of a model with the weights packed: what `load_frozen` makes of them, to be stored.
+
+    As they are stay the VAE's encoder, which training uses unpacked, norms, biases, and what is packed already.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        model = build_model(folder, part)
+    for name, tensor in read_tensors(find_weights(folder, part, variant)):
+        module_name, _, leaf = modern_name(name, part).rpartition(".")
+        encoder = part == "vae" and module_name.startswith(("encoder.", "quant_conv"))
+        if leaf == "weight" and not encoder and is_quantized(part, module_name, module := model.get_submodule(module_name)):
+            for piece, packed in pack_weight(tensor.view(module.weight.shape), quantization).items():
+                yield f"{name}.{piece}", packed
+        else:
+            yield name, tensor.clone()
+
+
+def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Safetensors files of about 64 MB and their index, so that a model is never in memory whole."""
+    shard, weight_map = {}, {}
+
+    def write() -> None:
+        name = f"{stem}-{len(set(weight_map.values())) + 1:05}.safetensors"
+        write_atomically(folder / name, serialize(shard, {"format": "pt"}))
+        weight_map.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, tensor in tensors:
+        shard[name] = tensor
+        if sum(each.nbytes for each in shard.values()) >= 64 << 20:
+            write()
+    if shard:
+        write()
+    index = json.dumps(dict(metadata={}, weight_map=weight_map), indent=1)
+    write_atomically(folder / f"{stem}.safetensors.index.json", index.encode())
+
+
+def save_quantized(args: argparse.Namespace) -> Path:
+    """Write the model, packed, to the new folder --save_quantized. Loading either gives the same bits. Raises InputError."""
+    target = Path(args.save_quantized)
+    if target.exists():
+        raise InputError(f"--save_quantized: {str(target)!r} exists; give it as --pretrained_model_name_or_path, or write to "
+                         "a new folder")
+    folder = find_model_folder(args.pretrained_model_name_or_path, args.revision, args.variant)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        for part in WEIGHT_NAMES:
+            (unfinished / part).mkdir(parents=True)
+            shutil.copy(folder / part / "config.json", unfinished / part)
+            tensors = packed_tensors(folder, part, args.variant, args.quantization)
+            write_shards(unfinished / part, WEIGHT_NAMES[part], tqdm(tensors, desc=f"packing {part}", unit="tensor"))
+        shutil.copy(folder / "model_index.json", unfinished)
+        for other in ("tokenizer", "scheduler"):
+            shutil.copytree(folder / other, unfinished / other)
+        unfinished.rename(target)
+    except OSError as error:
+        raise InputError(f"--save_quantized {str(target)!r}: cannot be written ({error.strerror}); choose another") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return target
 
 
 def model_digest(folder: Path, variant: str | None) -> str:
@@ -608,16 +796,38 @@ def encode_images(vae: nn.Module, paths: list[Path], resolution: int, center_cro
 
     The VAE is needed no more after this; every step still samples its own latent (z = vae(x) * scaling_factor, Eq. 1).
     """
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
     device = next(vae.parameters()).device
+    vae.to(memory_format=torch.channels_last)  # the convolutions' own order: otherwise each copies its input and output
     latents = []
     for path in tqdm(paths, desc="encoding", unit="image", leave=False):
-        pixels = to_square(open_image(path), resolution, center_crop)
         flips = []
-        for picture in pixels:  # one at a time: the largest activations of the whole run are here
-            distribution = vae.encode(picture[None].to(device, vae.dtype)).latent_dist
+        for picture in to_square(open_image(path), resolution, center_crop):  # one at a time: they are the largest of the run
+            moments = encoder_moments(vae, picture[None].to(device, vae.dtype, memory_format=torch.channels_last))
+            distribution = DiagonalGaussianDistribution(moments)
             flips.append(torch.cat([distribution.mean, distribution.std]).float().cpu() * vae.config.scaling_factor)
-        latents.append(torch.stack(flips))
+        latents.append(torch.stack(flips).contiguous())
     return torch.stack(latents)
+
+
+def encoder_moments(vae: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """What vae.encode computes, [B, 8, h, w], with at most three activations of full size at a time.
+
+    At 512 pixels one is 0.13 GB; the encoder's own forward holds six of them.
+    """
+    encoder = vae.encoder
+    hidden = encoder.conv_in(hidden)
+    for block in encoder.down_blocks:
+        for resnet in block.resnets:
+            shortcut = hidden if resnet.conv_shortcut is None else resnet.conv_shortcut(hidden)
+            for layer in (resnet.norm1, resnet.nonlinearity, resnet.conv1, resnet.norm2, resnet.nonlinearity, resnet.conv2):
+                hidden = layer(hidden)
+            hidden = hidden.add_(shortcut)
+        for downsampler in block.downsamplers or []:
+            hidden = downsampler(hidden)
+    hidden = encoder.conv_out(encoder.conv_act(encoder.conv_norm_out(encoder.mid_block(hidden))))
+    return hidden if vae.quant_conv is None else vae.quant_conv(hidden)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -801,6 +1011,53 @@ def evaluation_batches(latents: torch.Tensor, choices: list[list[int]], prompts:
     return batches
 
 
+def modules_before_text(unet: nn.Module) -> list[nn.Module]:
+    """The layers of a UNet up to its first cross-attention: what they compute does not depend on the prompt."""
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    if unet._compiled_call_impl is not None:  # hooks that come and go would have it compiled anew every step
+        return []
+    modules = [unet.conv_in]
+    for block in unet.down_blocks:
+        attentions = getattr(block, "attentions", [])
+        if not attentions:
+            modules += [*block.resnets, *(block.downsamplers or [])]
+            continue
+        modules.append(block.resnets[0])
+        first = attentions[0]
+        if isinstance(first, Transformer2DModel) and not first.transformer_blocks[0].only_cross_attention:
+            modules += [first.norm, first.proj_in, first.transformer_blocks[0].norm1, first.transformer_blocks[0].attn1]
+        break
+    return modules
+
+
+@contextmanager
+def computed_once(modules: list[nn.Module], count: int):
+    """Within: the modules compute the first of `count` equal parts of their batch, and repeat it (5 % of SD v1.5's UNet).
+
+    Only for modules whose inputs are equal in all the parts.
+    """
+
+    def first_part(module, args, kwargs):
+        def cut(value):
+            return value[: len(value) // count] if isinstance(value, torch.Tensor) else value
+
+        return tuple(cut(value) for value in args), {name: cut(value) for name, value in kwargs.items()}
+
+    def repeated(module, args, output):
+        return torch.cat([output] * count)
+
+    hooks = []
+    if count > 1:
+        for module in modules:
+            hooks += [module.register_forward_pre_hook(first_part, with_kwargs=True), module.register_forward_hook(repeated)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def denoising_losses(unet: nn.Module, text_encoder: nn.Module, rows: torch.Tensor, batch: Batch,
                      tokens: torch.Tensor) -> torch.Tensor:
     """L(theta) of Eq. 1 for C candidate tokens [C, num_vectors, d] on one batch -> [C], accumulated in fp32.
@@ -811,8 +1068,10 @@ def denoising_losses(unet: nn.Module, text_encoder: nn.Module, rows: torch.Tenso
     states = encode_prompts(text_encoder, rows, batch.prompt_ids, tokens)  # [C * B, L, d]
     dtype = unet.conv_in.weight.dtype
     noisy_latents = batch.noisy_latents.to(dtype).repeat(count, 1, 1, 1)  # [C * B, 4, h, w]
+    noisy_latents = noisy_latents.to(memory_format=torch.channels_last)  # as the weights are packed
     timesteps = batch.timesteps.repeat(count)  # [C * B]
-    prediction = unet(noisy_latents, timesteps, states.to(dtype), return_dict=False)[0].float()
+    with computed_once(modules_before_text(unet), count):
+        prediction = unet(noisy_latents, timesteps, states.to(dtype), return_dict=False)[0].float()
     error = (prediction.unflatten(0, (count, -1)) - batch.target.float()).square()  # [C, B, 4, h, w]
     return error.flatten(1).mean(1)
 
@@ -1170,10 +1429,14 @@ def make_accelerator(args: argparse.Namespace):
 
     from accelerate import Accelerator
 
+    if args.save_quantized is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("--save_quantized is for one process; start it with python, and then train from that folder")
     if args.report_to != "none" and find_spec(args.report_to) is None:
         raise InputError(f"--report_to {args.report_to}: the package is not installed; run pip install {args.report_to}")
     accelerator = Accelerator(cpu=args.cpu, log_with=None if args.report_to == "none" else args.report_to,
                               project_dir=args.output_dir)
+    if args.compile and accelerator.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        raise InputError("--compile needs a C++ compiler (g++ or clang++); install one, or leave the flag out")
     num_candidates = 2 * args.n if args.estimator == "spsa" else args.n + 1
     if accelerator.num_processes > num_candidates:
         raise InputError(f"{accelerator.num_processes} processes share only {num_candidates} candidates a step; start at "
@@ -1201,7 +1464,7 @@ class FrozenModel:
     rows: torch.Tensor  # [R, d], of `Prompts`, on the device
     candidates_per_forward: int | None = None
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def losses(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
         """Losses [C], on the CPU, of candidate tokens [C, V, d]."""
         batch, tokens = batch.to(self.rows.device), tokens.to(self.rows.device)
@@ -1253,13 +1516,17 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     )
 
 
-def set_mmap_threshold(size: int) -> None:
-    """Have glibc take blocks of `size` bytes or more from the system one by one, and give them back when freed.
+def tune_malloc(mmap_threshold: int, trim_threshold: int) -> None:
+    """How glibc keeps freed memory: blocks of `mmap_threshold` bytes go back to the system at once, others once
+    `trim_threshold` bytes are free together.
 
-    Left to itself it takes them from a heap that loading fragments: 0.6 GB more at SD v1.5's size (benchmarks/README.md).
+    Left to itself it loads into a heap that fragments, and while stepping returns and fetches the same pages again and
+    again (benchmarks/NOTES.md).
     """
     try:
-        ctypes.CDLL(None).mallopt(-3, size)  # M_MMAP_THRESHOLD
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, mmap_threshold)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD
     except (OSError, AttributeError, TypeError):  # another C library
         pass
 
@@ -1269,7 +1536,7 @@ def load_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) -
     from diffusers import DDPMScheduler
 
     folder = inputs.folder
-    set_mmap_threshold(1 << 20)
+    tune_malloc(1 << 20, 1 << 17)
     scheduler = from_folder(folder / "scheduler", DDPMScheduler.from_pretrained)
     vae = load_frozen(folder, "vae", args.variant, "none", torch.float32, device, skip=("decoder.", "post_quant_conv."))
     latents = encode_images(vae, inputs.subject.paths, args.resolution, args.center_crop)
@@ -1277,9 +1544,21 @@ def load_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) -
     how = (args.variant, args.quantization, DTYPES[args.mixed_precision], device)
     text_encoder = load_frozen(folder, "text_encoder", *how, skip=("embeddings.token_embedding.",))
     unet = load_frozen(folder, "unet", *how)
-    set_mmap_threshold(32 << 20)  # while stepping, activations are better kept at hand
+    tune_malloc(32 << 20, 256 << 20)  # while stepping, activations are better kept at hand
+    split_feed_forward(unet)
+    if args.compile:
+        unet.compile(dynamic=False)
     model = FrozenModel(unet, text_encoder, inputs.prompts.rows.to(device), args.candidates_per_forward)
     return model, Data(latents, inputs.choices, inputs.prompts, scheduler)
+
+
+def split_feed_forward(unet: nn.Module) -> None:
+    """Have the feed-forwards at full resolution, the largest activations of a step, take one candidate after another."""
+    from diffusers.models.attention import BasicTransformerBlock
+
+    for module in [*unet.down_blocks[0].modules(), *unet.up_blocks[-1].modules()]:
+        if isinstance(module, BasicTransformerBlock):
+            module.set_chunk_feed_forward(1, dim=0)
 
 
 class StopSignal:
@@ -1479,6 +1758,15 @@ def main(args: argparse.Namespace) -> int:
 
     Returns the exit code: 0, or 128 + signal where the run was interrupted (and saved). Raises InputError.
     """
+    if args.save_quantized is not None:
+        if args.train_data_dir is not None:
+            read_inputs(args)  # what is wrong with them is better known before minutes of packing
+        folder = save_quantized(args)
+        size = sum(path.stat().st_size for path in folder.rglob("*"))
+        print(f"{folder}: the model with {args.quantization} weights, {size / 1e9:.2f} GB")
+        if args.train_data_dir is None:
+            return 0
+        args.pretrained_model_name_or_path, args.variant = str(folder), None
     inputs = read_inputs(args)
     accelerator = make_accelerator(args)
     resolve_defaults(args, inputs.folder, accelerator.device)

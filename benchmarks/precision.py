@@ -239,8 +239,8 @@ def round_trip(model: nn.Module, quantization: str, convolutions: bool, ends: bo
     kinds = (nn.Linear, nn.Conv2d) if convolutions else (nn.Linear,)
     for name, module in model.named_modules():
         if isinstance(module, kinds) and (ends or name not in ("conv_in", "conv_out")):
-            packed = zoodip.QuantizedLayer(module, module.weight, quantization, torch.float32)
-            module.weight = nn.Parameter(packed.dequantize().clone(), requires_grad=False)
+            packed = zoodip.QuantizedLayer(module, zoodip.pack_weight(module.weight, quantization), torch.float32)
+            module.weight = nn.Parameter(packed.dequantize().contiguous(), requires_grad=False)
     return model
 
 

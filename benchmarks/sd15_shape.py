@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Memory and time at the size of Stable Diffusion v1.5: the real train_zoodip.py on a model of its shape, random weights.
+"""A model folder of the size of Stable Diffusion v1.5: its shapes, files and names, with random weights.
 
-    python benchmarks/sd15_shape.py --clip_bpe bpe_simple_vocab_16e6.txt.gz --photos dataset/dog6
+    python benchmarks/sd15_shape.py sd15-shape
+    python benchmarks/sd15_shape.py sd15-shape --clip_bpe bpe_simple_vocab_16e6.txt.gz
 
-No weights are needed: a folder as stable-diffusion-v1-5 is published (fp16 safetensors with the old key names, tokenizer,
-scheduler) is written tensor by tensor, 2.1 GB, and train_zoodip.py runs three steps on it as a subprocess whose memory
-is sampled every 20 ms. What is learned from random weights means nothing; seconds and bytes do not depend on the values.
-Writes benchmarks/sd15_shape.json and .md. Linux only.
+Where no hub can be reached: 2.1 GB as stable-diffusion-v1-5 is published (`--variant fp16`: safetensors with the old key
+names, tokenizer, scheduler), written tensor by tensor. Memory and time do not depend on the values of the weights; what is
+learned from them means nothing. speed_memory.py measures on it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,12 @@ import argparse
 import gzip
 import json
 import math
-import os
-import re
-import sys
-import tempfile
-import time
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import DTYPES, ROOT, Watcher, cli, run_watched, table, write_report
-
-import train_zoodip as zoodip
+from common import zoodip
 
 CHECK_PROMPT, CHECK_IDS = "a photo of a dog", [320, 1125, 539, 320, 1929]
 
@@ -64,31 +56,28 @@ MODEL_INDEX = dict(
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--clip_bpe", type=Path, required=True, help="OpenAI CLIP's merges, bpe_simple_vocab_16e6.txt.gz")
-    add("--photos", type=Path, default=ROOT / "dataset" / "dog6", help="folder of photographs to train on")
-    add("--steps", type=int, default=3, help="training steps to measure")
-    add("--precisions", nargs="+", default=["bf16", "fp32"], choices=sorted(DTYPES), help="activations, one run each")
-    add("--quantizations", nargs="+", default=["nf4"], choices=["nf4", "int8", "none"], help="weights, one run each")
-    add("--folder", type=Path, default=None, help="keep the model here, or use the one that is; default: a temporary folder")
-    add("--output", type=Path, default=ROOT / "benchmarks", help="folder for sd15_shape.json and .md")
-    add("extra", nargs="*", help="after --: flags handed on to train_zoodip.py")
+    parser.add_argument("folder", type=Path, help="where to write it")
+    parser.add_argument("--clip_bpe", type=Path, default=None,
+                        help="OpenAI CLIP's merges (github.com/openai/CLIP, clip/bpe_simple_vocab_16e6.txt.gz), for the real "
+                        "tokenizer; without it every letter is a token")
     return parser.parse_args(argv)
 
 
 # ----------------------------------------------------------------------------------------------------- the folder
 
 
-def write_tokenizer(folder: Path, clip_bpe: Path) -> None:
-    """vocab.json, merges.txt and the two small files, from OpenAI's list of merges."""
+def write_tokenizer(folder: Path, clip_bpe: Path | None) -> None:
+    """vocab.json, merges.txt and the two small files, from OpenAI's list of merges or, without it, of the same size."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     folder.mkdir(parents=True, exist_ok=True)
-    lines = gzip.decompress(clip_bpe.read_bytes()).decode("utf-8").split("\n")
-    merges = lines[1 : 49152 - 256 - 2 + 1]
     symbols = list(bytes_to_unicode().values())
-    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *(line.replace(" ", "") for line in merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    if clip_bpe is not None:
+        merges = gzip.decompress(clip_bpe.read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
+        words = [merge.replace(" ", "") for merge in merges]
+    else:
+        merges, words = [], [f"[unused{i}]" for i in range(49152 - 256 - 2)]
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *words, "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
@@ -96,6 +85,8 @@ def write_tokenizer(folder: Path, clip_bpe: Path) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     config = dict(special, do_lower_case=True, model_max_length=77, tokenizer_class="CLIPTokenizer", add_prefix_space=False)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if clip_bpe is not None:
+        check_tokenizer(folder)
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -157,10 +148,9 @@ def write_weights(path: Path, tensors: Iterable[tuple[str, tuple[int, ...], str]
             file.write(random_tensor(shape, kind, generator).tobytes())
 
 
-def build_folder(folder: Path, clip_bpe: Path) -> None:
+def build_folder(folder: Path, clip_bpe: Path | None = None) -> None:
     """A Stable Diffusion v1.5 folder as published with `--variant fp16`, but for the values of the weights."""
     write_tokenizer(folder / "tokenizer", clip_bpe)
-    check_tokenizer(folder / "tokenizer")
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2))
     for seed, (part, config) in enumerate(dict(text_encoder=TEXT_ENCODER, vae=VAE, unet=UNET).items()):
@@ -172,126 +162,6 @@ def build_folder(folder: Path, clip_bpe: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2))  # last: its presence says that all is there
 
 
-# ----------------------------------------------------------------------------------------------------- the runs
-
-
-class Stages:
-    """Reads the progress bars of train_zoodip.py: which stage it is in, and when each step ended."""
-
-    def __init__(self, steps: int):
-        self.steps, self.tail, self.step_times = steps, "", {}
-
-    def __call__(self, text: str, watcher: Watcher) -> None:
-        self.tail = (self.tail + text)[-400:]
-        if "encoding:" in self.tail and watcher.phase == "start":
-            watcher.begin("encode images")
-        if "encoding: 100%" in self.tail and watcher.phase == "encode images":
-            watcher.begin("load")
-        for count in re.findall(rf"\b(\d+)/{self.steps} \[[^\]]*step", self.tail):
-            if watcher.phase != "train":
-                watcher.begin("train")
-            self.step_times.setdefault(int(count), time.monotonic())
-
-    def seconds_per_step(self) -> list[float]:
-        """Of each step that the bar showed, the first included; empty where it showed too few."""
-        counts = sorted(self.step_times)
-        return [(self.step_times[b] - self.step_times[a]) / (b - a) for a, b in zip(counts, counts[1:], strict=False)]
-
-
-def run_training(args: argparse.Namespace, folder: Path, quantization: str, precision: str) -> dict:
-    """`--steps` steps of the real script -> times, memory by stage, and what run.json says."""
-    with tempfile.TemporaryDirectory() as output:
-        stages = Stages(args.steps)
-        code, text, phases = run_watched(
-            [sys.executable, "train_zoodip.py", "--pretrained_model_name_or_path", str(folder), "--variant", "fp16",
-             "--train_data_dir", str(args.photos), "--initializer_token", "dog", "--max_train_steps", str(args.steps),
-             "--mixed_precision", precision, "--quantization", quantization, "--eval_steps", "0", "--cpu",
-             "--output_dir", output, *args.extra], "start", stages)  # fmt: skip
-        if code:
-            raise SystemExit(f"train_zoodip.py ended with code {code}:\n{text[-2000:]}")
-        run = json.loads((Path(output) / "run.json").read_text())
-    return dict(quantization=quantization, precision=precision, seconds_per_step=stages.seconds_per_step(), stages=phases,
-                peak_rss=max(phase["VmRSS"] for phase in phases.values()),
-                peak_anonymous=max(phase["RssAnon"] for phase in phases.values()), run=run)
-
-
-def weight_bytes(folder: Path, quantization: str, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of the loaded UNet, exactly: packed weights, what dequantising them takes, and all that is not packed."""
-    unet = zoodip.load_frozen(folder, "unet", "fp16", quantization, dtype, "cpu")
-    count = Counter()
-
-    def size(tensor: torch.Tensor) -> int:
-        return tensor.numel() * tensor.element_size()
-
-    packed_parameters = 0
-    for module in unet.modules():
-        if not isinstance(module, zoodip.QuantizedLayer):
-            continue
-        count["packed"] += size(module.packed)
-        packed_parameters += math.prod(module.shape)
-        if module.quant_state is not None:
-            states = [module.quant_state, module.quant_state.state2]
-            count["quantisation constants"] += sum(size(state.absmax) + size(state.code) for state in states)
-            count["quantisation constants"] += size(module.quant_state.offset)
-        else:
-            count["quantisation constants"] += size(module.scale)
-    count["not packed"] = sum(size(parameter) for parameter in unet.parameters())
-    total = packed_parameters + sum(parameter.numel() for parameter in unet.parameters())
-    return dict(count, total=sum(count.values()), parameters=total, packed_parameters=packed_parameters)
-
-
-def markdown_of(runs: list[dict], weights: list[dict], args: argparse.Namespace) -> str:
-    text = [f"The real `train_zoodip.py` on a model of Stable Diffusion v1.5's shape with random weights: batch 1, n = 2 (3 UNet "
-            f"rows per step), 512 px, {args.steps} steps. Resident memory of the whole process, sampled every 20 ms: anonymous "
-            "pages, which must fit, and file-backed ones (libraries, and weight files while they are read), which the system "
-            "can drop.\n"]
-    rows = []
-    for run in runs:
-        for stage, numbers in run["stages"].items():
-            gigabytes = [f"{numbers.get(name, 0) / 1e9:.2f}" for name in ("VmRSS", "RssAnon", "RssFile")]
-            rows.append([run["quantization"], run["precision"], stage, f"{numbers['seconds']:.1f}", *gigabytes])
-    text.append(table(["weights", "activations", "stage", "seconds", "peak RSS, GB", "anonymous, GB", "file-backed, GB"], rows))
-    text.append("")
-    rows = []
-    for run in runs:
-        steps, record = " ".join(f"{seconds:.2f}" for seconds in run["seconds_per_step"]), run["run"]
-        mean = record["seconds_this_time"] / record["steps_this_time"]
-        rows.append([run["quantization"], run["precision"], steps, f"{mean:.2f}", f"{run['peak_rss'] / 1e9:.2f}"])
-    text.append(table(["weights", "activations", "seconds of each step", "mean, from run.json", "peak RSS, GB"], rows))
-    text.append("\nThe UNet in memory, counted tensor by tensor:\n")
-    rows = []
-    for w in weights:
-        megabytes = [f"{w.get(name, 0) / 1e6:.1f}" for name in ("packed", "quantisation constants", "not packed", "total")]
-        share = f"{w['packed_parameters'] / 1e6:.2f} of {w['parameters'] / 1e6:.2f} M"
-        rows.append([w["quantization"], w["precision"], share, *megabytes])
-    header = ["weights", "rest in", "packed weights", "packed, MB", "constants, MB", "not packed, MB", "total, MB"]
-    text.append(table(header, rows))
-    return "\n".join(text)
-
-
-def measure(args: argparse.Namespace, folder: Path) -> None:
-    if not (folder / "model_index.json").exists():
-        build_folder(folder, args.clip_bpe)
-    runs, weights = [], []
-    for quantization in args.quantizations:
-        for precision in args.precisions:
-            runs.append(run_training(args, folder, quantization, precision))
-            write_report("sd15_shape", args, dict(runs=runs, unet_weights=weights), markdown_of(runs, weights, args),
-                         folder=args.output, show=False)  # each run is minutes: keep what there is
-        counted = weight_bytes(folder, quantization, DTYPES[args.precisions[0]])
-        weights.append(dict(quantization=quantization, precision=args.precisions[0], **counted))
-    write_report("sd15_shape", args, dict(runs=runs, unet_weights=weights), markdown_of(runs, weights, args), folder=args.output)
-
-
-def main(args: argparse.Namespace) -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if args.folder is not None:
-        args.folder.mkdir(parents=True, exist_ok=True)
-        measure(args, args.folder)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        measure(args, Path(folder))
-
-
 if __name__ == "__main__":
-    cli(main, parse_args())
+    arguments = parse_args()
+    build_folder(arguments.folder, arguments.clip_bpe)

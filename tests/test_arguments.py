@@ -80,8 +80,11 @@ def test_placeholder_that_is_a_word_ending(tiny_model, refused):
 
 
 def test_required_flags(refused):
-    line = refused(argv=[])
-    assert "--initializer_token" in line and "--train_data_dir" in line
+    assert "--train_data_dir" in refused(argv=[])
+    assert "--initializer_token" in refused(argv=["--train_data_dir", "x"])
+    assert "--initializer_token" in refused(argv=["--train_data_dir", "x", "--save_quantized", "y"])
+    assert z.parse_args(["--save_quantized", "y"]).train_data_dir is None  # packing alone needs no pictures
+    assert "--quantization" in refused(argv=["--save_quantized", "y", "--quantization", "none"])
 
 
 def test_folders(refused, tmp_path):
@@ -178,7 +181,8 @@ def test_every_flag_has_help_and_an_effect():
 
 def test_every_setting_is_recorded():
     """A flag that decides what is learned and is not in SETTINGS could change at a resume unseen."""
-    not_deciding = set("""cpu train_data_dir cc_file max_train_steps candidates_per_forward output_dir save_steps
+    not_deciding = set("""cpu compile save_quantized train_data_dir cc_file max_train_steps candidates_per_forward output_dir
+        save_steps
         checkpointing_steps checkpoints_total_limit resume_from_checkpoint eval_steps num_eval_samples validation_prompt
         validation_steps num_validation_images validation_guidance report_to""".split())
     assert {action.dest for action in flags()} == set(z.SETTINGS) | not_deciding

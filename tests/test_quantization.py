@@ -35,7 +35,7 @@ def make_linear(shape, quantization: str, dtype=torch.float32, bias: bool = True
     weight = torch.randn(shape, generator=seeded(1)) / shape[1] ** 0.5
     layer.weight.copy_(weight)
     layer.to(dtype)
-    return layer, weight, z.QuantizedLayer(layer, weight, quantization, dtype)
+    return layer, weight, z.QuantizedLayer(layer, z.pack_weight(weight, quantization), dtype)
 
 
 def make_convolution(shape, options: dict, quantization: str, dtype=torch.float32):
@@ -44,7 +44,7 @@ def make_convolution(shape, options: dict, quantization: str, dtype=torch.float3
     weight = torch.randn(shape, generator=seeded(2)) / math.prod(shape[1:]) ** 0.5
     layer.weight.copy_(weight)
     layer.to(dtype)
-    return layer, weight, z.QuantizedLayer(layer, weight, quantization, dtype)
+    return layer, weight, z.QuantizedLayer(layer, z.pack_weight(weight, quantization), dtype)
 
 
 NF4 = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
@@ -52,7 +52,10 @@ NF4 = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.
 
 
 def naive_nf4(weight: torch.Tensor) -> torch.Tensor:
-    """Blocks of 64 in memory order, each scaled by its largest value and rounded to the nearest of the 16 levels."""
+    """Blocks of 64 of each row, a convolution's input channels last, each scaled by its largest value and rounded to the
+    nearest of the 16 levels."""
+    if weight.dim() == 4:
+        return naive_nf4(weight.permute(0, 2, 3, 1).flatten(1)).view(weight.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
     flat, levels = weight.flatten(), torch.tensor(NF4)
     result = torch.empty_like(flat)
     for start in range(0, len(flat), 64):
@@ -111,7 +114,7 @@ def check(layer, weight, quantized, inputs, apply):
 def test_a_weight_of_zeros(quantization):
     """0 / 0 in the scale must not become NaN."""
     layer = nn.Linear(70, 5).requires_grad_(False)
-    quantized = z.QuantizedLayer(layer, torch.zeros(5, 70), quantization, torch.float32)
+    quantized = z.QuantizedLayer(layer, z.pack_weight(torch.zeros(5, 70), quantization), torch.float32)
     assert torch.equal(quantized.dequantize(), torch.zeros(5, 70))
 
 
@@ -131,21 +134,85 @@ def test_compute_dtype(dtype, quantization):
 def test_packed_flat():
     """The CPU kernel of some versions is wrong by 24 % for 2-D weights such as (96, 864): they are packed as 1-D."""
     for _, weight, quantized in (make_linear((96, 864), "nf4"), make_convolution((7, 5, 3, 3), {}, "nf4")):
-        assert quantized.quant_state.shape == weight.flatten().shape
-        assert quantized.packed.dtype == torch.uint8 and quantized.packed.numel() == (weight.numel() + 1) // 2
+        assert quantized.nf4.dtype == torch.uint8 and quantized.nf4.shape == ((weight.numel() + 1) // 2,)
+
+
+def test_packing_in_slices_is_packing_whole():
+    """Slices keep loading small; the result must be what bitsandbytes packs at once, scales of scales included."""
+    from bitsandbytes import functional as bnb
+
+    weight = torch.randn(1100, 4096, generator=seeded())  # 4.5 M: three slices
+    packed = z.pack_weight(weight, "nf4")
+    whole, state = bnb.quantize_4bit(weight.flatten(), blocksize=64, quant_type="nf4", compress_statistics=True)
+    for ours, theirs in ((packed["nf4"], whole.flatten()), (packed["absmax"], state.absmax),
+                         (packed["absmax_scale"], state.state2.absmax), (packed["absmax_offset"], state.offset)):
+        assert torch.equal(ours, theirs)
+    layer = z.QuantizedLayer(nn.Linear(4096, 1100, device="meta"), packed, torch.float32)
+    assert torch.equal(layer.dequantize().flatten(), bnb.dequantize_4bit(whole, state).flatten())
+
+
+def test_the_two_ways_to_hold_scales_agree(monkeypatch):
+    """Small layers hold the scales of the packed weight unpacked: the same numbers, not better ones."""
+    layer, weight = nn.Linear(4096, 512, device="meta"), torch.randn(512, 4096, generator=seeded())  # 2 M: packed scales
+    whole = z.QuantizedLayer(layer, z.pack_weight(weight, "nf4"), torch.float32)
+    assert whole.absmax.dtype == torch.uint8
+    packed = z.pack_weight(weight[:100], "nf4")  # 0.4 M: unpacked
+    small = z.QuantizedLayer(nn.Linear(4096, 100, device="meta"), packed, torch.float32)
+    assert small.absmax.dtype == torch.float32 and not hasattr(small, "absmax_scale")
+    from bitsandbytes import functional as bnb
+
+    scales = bnb.dequantize_blockwise(packed["absmax"], absmax=packed["absmax_scale"], code=bnb.create_dynamic_map(),
+                                      blocksize=256) + packed["absmax_offset"]
+    assert torch.equal(small.absmax, scales)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_slices_of_a_large_layer(quantization, bias, monkeypatch):
+    """Slices of output rows must be the same product, the last and shorter slice included."""
+    cases = ((nn.Conv2d(64, 40, 3, padding=1, stride=2, bias=bias), (2, 64, 9, 9)), (nn.Linear(128, 40, bias=bias), (2, 3, 128)))
+    for layer, shape in cases:
+        layer.requires_grad_(False)
+        inputs = torch.randn(shape, generator=seeded())
+        packed = z.pack_weight(layer.weight, quantization)
+        whole = z.QuantizedLayer(layer, packed, torch.float32)
+        with monkeypatch.context() as patch:
+            patch.setattr(z.QuantizedLayer, "AT_ONCE", 7 * math.prod(layer.weight.shape[1:]))
+            sliced = z.QuantizedLayer(layer, packed, torch.float32)
+        assert sliced.rows_at_once == 7 and whole.rows_at_once == 40
+        assert torch.equal(torch.cat([sliced.dequantize(0, 7), sliced.dequantize(7, 40)]), whole.dequantize())
+        # sums of up to 576 terms of size 1 / 24, which the kernel may order anew for another number of rows
+        torch.testing.assert_close(sliced(inputs), whole(inputs), rtol=0, atol=5e-6)
+
+
+def test_layers_that_cannot_be_sliced(monkeypatch):
+    """Rows that do not end where a block ends, and groups, are left whole."""
+    monkeypatch.setattr(z.QuantizedLayer, "AT_ONCE", 10)
+    for layer in (nn.Linear(65, 8), nn.Conv2d(128, 8, 3, groups=2)):
+        quantized = z.QuantizedLayer(layer, z.pack_weight(layer.weight.detach(), "nf4"), torch.float32)
+        assert quantized.rows_at_once == 8
+
+
+@pytest.mark.parametrize("change", [lambda p: p.pop("absmax"), lambda p: p.update(nf4=p["nf4"][:-1]),
+                                    lambda p: p.update(other=torch.zeros(3))])
+def test_packed_tensors_of_the_wrong_size(change):
+    layer = nn.Linear(128, 40)
+    packed = z.pack_weight(layer.weight.detach(), "nf4")
+    change(packed)
+    with pytest.raises(ValueError, match="numbers instead of"):
+        z.QuantizedLayer(layer, packed, torch.float32)
 
 
 def test_only_the_packed_weight_is_kept():
-    """A forgotten 16-bit copy would undo the saving: 4 bits, 8 / 64 for scales, 32 / (64 x 256) for theirs."""
-    _, weight, quantized = make_linear((1024, 768), "nf4")
-    state = quantized.quant_state
-    assert [name for name, _ in quantized.named_parameters()] == ["bias"]
-    assert [name for name, _ in quantized.named_buffers()] == ["packed"]
-    tensors = [quantized.packed, state.absmax, state.code, state.state2.absmax, state.state2.code]
-    per_weight = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / weight.numel()
-    assert per_weight == pytest.approx(0.5 + 1 / 64 + 4 / (64 * 256), rel=0.005)  # + two tables: 1.1 KB of 400 KB
+    """A forgotten 16-bit copy would undo the saving: 4 bits, and 32 / 64 for scales, or from 1 M weights 8 / 64 and
+    32 / (64 x 256) for theirs."""
+    for shape, expected in (((1024, 768), 0.5 + 4 / 64), ((2048, 768), 0.5 + 1 / 64 + 4 / (64 * 256))):
+        _, weight, quantized = make_linear(shape, "nf4")
+        assert [name for name, _ in quantized.named_parameters()] == ["bias"]
+        per_weight = sum(tensor.nbytes for tensor in quantized.buffers()) / weight.numel()
+        assert per_weight == pytest.approx(expected, rel=0.005)  # + a table of 1 KB
     _, weight, quantized = make_linear((1024, 768), "int8")
-    per_weight = (quantized.packed.nbytes + quantized.scale.nbytes) / weight.numel()
+    per_weight = sum(tensor.nbytes for tensor in quantized.buffers()) / weight.numel()
     assert per_weight == pytest.approx(1.0 + 4 / 768)
 
 
@@ -179,3 +246,14 @@ def test_gradients_reach_the_input():
     inputs = torch.randn(2, 10, generator=seeded(3)).requires_grad_()
     (gradient,) = torch.autograd.grad(quantized(inputs).sum(), inputs)
     torch.testing.assert_close(gradient, quantized.dequantize().sum(0).expand(2, 10), rtol=0, atol=1e-6)  # fp32 sums of 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(96, 864), (7, 5), (1280, 1000)])
+def test_the_direct_call_is_the_operator(dtype, shape, monkeypatch):
+    """The library's C function, called directly for speed, and its operator: the same bits; where there is none, the operator."""
+    _, _, quantized = make_linear(shape, "nf4", dtype)
+    direct = quantized.dequantize()
+    assert z.nf4_cpu_function(dtype) is not None, "this bitsandbytes has no such function: the layer falls back to the operator"
+    monkeypatch.setattr(z, "nf4_cpu_function", lambda dtype: None)
+    assert torch.equal(quantized.dequantize(), direct)

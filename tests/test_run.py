@@ -385,3 +385,26 @@ def test_bundled_subject(train):
 def test_subject_of_one_picture(train, tmp_path):
     """One photograph is enough to run."""
     assert torch.isfinite(theta(train(data=make_subject(tmp_path / "one", count=1)))).all()
+
+
+@pytest.mark.slow  # a minute of compiling
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
+def test_compiled(tiny_model, subject, tmp_path):
+    """--compile changes rounding, nothing else: the first losses agree, and the UNet really was compiled."""
+    import torch._dynamo.utils as dynamo
+
+    dynamo.counters.clear()
+    tokens = []
+    for name, compile in ("plain", None), ("compiled", True):
+        assert run_cli(arguments(tiny_model, subject, tmp_path / name, compile=compile, max_train_steps=3, eval_steps=0)) == 0
+        tokens.append(load_file(tmp_path / name / "learned_embeds.safetensors")["<sks>"])
+    assert dynamo.counters["stats"]["unique_graphs"] >= 1 and not dynamo.counters["graph_break"]
+    # losses of size 1 differ by 1e-6, slopes by 1e-6 / mu (1e-2) = 1e-4, gradients by 1 / s (s = 4) of that; where a gradient is
+    # as small as Adam's epsilon, 1e-3, that is 2 % of a step of 5e-3. (The token moves by 1.5e-2.)
+    torch.testing.assert_close(*tokens, rtol=0, atol=1e-4)
+
+
+def test_compile_without_a_compiler(tiny_model, subject, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert run_cli(arguments(tiny_model, subject, tmp_path / "out", compile=True)) == 2
+    assert "--compile needs a C++ compiler" in capsys.readouterr().err
