@@ -617,10 +617,7 @@ def load_frozen(folder: Path, part: str, variant: str | None, quantization: str,
     (0.003 % of SD v1.5's weights) stay in `dtype`: quantising them costs as much loss as all the rest
     (benchmarks/README.md). Raises InputError where file and configuration do not match.
     """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        model = build_model(folder, part)
+    model = build_model(folder, part)
     packed_layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in read_tensors(find_weights(folder, part, variant)):
         name = modern_name(name, part)
@@ -628,11 +625,9 @@ def load_frozen(folder: Path, part: str, variant: str | None, quantization: str,
         if name.endswith("position_ids"):
             continue  # a constant that older files hold
         if module_name.endswith(".weight"):  # written by --save_quantized
-            if name.startswith(skip):
-                module = model.get_submodule(module_name.removesuffix(".weight"))
-                module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-            else:
-                packed_layers.setdefault(module_name.removesuffix(".weight"), {})[leaf] = tensor.to(device, copy=True)
+            pieces = packed_layers.setdefault(module_name.removesuffix(".weight"), {})
+            if not name.startswith(skip):
+                pieces[leaf] = tensor.to(device, copy=True)
             continue
         try:
             module = model.get_submodule(module_name)
@@ -655,7 +650,11 @@ def load_frozen(folder: Path, part: str, variant: str | None, quantization: str,
             setattr(module, leaf, nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False))
     for module_name, packed in packed_layers.items():
         try:
-            model.set_submodule(module_name, QuantizedLayer(model.get_submodule(module_name), packed, dtype))
+            module = model.get_submodule(module_name)
+            if not packed:  # of a module in `skip`
+                module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+                continue
+            model.set_submodule(module_name, QuantizedLayer(module, packed, dtype))
         except (AttributeError, KeyError, ValueError) as error:
             raise InputError(f"{folder / part}: the packed weight of {module_name} does not fit config.json ({error}); "
                              "write the folder again with --save_quantized") from None
@@ -679,10 +678,7 @@ def packed_tensors(folder: Path, part: str, variant: str | None, quantization: s
 
     As they are stay the VAE's encoder, which training uses unpacked, norms, biases, and what is packed already.
     """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        model = build_model(folder, part)
+    model = build_model(folder, part)
     for name, tensor in read_tensors(find_weights(folder, part, variant)):
         module_name, _, leaf = modern_name(name, part).rpartition(".")
         encoder = part == "vae" and module_name.startswith(("encoder.", "quant_conv"))
@@ -716,6 +712,9 @@ def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Ten
 def save_quantized(args: argparse.Namespace) -> Path:
     """Write the model, packed, to the new folder --save_quantized. Loading either gives the same bits. Raises InputError."""
     target = Path(args.save_quantized)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"--save_quantized {str(target)!r}: is for one process, not {os.environ['WORLD_SIZE']}; start it with "
+                         "python, and then train from that folder")
     if target.exists():
         raise InputError(f"--save_quantized: {str(target)!r} exists; give it as --pretrained_model_name_or_path, or write to "
                          "a new folder")
@@ -735,6 +734,8 @@ def save_quantized(args: argparse.Namespace) -> Path:
         raise InputError(f"--save_quantized {str(target)!r}: cannot be written ({error.strerror}); choose another") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    size = sum(path.stat().st_size for path in target.rglob("*"))
+    print(f"{target}: the model with {args.quantization} weights, {size / 1e9:.2f} GB")
     return target
 
 
@@ -751,15 +752,19 @@ def model_digest(folder: Path, variant: str | None) -> str:
 
 
 def build_model(folder: Path, part: str) -> nn.Module:
-    """The module that config.json describes, with parameters where the surrounding context puts them."""
+    """The module that config.json describes. Its parameters are on the meta device: they have shapes and no memory."""
+    from accelerate import init_empty_weights
+
     if part == "text_encoder":
         from transformers import CLIPTextConfig, CLIPTextModel
 
-        return from_folder(folder / part, lambda path: CLIPTextModel(CLIPTextConfig.from_pretrained(path)))
+        with init_empty_weights():
+            return from_folder(folder / part, lambda path: CLIPTextModel(CLIPTextConfig.from_pretrained(path)))
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     model_class = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
-    return from_folder(folder / part, lambda path: model_class.from_config(model_class.load_config(path)))
+    with init_empty_weights():
+        return from_folder(folder / part, lambda path: model_class.from_config(model_class.load_config(path)))
 
 
 def modern_name(name: str, part: str) -> str:
@@ -1203,7 +1208,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        remedy = "free some space" if error.errno == errno.ENOSPC else "choose another --output_dir"
+        remedy = "free some space" if error.errno == errno.ENOSPC else "choose another folder"
         raise InputError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
 
 
@@ -1429,8 +1434,6 @@ def make_accelerator(args: argparse.Namespace):
 
     from accelerate import Accelerator
 
-    if args.save_quantized is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("--save_quantized is for one process; start it with python, and then train from that folder")
     if args.report_to != "none" and find_spec(args.report_to) is None:
         raise InputError(f"--report_to {args.report_to}: the package is not installed; run pip install {args.report_to}")
     accelerator = Accelerator(cpu=args.cpu, log_with=None if args.report_to == "none" else args.report_to,
@@ -1758,17 +1761,14 @@ def main(args: argparse.Namespace) -> int:
 
     Returns the exit code: 0, or 128 + signal where the run was interrupted (and saved). Raises InputError.
     """
-    if args.save_quantized is not None:
-        if args.train_data_dir is not None:
-            read_inputs(args)  # what is wrong with them is better known before minutes of packing
-        folder = save_quantized(args)
-        size = sum(path.stat().st_size for path in folder.rglob("*"))
-        print(f"{folder}: the model with {args.quantization} weights, {size / 1e9:.2f} GB")
-        if args.train_data_dir is None:
-            return 0
-        args.pretrained_model_name_or_path, args.variant = str(folder), None
+    if args.train_data_dir is None:
+        save_quantized(args)
+        return 0
     inputs = read_inputs(args)
     accelerator = make_accelerator(args)
+    if args.save_quantized is not None:
+        inputs.folder = save_quantized(args)
+        args.pretrained_model_name_or_path, args.variant = str(inputs.folder), None
     resolve_defaults(args, inputs.folder, accelerator.device)
     zo = ZOAdam(inputs.initial_token, args)
     generator = torch.Generator().manual_seed(args.seed)

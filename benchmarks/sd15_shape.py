@@ -100,10 +100,7 @@ def check_tokenizer(folder: Path) -> None:
 
 def published_tensors(folder: Path, part: str) -> list[tuple[str, tuple[int, ...], str]]:
     """(published name, shape, kind) of every tensor of a part; kind says how to fill it."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        model = zoodip.build_model(folder, part)
+    model = zoodip.build_model(folder, part)
     tensors = []
     for name, parameter in model.named_parameters():
         owner = type(model.get_submodule(name.rpartition(".")[0])).__name__

@@ -365,7 +365,7 @@ def test_latest_passes_over_a_damaged_checkpoint(trained, tmp_path, tiny_model, 
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "free some space"), (errno.EIO, "another --output_dir")])
+@pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "free some space"), (errno.EIO, "another folder")])
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, number, remedy):
     """A full disk at step 20000 must not cost the checkpoint of step 19500."""
     path = tmp_path / "x.safetensors"
