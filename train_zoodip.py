@@ -20,6 +20,7 @@ Everything but the token (3 KB) is quantised and frozen. Run it:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import errno
@@ -45,7 +46,9 @@ from pathlib import Path
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # JPEG covers MPO. By content: EPS would go to Ghostscript
 MAX_IMAGE_SIDE = 16384  # pixels; a header that promises more is refused before a byte of it is decoded
+MAX_IMAGE_PIXELS = 128_000_000  # 0.4 GB as RGB; the largest ordinary photographs have 108 million
 NUM_TRAIN_TIMESTEPS = 1000  # of every Stable Diffusion 1.x and 2.x
 
 # The templates of the textual-inversion paper (Gal et al. 2022), used where no captions are given.
@@ -67,6 +70,8 @@ STYLE_TEMPLATES = [
     "a close-up painting in the style of {}", "a rendition in the style of {}", "a nice painting in the style of {}",
     "a small painting in the style of {}", "a weird painting in the style of {}", "a large painting in the style of {}",
 ]  # fmt: skip
+
+CURVE_COLUMNS = ["step", "unet_forwards", "loss", "eval_loss", "token_norm"]  # of training_log.csv
 
 # The settings that decide what is learned. A checkpoint records them, and resuming under others is refused.
 SETTINGS = (
@@ -182,6 +187,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def is_text(text: str) -> bool:
+    """Whether a string is characters throughout: JSON can hold halves of them, which no tokenizer takes."""
+    return not re.search("[\ud800-\udfff]", text)
+
+
 def check_args(args: argparse.Namespace) -> None:
     """Refuse what can be refused without opening a file. Raises InputError."""
 
@@ -202,7 +212,7 @@ def check_args(args: argparse.Namespace) -> None:
     require(0 <= args.t_min < NUM_TRAIN_TIMESTEPS, "t_min", f"must be in [0, {NUM_TRAIN_TIMESTEPS})")
     require(args.t_max <= NUM_TRAIN_TIMESTEPS, "t_max", f"must be at most {NUM_TRAIN_TIMESTEPS}")
     require(args.t_min < args.t_max, "t_min", f"must be below --t_max {args.t_max}")
-    require(0 < args.learning_rate < math.inf, "learning_rate", "must be a positive number")
+    require(0 < args.learning_rate < 1e37, "learning_rate", "must be a positive number, for example 5e-3")  # fits fp32
     require(args.resolution is None or (args.resolution >= 8 and args.resolution % 8 == 0), "resolution",
             "must be a positive multiple of 8")
     require(args.candidates_per_forward is None or args.candidates_per_forward >= 1, "candidates_per_forward",
@@ -223,6 +233,8 @@ def check_args(args: argparse.Namespace) -> None:
     require(token == token.lower(), "placeholder_token",
             f"must be lower case, as the tokenizer lower-cases every prompt ({advice})")
     require(args.initializer_token.strip() != "", "initializer_token", "must be a word, for example dog")
+    for flag in ("placeholder_token", "initializer_token", "validation_prompt"):
+        require(is_text(getattr(args, flag) or ""), flag, "must be text in UTF-8")
     if args.validation_prompt is not None:
         require(token in args.validation_prompt or "{}" in args.validation_prompt, "validation_prompt",
                 f"must contain the token {token} or {{}}")
@@ -230,16 +242,28 @@ def check_args(args: argparse.Namespace) -> None:
             "needs a --validation_prompt")
 
 
+def stop_at_once(number: int, frame) -> None:
+    """SIGINT or SIGTERM outside the steps: what is to be saved has been saved, so say how to go on, and end.
+
+    Without unwinding: an exception raised in the middle of an import may be swallowed or printed with a traceback.
+    """
+    print("interrupted outside the training steps; the same command with --resume_from_checkpoint latest goes on from the last "
+          "checkpoint, or starts anew where there is none", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
 # torch takes a second to import: --help and wrong arguments are answered before.
 if __name__ == "__main__":
     ARGS = parse_args()
     # on Linux CPUs: large tensors on huge pages, which saves a tenth of the time (benchmarks/NOTES.md); read when torch starts
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_at_once)
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
@@ -283,13 +307,15 @@ def open_image(path: str | Path) -> Image.Image:
     Raises InputError naming the file where it cannot be read or is absurdly large.
     """
     try:
-        with Image.open(path) as image:
-            if max(image.size) > MAX_IMAGE_SIDE:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if max(image.size) > MAX_IMAGE_SIDE or image.width * image.height > MAX_IMAGE_PIXELS:
                 raise InputError(f"{path}: {image.width} x {image.height} pixels is too large; make its longer side "
-                                 f"at most {MAX_IMAGE_SIDE}")
+                                 f"at most {MAX_IMAGE_SIDE} and the whole at most {MAX_IMAGE_PIXELS // 10**6} million pixels")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") or image.mode == "F":  # 16-bit greyscale: Pillow's convert() clips it
                 values = np.asarray(image).astype(np.float64)
+                if not np.isfinite(values).all():
+                    raise ValueError("it holds NaN or Inf")
                 scale = 257.0 if image.mode.startswith("I;16") or values.max() > 255 else 1.0
                 image = Image.fromarray((values / scale).clip(0, 255).round().astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -299,7 +325,7 @@ def open_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except InputError:
         raise
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Exception as error:  # each decoder raises its own on a damaged file: struct.error, TypeError, MemoryError ...
         raise InputError(f"{path}: cannot be read as an image ({error}); remove it or save it anew") from error
 
 
@@ -321,7 +347,7 @@ def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path]) -
         captions = json.loads(Path(cc_file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         captions = {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 5000 digits
         raise InputError(f"--cc_file {cc_file}: cannot be read as JSON ({error})") from error
     known = captions.get(name, {}) if isinstance(captions, dict) else {}
     known = known if isinstance(known, dict) else {}
@@ -332,10 +358,10 @@ def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path]) -
                          f"{name!r}; add {example} with everything in each picture but the subject, or drop --use_cc")
     for path in images:
         caption = known[path.name]
-        if not isinstance(caption, str) or caption.count("{}") != 1:
+        if not isinstance(caption, str) or caption.count("{}") != 1 or not is_text(caption):
             example = json.dumps({name: {path.name: "a photo of {} ..."}}, ensure_ascii=False)
             raise InputError(f"--use_cc: the caption of {name}/{path.name} in {cc_file} must be a text with exactly "
-                             f"one {{}} for the subject, got {caption!r}; write it like {example}")
+                             f"one {{}} for the subject, got {caption!r:.200}; write it like {example}")
     return [known[path.name] for path in images]
 
 
@@ -396,17 +422,27 @@ def read_json(path: Path) -> dict:
     """A JSON object of the model folder. Raises InputError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}); download the folder again") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: is not a JSON object; download the folder again")
     return content
 
 
+def config_number(path: Path, key: str, default: int) -> int:
+    """A count in a configuration of the model folder. Raises InputError where it is none."""
+    value = read_json(path).get(key, default)
+    if type(value) is not int or value < 1:
+        raise InputError(f"{path}: {key} must be a positive whole number, got {value!r}; download the folder again")
+    return value
+
+
 def from_folder(path: Path, load):
     """`load(path)` of a library, with whatever it raises on a damaged folder as one InputError."""
     try:
         return load(path)
+    except InputError:
+        raise
     except Exception as error:  # each class of each library raises its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: cannot be loaded ({reason}); download the folder again") from error
@@ -438,7 +474,8 @@ def find_weights(folder: Path, part: str, variant: str | None) -> list[Path]:
     if whole.is_file():
         return [whole]
     if index.is_file():
-        names = {str(name) for name in read_json(index).get("weight_map", {}).values()}
+        weight_map = read_json(index).get("weight_map")
+        names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
         shards = [folder / part / Path(name).name for name in sorted(names)]
         missing = [path.name for path in shards if not path.is_file()]
         if shards and not missing:
@@ -467,7 +504,25 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
                     tensor = handle.get_tensor(name)
                 yield name, tensor
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: is not a whole safetensors file ({error}); download it again") from error
+            raise not_safetensors(path, error) from error
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins as torch.save's or pickle's do, whatever its name. (safetensors begins with a length.)"""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError:
+        return False
+    return start == b"PK\3\4" or (start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
+
+
+def not_safetensors(path: Path, error: Exception) -> InputError:
+    """What to say of a weight file that safetensors cannot read."""
+    if is_pickle(path):
+        return InputError(f"{path}: is a pickle under another name, which could run code, and is not read; save the model with "
+                          "save_pretrained(safe_serialization=True)")
+    return InputError(f"{path}: is not a whole safetensors file ({error}); download it again")
 
 
 def pack_weight(weight: torch.Tensor, quantization: str) -> dict[str, torch.Tensor]:
@@ -643,6 +698,9 @@ def load_frozen(folder: Path, part: str, variant: str | None, quantization: str,
         if tensor.shape != expected:
             raise InputError(f"{folder / part}: {name} is {tuple(tensor.shape)}, config.json says {tuple(expected)}; "
                              "configuration and weights are of different models")
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            raise InputError(f"{folder / part}: {name} ({tensor.dtype}) is not finite floating-point numbers; download the "
+                             "folder again")
         tensor = tensor.to(device)
         if quantization != "none" and leaf == "weight" and is_quantized(part, module_name, module):
             model.set_submodule(module_name, QuantizedLayer(module, pack_weight(tensor, quantization), dtype))
@@ -875,7 +933,7 @@ def tokenize(tokenizer, text: str, placeholder_id: int, num_vectors: int, length
     for word in words:
         ids += range(placeholder_id, placeholder_id + num_vectors) if word == placeholder_id else [word]
     if len(ids) > length - 2:
-        raise InputError(f"the caption {text!r} is {len(ids)} tokens long, the text encoder takes {length - 2}; "
+        raise InputError(f"the caption {text!r:.500} is {len(ids)} tokens long, the text encoder takes {length - 2}; "
                          "shorten it")
     ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
     return ids + [tokenizer.pad_token_id] * (length - len(ids))
@@ -889,9 +947,17 @@ def read_embedding_rows(folder: Path, variant: str | None, ids: list[int]) -> to
                 for name in handle.keys():
                     if name.endswith("embeddings.token_embedding.weight"):
                         table = handle.get_slice(name)
-                        return torch.cat([table[i : i + 1] for i in ids]).float()
+                        shape = table.get_shape()
+                        if len(shape) != 2 or max(ids) >= shape[0]:
+                            raise InputError(f"{path}: {name} is {tuple(shape)}, the tokenizer needs row {max(ids)}; tokenizer "
+                                             "and weights are of different models")
+                        rows = torch.cat([table[i : i + 1] for i in ids])
+                        if not rows.is_floating_point() or not torch.isfinite(rows.float()).all():
+                            raise InputError(f"{path}: {name} ({rows.dtype}) is not finite floating-point numbers; download the "
+                                             "folder again")
+                        return rows.float()
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: is not a whole safetensors file ({error}); download it again") from error
+            raise not_safetensors(path, error) from error
     raise InputError(f"{folder / 'text_encoder'}: the weights lack embeddings.token_embedding.weight; download them "
                      "again")
 
@@ -908,7 +974,7 @@ def build_prompts(tokenizer, folder: Path, variant: str | None, texts: list[str]
                   num_vectors: int) -> Prompts:
     """Tokenise `texts` (each with {} or the placeholder) and read the rows they need. Raises InputError."""
     placeholder_id = tokenizer.convert_tokens_to_ids(placeholder_token)
-    length = read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
+    length = config_number(folder / "text_encoder" / "config.json", "max_position_embeddings", 77)
     ids = torch.tensor([
         tokenize(tokenizer, text.replace("{}", placeholder_token), placeholder_id, num_vectors, length) for text in texts
     ])
@@ -1171,6 +1237,11 @@ class ZOAdam:
         self.optimizer = torch.optim.Adam([self.theta], lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-3)
         self.subspace = SubspaceGradient(args.tau, args.nu, self.theta.numel())
         self.skipped_in_a_row = 0
+        self.norm_limit = 10 * self.norm()
+
+    def norm(self) -> float:
+        """Mean length of the token's vectors."""
+        return self.theta.detach().norm(dim=1).mean().item()
 
     def candidates(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw the directions [n, V, d] and place the candidates [C, V, d]: new tensors, theta is never perturbed."""
@@ -1207,8 +1278,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        remedy = "free some space" if error.errno == errno.ENOSPC else "choose another folder"
+        with contextlib.suppress(OSError):  # on a file system that has become read-only this fails too
+            temporary.unlink(missing_ok=True)
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another folder"
         raise InputError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
 
 
@@ -1234,7 +1306,17 @@ def prepare_output(args: argparse.Namespace, fresh: bool = True):
     lock = lock_output(folder)
     write_atomically(folder / ".probe", bytes(4 << 20))  # the size of the largest checkpoints
     (folder / ".probe").unlink()
-    for leftover in folder.glob(".*.tmp"):  # of a run that was killed while it wrote
+    try:
+        set_aside(args, folder, fresh)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be moved or removed ({error.strerror}); choose another "
+                         "--output_dir") from error
+    return lock
+
+
+def set_aside(args: argparse.Namespace, folder: Path, fresh: bool) -> None:
+    """Remove what a killed run left half written, and before a fresh run move an earlier one's results to previous-N."""
+    for leftover in folder.glob(".*.tmp"):
         leftover.unlink()
     patterns = ("learned_embeds*.safetensors", "checkpoint-*.safetensors", "training_log.csv", "run.json",
                 "validation-*.png", f"{file_stem(args.placeholder_token)}.safetensors")
@@ -1247,13 +1329,12 @@ def prepare_output(args: argparse.Namespace, fresh: bool = True):
         for path in earlier:
             path.rename(folder / f"previous-{number}" / path.name)
         print(f"{folder}: moved the {len(earlier)} files of an earlier run to {folder / f'previous-{number}'}", file=sys.stderr)
-    return lock
 
 
 def lock_output(folder: Path):
     """Hold the output folder for this process alone, until it ends. Raises InputError where another run holds it."""
     try:
-        lock = open(folder / ".lock", "w")
+        lock = open(folder / ".lock", "a")
     except OSError as error:
         raise InputError(f"--output_dir {str(folder)!r} cannot be written ({error.strerror}); choose another") from error
     if sys.platform != "win32":
@@ -1323,6 +1404,38 @@ class Progress:
     curve: list[dict] | None = None  # rows of training_log.csv
 
 
+def state_digest(header: str, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of all that a checkpoint holds: a flipped bit in a number is still a number, and no other check sees it."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_state(state: dict[str, torch.Tensor], progress: Progress, skipped_in_a_row: int, shape: torch.Size, tau: int) -> None:
+    """Raise ValueError where a checkpoint's values are none that a run of this shape can have written."""
+    dim = shape.numel()
+    most = {"subspace.token_history": tau - 1, "subspace.projection": min(tau, dim) - 1}  # rows
+    for name in ("theta", "adam.step", "adam.exp_avg", "adam.exp_avg_sq", *most):
+        tensor = state[name]
+        expected = (len(tensor), dim) if name in most else () if name == "adam.step" else tuple(shape)
+        if tensor.dtype != torch.float32 or tensor.shape != expected or not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} is not finite 32-bit numbers of shape {expected}")
+        if len(tensor.shape) == 2 and len(tensor) > most.get(name, len(tensor)):
+            raise ValueError(f"{name} has {len(tensor)} rows, more than {most[name]}")
+    if state["adam.step"] < 0 or (state["adam.exp_avg_sq"] < 0).any():
+        raise ValueError("adam.step or adam.exp_avg_sq is negative")
+    counts = (progress.step, progress.forwards, progress.skipped, skipped_in_a_row)
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError(f"step, forwards or skipped is no count: {counts}")
+    numbers = [progress.smoothed_loss, *(value for row in progress.curve for value in row.values())]
+    if not all(value is None or type(value) in (int, float) for value in numbers):
+        raise ValueError("the curve or the loss holds something else than numbers")
+    if not all(set(row) == set(CURVE_COLUMNS) for row in progress.curve):
+        raise ValueError(f"the curve has other columns than {', '.join(CURVE_COLUMNS)}")
+
+
 def save_checkpoint(path: Path, args: argparse.Namespace, fingerprint: dict, zo: ZOAdam, generator: torch.Generator,
                     progress: Progress) -> None:
     adam = zo.optimizer.state.get(zo.theta) or dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(zo.theta),
@@ -1332,9 +1445,10 @@ def save_checkpoint(path: Path, args: argparse.Namespace, fingerprint: dict, zo:
         "adam.exp_avg_sq": adam["exp_avg_sq"], "generator": generator.get_state(),
         "subspace.token_history": zo.subspace.token_history, "subspace.projection": zo.subspace.projection,
     }  # fmt: skip
-    header = dict(settings=run_settings(args), fingerprint=fingerprint, progress=vars(progress),
-                  skipped_in_a_row=zo.skipped_in_a_row)
-    write_atomically(path, serialize(tensors, {"format": "pt", "zoodip.checkpoint": json.dumps(header, sort_keys=True)}))
+    header = json.dumps(dict(settings=run_settings(args), fingerprint=fingerprint, progress=vars(progress),
+                             skipped_in_a_row=zo.skipped_in_a_row), sort_keys=True)
+    metadata = {"format": "pt", "zoodip.checkpoint": header, "zoodip.sha256": state_digest(header, tensors)}
+    write_atomically(path, serialize(tensors, metadata))
 
 
 def load_checkpoint(path: Path, args: argparse.Namespace, fingerprint: dict, zo: ZOAdam,
@@ -1342,8 +1456,11 @@ def load_checkpoint(path: Path, args: argparse.Namespace, fingerprint: dict, zo:
     """Put a checkpoint's state into `zo` and `generator`. Raises InputError where it is broken or of another run."""
     try:
         with safe_open(path, framework="pt") as handle:
-            header = json.loads(handle.metadata()["zoodip.checkpoint"])
+            metadata = handle.metadata()
             state = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # off the memory map
+        if metadata["zoodip.sha256"] != state_digest(metadata["zoodip.checkpoint"], state):
+            raise ValueError("its contents do not match its checksum")
+        header = json.loads(metadata["zoodip.checkpoint"])
         progress = Progress(**header["progress"])
         saved, ours = header["settings"], run_settings(args)
         different = [f"--{name} was {saved[name]!r}, is {ours[name]!r}" for name in SETTINGS if saved[name] != ours[name]]
@@ -1354,13 +1471,7 @@ def load_checkpoint(path: Path, args: argparse.Namespace, fingerprint: dict, zo:
             if header["fingerprint"][what] != digest:
                 raise InputError(f"--resume_from_checkpoint {path}: the {what} have changed since it was saved; restore "
                                  "them, or start anew without --resume_from_checkpoint")
-        shape, dim = zo.theta.shape, zo.theta.numel()
-        for name in ("theta", "adam.exp_avg", "adam.exp_avg_sq"):
-            if state[name].shape != shape or not torch.isfinite(state[name]).all():
-                raise ValueError(f"{name} is not finite values of shape {tuple(shape)}")
-        for name in ("subspace.token_history", "subspace.projection"):
-            if state[name].shape[1:] != (dim,) or not torch.isfinite(state[name]).all():
-                raise ValueError(f"{name} is not finite rows of {dim}")
+        check_state(state, progress, header["skipped_in_a_row"], zo.theta.shape, args.tau)
         adam = dict(step=state["adam.step"], exp_avg=state["adam.exp_avg"], exp_avg_sq=state["adam.exp_avg_sq"])
         generator.set_state(state["generator"])
     except InputError:
@@ -1368,8 +1479,9 @@ def load_checkpoint(path: Path, args: argparse.Namespace, fingerprint: dict, zo:
     except FileNotFoundError:
         raise InputError(f"--resume_from_checkpoint: there is no file {str(path)!r}; give a checkpoint-N.safetensors or "
                          "latest") from None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"--resume_from_checkpoint {path}: is not a whole checkpoint ({error}); use an older one") from error
+    except (SafetensorError, OSError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = "it is a pickle, which could run code, and is not read" if is_pickle(path) else error
+        raise InputError(f"--resume_from_checkpoint {path}: is not a whole checkpoint ({reason}); use an older one") from error
     zo.theta.data.copy_(state["theta"])
     zo.optimizer.state[zo.theta] = adam
     zo.subspace.token_history, zo.subspace.projection = state["subspace.token_history"], state["subspace.projection"]
@@ -1379,9 +1491,13 @@ def load_checkpoint(path: Path, args: argparse.Namespace, fingerprint: dict, zo:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint files of a folder, the newest last."""
-    numbered = [(int(match[1]), path) for path in folder.glob("checkpoint-*.safetensors")
-                if (match := re.fullmatch(r"checkpoint-(\d+)\.safetensors", path.name))]
-    return [path for _, path in sorted(numbered)]
+    checkpoints = [path for path in folder.glob("checkpoint-*.safetensors")
+                   if re.fullmatch(r"checkpoint-[0-9]+\.safetensors", path.name) and path.is_file()]
+    return sorted(checkpoints, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.stem.removeprefix("checkpoint-"))
 
 
 def resume(args: argparse.Namespace, fingerprint: dict, zo: ZOAdam, generator: torch.Generator) -> Progress:
@@ -1403,7 +1519,7 @@ def resume(args: argparse.Namespace, fingerprint: dict, zo: ZOAdam, generator: t
 
 def write_curve(path: Path, curve: list[dict]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, ["step", "unet_forwards", "loss", "eval_loss", "token_norm"], lineterminator="\n")
+    writer = csv.DictWriter(text, CURVE_COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(curve)
     write_atomically(path, text.getvalue().encode())
@@ -1454,8 +1570,9 @@ def resolve_defaults(args: argparse.Namespace, folder: Path, device: torch.devic
     if args.mu is None:  # bf16 keeps 8 bits: a smaller step drowns in rounding (benchmarks/README.md)
         args.mu = 1e-2 if args.mixed_precision == "bf16" else 1e-3
     if args.resolution is None:
-        levels = len(read_json(folder / "vae" / "config.json").get("block_out_channels", [0] * 4))
-        args.resolution = read_json(folder / "unet" / "config.json").get("sample_size", 64) * 2 ** (levels - 1)
+        channels = read_json(folder / "vae" / "config.json").get("block_out_channels", [0] * 4)
+        levels = len(channels) if isinstance(channels, list) else 1  # what is no list is refused at loading
+        args.resolution = config_number(folder / "unet" / "config.json", "sample_size", 64) * 2 ** (levels - 1)
 
 
 @dataclass
@@ -1534,15 +1651,32 @@ def tune_malloc(mmap_threshold: int, trim_threshold: int) -> None:
         pass
 
 
-def load_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> tuple[FrozenModel, Data]:
-    """Encode the images, free the VAE, then load text encoder and UNet: never more than one of them unquantised."""
+def load_scheduler(folder: Path):
+    """The noise schedule. Raises InputError where it is none that the method is defined for."""
     from diffusers import DDPMScheduler
 
+    path = folder / "scheduler"
+    scheduler = from_folder(path, DDPMScheduler.from_pretrained)
+    kind, steps = scheduler.config.prediction_type, len(scheduler.alphas_cumprod)
+    if kind not in ("epsilon", "v_prediction"):
+        raise InputError(f"{path}: prediction_type is {kind!r}; give a Stable Diffusion 1.x or 2.x (epsilon or v_prediction)")
+    between = (scheduler.alphas_cumprod >= 0) & (scheduler.alphas_cumprod < 1)
+    if steps != NUM_TRAIN_TIMESTEPS or not scheduler.alphas_cumprod.is_floating_point() or not between.all():
+        raise InputError(f"{path}: is no noise schedule of {NUM_TRAIN_TIMESTEPS} steps from 1 to 0 (it has {steps}); download "
+                         "the folder again")
+    return scheduler
+
+
+def load_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> tuple[FrozenModel, Data]:
+    """Encode the images, free the VAE, then load text encoder and UNet: never more than one of them unquantised."""
     folder = inputs.folder
     tune_malloc(1 << 20, 1 << 17)
-    scheduler = from_folder(folder / "scheduler", DDPMScheduler.from_pretrained)
+    scheduler = load_scheduler(folder)
     vae = load_frozen(folder, "vae", args.variant, "none", torch.float32, device, skip=("decoder.", "post_quant_conv."))
-    latents = encode_images(vae, inputs.subject.paths, args.resolution, args.center_crop)
+    latents = from_folder(folder / "vae", lambda _, vae=vae: encode_images(vae, inputs.subject.paths, args.resolution,
+                                                                           args.center_crop))
+    if not torch.isfinite(latents).all():
+        raise InputError(f"{folder / 'vae'}: encodes the images as NaN or Inf; download the folder again")
     del vae
     how = (args.variant, args.quantization, DTYPES[args.mixed_precision], device)
     text_encoder = load_frozen(folder, "text_encoder", *how, skip=("embeddings.token_embedding.",))
@@ -1552,7 +1686,11 @@ def load_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) -
     if args.compile:
         unet.compile(dynamic=False)
     model = FrozenModel(unet, text_encoder, inputs.prompts.rows.to(device), args.candidates_per_forward)
-    return model, Data(latents, inputs.choices, inputs.prompts, scheduler)
+    data = Data(latents, inputs.choices, inputs.prompts, scheduler)
+    # a configuration can fit its weights and yet not compute (a wrong number of groups): one loss tells, before the run begins
+    first = evaluation_batches(latents, data.choices, data.prompts, scheduler, args)[0]
+    from_folder(folder, lambda _: model.losses(first, inputs.initial_token[None]))
+    return model, data
 
 
 def split_feed_forward(unet: nn.Module) -> None:
@@ -1620,10 +1758,14 @@ class Recorder:
             return
         path = self.folder / f"checkpoint-{progress.step}.safetensors"
         save_checkpoint(path, self.args, self.fingerprint, zo, generator, progress)
-        if self.args.checkpoints_total_limit:
-            checkpoints = list_checkpoints(self.folder)  # later ones than this are there after going back to an older one
-            for old in checkpoints[: checkpoints.index(path) + 1][: -self.args.checkpoints_total_limit]:
-                old.unlink(missing_ok=True)
+        self.limit_checkpoints(progress.step)
+
+    def limit_checkpoints(self, step: int) -> None:
+        """Remove all but the newest up to `step`; later ones are there after going back to an older one, and stay."""
+        if self.args.checkpoints_total_limit and self.accelerator.is_main_process:
+            older = [path for path in list_checkpoints(self.folder) if checkpoint_step(path) <= step]
+            for path in older[: -self.args.checkpoints_total_limit]:
+                path.unlink(missing_ok=True)
 
     def curve(self, progress: Progress) -> None:
         row = progress.curve[-1]
@@ -1667,7 +1809,7 @@ class ValidationDrawer:
     def __init__(self, args: argparse.Namespace, model: FrozenModel, folder: Path, prompts: Prompts):
         from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-        self.args, self.text_encoder, self.prompts = args, model.text_encoder, prompts
+        self.args, self.folder, self.text_encoder, self.prompts = args, folder, model.text_encoder, prompts
         vae = load_frozen(folder, "vae", args.variant, args.quantization, DTYPES[args.mixed_precision], model.rows.device,
                           skip=("encoder.", "quant_conv."))
         scheduler = from_folder(folder / "scheduler", PNDMScheduler.from_pretrained)
@@ -1706,52 +1848,72 @@ def train(args: argparse.Namespace, accelerator, model: FrozenModel, data: Data,
 
     def evaluate():
         progress.curve.append(dict(step=progress.step, unet_forwards=progress.forwards, loss=progress.smoothed_loss,
-                                   eval_loss=model.mean_loss(fixed_set, zo.theta), token_norm=zo.theta.norm(dim=1).mean().item()))
+                                   eval_loss=model.mean_loss(fixed_set, zo.theta), token_norm=zo.norm()))
         recorder.curve(progress)
 
+    def draw():
+        picture = from_folder(drawer.folder, lambda _: drawer.draw(zo.theta))
+        recorder.picture(picture, progress.step)
+
+    def watch_norm(bar):
+        norm = zo.norm()
+        if not math.isfinite(norm):
+            raise InputError(f"the token is NaN or Inf after step {progress.step}; try a smaller --learning_rate or another --mu")
+        if norm > zo.norm_limit and accelerator.is_main_process:  # at 10 times its length, bf16 no longer measures a slope
+            bar.write(f"the token's norm has grown to {norm:.3g} by step {progress.step}; where the loss no longer falls, start "
+                      "anew with a smaller --learning_rate, or with --mixed_precision fp32", file=sys.stderr)
+            zo.norm_limit = 2 * norm
+
+    recorder.limit_checkpoints(progress.step)  # one too many is left of a run that was killed between writing and removing
     if args.eval_steps and not progress.curve:
         evaluate()
-    bar = tqdm(total=args.max_train_steps, initial=progress.step, unit="step", smoothing=0.05, mininterval=0.5,
-               disable=not accelerator.is_main_process)
-    while progress.step < args.max_train_steps and not stopped:
-        step_started = time.perf_counter()
-        batch = draw_batch(data.latents, data.choices, data.prompts, data.scheduler, args, generator)
-        directions, candidates = zo.candidates(generator)
-        losses, stopped = shared_losses(accelerator, model, batch, candidates, stop)
-        progress.step += 1
-        progress.forwards += len(candidates)
-        finite = zo.step(directions, losses)
-        stepping_seconds += time.perf_counter() - step_started
-        if finite:
-            # losses[0] is the unperturbed loss of rge; of the others, which evaluate none, the mean is it to order mu
-            loss = (losses[0] if args.estimator == "rge" else losses.mean()).item()
-            previous = loss if progress.smoothed_loss is None else progress.smoothed_loss
-            progress.smoothed_loss = 0.99 * previous + 0.01 * loss
-        else:
-            progress.skipped += 1
-            if zo.skipped_in_a_row >= 20:
-                bar.close()
+    with tqdm(total=args.max_train_steps, initial=progress.step, unit="step", smoothing=0.05, mininterval=0.5,
+              disable=not accelerator.is_main_process) as bar:
+        while progress.step < args.max_train_steps and not stopped:
+            step_started = time.perf_counter()
+            batch = draw_batch(data.latents, data.choices, data.prompts, data.scheduler, args, generator)
+            directions, candidates = zo.candidates(generator)
+            losses, stopped = shared_losses(accelerator, model, batch, candidates, stop)
+            progress.step += 1
+            progress.forwards += len(candidates)
+            finite = zo.step(directions, losses)
+            stepping_seconds += time.perf_counter() - step_started
+            if finite:
+                # losses[0] is the unperturbed loss of rge; of the others, which evaluate none, the mean is it to order mu
+                loss = (losses[0] if args.estimator == "rge" else losses.mean()).item()
+                previous = loss if progress.smoothed_loss is None else progress.smoothed_loss
+                progress.smoothed_loss = 0.99 * previous + 0.01 * loss
+            else:
+                progress.skipped += 1
+                if zo.skipped_in_a_row >= 20:
+                    recorder.checkpoint(zo, generator, progress)
+                    raise InputError(f"the loss was not finite for 20 steps up to step {progress.step}; try --mixed_precision "
+                                     "fp32 or bf16, a smaller --learning_rate or another --mu")
+            watch_norm(bar)
+            bar.update()
+            bar.set_postfix_str(f"loss {progress.smoothed_loss or math.nan:.4f}, {peak_memory_gb(accelerator.device):.2f} GB",
+                                refresh=False)
+            if due(progress.step, 10):
+                accelerator.log({"train/loss": progress.smoothed_loss or math.nan}, step=progress.step)
+            last = progress.step == args.max_train_steps
+            if args.eval_steps and (due(progress.step, args.eval_steps) or last):
+                evaluate()
+            if due(progress.step, args.save_steps):
+                recorder.embedding(zo, progress.step, final=False)
+            picture = drawer is not None and due(progress.step, args.validation_steps) and not last
+            if picture and not stopped:
+                draw()
+            # the last of what a step leaves, so that a run killed in between does all of it again; who stops it is kept waiting
+            # for no picture
+            if due(progress.step, args.checkpointing_steps) or stopped or (last and args.checkpointing_steps):
                 recorder.checkpoint(zo, generator, progress)
-                raise InputError(f"the loss was not finite for 20 steps up to step {progress.step}; try --mixed_precision "
-                                 "fp32 or bf16, a smaller --learning_rate or another --mu")
-        bar.update()
-        bar.set_postfix_str(f"loss {progress.smoothed_loss or math.nan:.4f}, {peak_memory_gb(accelerator.device):.2f} GB",
-                            refresh=False)
-        if due(progress.step, 10):
-            accelerator.log({"train/loss": progress.smoothed_loss or math.nan}, step=progress.step)
-        last = progress.step == args.max_train_steps
-        if args.eval_steps and (due(progress.step, args.eval_steps) or last):
-            evaluate()
-        if due(progress.step, args.save_steps):
-            recorder.embedding(zo, progress.step, final=False)
-        if due(progress.step, args.checkpointing_steps) or stopped or (last and args.checkpointing_steps):
-            recorder.checkpoint(zo, generator, progress)
-        if drawer is not None and (due(progress.step, args.validation_steps) or last):
-            recorder.picture(drawer.draw(zo.theta), progress.step)
-    bar.close()
+            if picture and stopped:
+                draw()
     if progress.step == progress.skipped > 0:
         raise InputError("no step had a finite loss; try --mixed_precision fp32 or bf16, or another model")
     recorder.embedding(zo, progress.step, final=True)
+    if drawer is not None and progress.step >= args.max_train_steps:  # after the embedding: hours must not hang on a picture
+        draw()
     recorder.run(progress, stepping_seconds, progress.step - first_step)
     accelerator.wait_for_everyone()
 
@@ -1796,7 +1958,7 @@ def main(args: argparse.Namespace) -> int:
                   "goes on from there", file=sys.stderr)
         else:
             print(f"{Path(args.output_dir) / 'learned_embeds.safetensors'}: {args.placeholder_token} after "
-                  f"{progress.step} steps")
+                  f"{progress.step} steps" + (f" ({progress.skipped} skipped: loss not finite)" if progress.skipped else ""))
     return 128 + (stop.number or signal.SIGTERM) if interrupted else 0
 
 
@@ -1807,17 +1969,20 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="IProgress not found")
 
 
+def printable(text: str) -> str:
+    """On one line, whatever a file name or a library put in: control characters escaped, access tokens of the hub left out."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return re.sub(r"\bhf_[A-Za-z0-9]{30,}", "hf_...", text)
+
+
 def cli(args: argparse.Namespace) -> int:
     """`main` for the command line: what the user can mend is one line on stderr and exit code 2."""
     quiet_libraries()
     try:
         return main(args)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted before the first step; nothing to save", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -293,7 +294,7 @@ def test_interrupted_run(train, tiny_model, subject, tmp_path, number, code):
     assert torch.equal(theta(out), theta(train("longer", **flags, max_train_steps=step + 7)))
 
 
-# --- pictures, trackers, NaN, several processes ---
+# --- pictures, trackers, several processes ---
 
 
 def test_validation_pictures(base, train):
@@ -323,24 +324,65 @@ def test_tensorboard(train):
         assert event.value == pytest.approx(float(row["eval_loss"]), rel=1e-6)  # stored in fp32
 
 
+# --- numbers that run away ---
+
+
 @pytest.fixture(scope="module")
-def nan_model(tiny_model, tmp_path_factory) -> Path:
-    model = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("nan") / "tiny-sd"))
-    path = model / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(path)
-    tensors["conv_in.bias"][0] = float("nan")
-    save_file(tensors, path, {"format": "pt"})
-    return model
+def overflowing(tiny_model, tmp_path_factory):
+    """A model whose last layer is so strong that predictions pass 65504, the end of half precision; in 32 bits all is well."""
+
+    def make(factor: float) -> Path:
+        model = Path(shutil.copytree(tiny_model, tmp_path_factory.mktemp("overflow") / "tiny-sd"))
+        path = model / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(path)
+        tensors["conv_out.weight"] *= factor
+        save_file(tensors, path, {"format": "pt"})
+        return model
+
+    return make
 
 
-def test_losses_that_stay_nan_stop_the_run(train, nan_model, capsys):
-    """Twenty in a row: exit code 2 and advice, not hours of nothing; and again after a resume."""
-    out = train(code=2, model=nan_model, max_train_steps=60)
+def test_losses_that_stay_infinite_stop_the_run(train, overflowing, capsys):
+    """Twenty in a row: exit code 2 and advice, not hours of nothing; again after a resume; and the advice helps."""
+    flags = dict(model=overflowing(5e5), max_train_steps=30)
+    out = train(code=2, mixed_precision="fp16", **flags)
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "not finite for 20 steps up to step 20" in line and "--mixed_precision" in line
+    assert line.startswith("error: the loss was not finite for 20 steps up to step 20")
+    assert all(f"--{flag}" in line for flag in ("mixed_precision fp32", "learning_rate", "mu"))
     assert "learned_embeds.safetensors" not in names(out)
-    train(code=2, model=nan_model, max_train_steps=60, resume_from_checkpoint="latest")
+    train(code=2, mixed_precision="fp16", resume_from_checkpoint="latest", **flags)
     assert "not finite" in capsys.readouterr().err.splitlines()[-1]
+    for precision in ("fp32", "bf16"):
+        assert json.loads((train(precision, mixed_precision=precision, **flags) / "run.json").read_text())["skipped_steps"] == 0
+
+
+def test_steps_that_overflow_are_skipped_and_counted(train, overflowing, capsys):
+    """Some steps of a half-precision run give Inf: they leave the token as it was, and are told of at the end."""
+    out = train(model=overflowing(6e4), mixed_precision="fp16", max_train_steps=40, eval_steps=0, save_steps=1)
+    tokens = [theta(out, f"learned_embeds-steps-{step}") for step in range(1, 41)]
+    still = sum(torch.equal(a, b) for a, b in zip(tokens, tokens[1:], strict=False))
+    skipped = json.loads((out / "run.json").read_text())["skipped_steps"]
+    assert 0 < skipped < 40 and still <= skipped <= still + 1  # the first step has none before it
+    assert all(torch.isfinite(token).all() for token in tokens)
+    assert f"after 40 steps ({skipped} skipped: loss not finite)" in capsys.readouterr().out
+
+
+def test_token_that_runs_away(train, capsys):
+    """Reported when its norm is ten times what it was, and again each time that doubles; not in an ordinary run."""
+    train(max_train_steps=12)
+    assert "norm" not in capsys.readouterr().err
+    train(max_train_steps=40, learning_rate=100)
+    grown = re.findall(r"norm has grown to (\S+) by step \d+; .*learning_rate", capsys.readouterr().err)
+    assert 1 <= len(grown) < 8 and all(float(b) > 1.99 * float(a) for a, b in zip(grown, grown[1:], strict=False))  # 3 digits
+
+
+def test_token_that_overflows(train, capsys):
+    """An absurd learning rate ends in a line; no embedding of NaN or Inf is ever saved, nor a checkpoint."""
+    out = train(code=2, learning_rate=9e36, checkpointing_steps=1, save_steps=1)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: the token is NaN or Inf after step") and "--learning_rate" in line
+    for path in out.glob("*.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values() if tensor.is_floating_point())
 
 
 def torchrun(processes: int, port: int) -> list[str]:

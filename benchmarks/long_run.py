@@ -1,0 +1,137 @@
+#!/usr/bin/env python
+"""Does a run leak? Memory, open files and time per step of a long run on the miniature, with the slope and its error.
+
+    python benchmarks/long_run.py                 # 30,000 steps, the paper's number
+    python benchmarks/long_run.py --steps 1500    # a minute or two
+
+Samples the process twice a second (Linux) and writes benchmarks/long_run.json and .md. The slopes are straight lines by least
+squares through the means of 40 equal parts of the run, the first tenth left out (allocators and caches fill up then). The means
+of parts and not the samples, which follow each other so closely that their error would come out far too small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from common import ROOT, cli, resident_bytes, table, write_report
+
+PARTS = 40
+TICKS = os.sysconf("SC_CLK_TCK")
+QUANTITIES = {  # name: unit, decimals
+    "resident": ("MB", 2), "anonymous": ("MB", 2), "open_files": ("", 3), "wall_ms_per_step": ("ms", 3),
+    "cpu_ms_per_step": ("ms", 3),
+}  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30000, help="length of the run")
+    parser.add_argument("--checkpointing_steps", type=int, default=500, help="as of train_zoodip.py")
+    parser.add_argument("--checkpoints_total_limit", type=int, default=2, help="as of train_zoodip.py")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder for long_run.json and .md")
+    parser.add_argument("extra", nargs="*", help="after --: flags handed on to train_zoodip.py")
+    return parser.parse_args(argv)
+
+
+def sample(pid: int, folder: Path, bar: Path) -> dict | None:
+    """One look at the process; None once it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        files = len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return None
+    with open(bar, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 400))
+        shown = re.findall(rb"(\d+)/\d+ \[", file.read())
+    memory = resident_bytes(pid)
+    return dict(
+        seconds=time.monotonic(), step=int(shown[-1]) if shown else 0, open_files=files, resident=memory["VmRSS"] / 1e6,
+        anonymous=memory["RssAnon"] / 1e6, cpu=(int(fields[11]) + int(fields[12])) / TICKS,
+        checkpoints=len(list(folder.glob("checkpoint-*.safetensors"))),
+        kilobytes=sum(path.stat().st_size for path in folder.glob("[!.]*")) / 1e3,
+    )  # fmt: skip
+
+
+def part_means(samples: list[dict], steps: int) -> list[dict]:
+    """Means over equal parts of the run, the first tenth of it left out."""
+    edges = np.linspace(0.1 * steps, steps, PARTS + 1)
+    parts = []
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        within = [one for one in samples if low <= one["step"] <= high]
+        if len(within) < 2 or within[-1]["step"] == within[0]["step"]:
+            continue
+        first, last = within[0], within[-1]
+        done = last["step"] - first["step"]
+        means = {name: float(np.mean([one[name] for one in within])) for name in ("step", "resident", "anonymous", "open_files")}
+        means["wall_ms_per_step"] = 1e3 * (last["seconds"] - first["seconds"]) / done
+        means["cpu_ms_per_step"] = 1e3 * (last["cpu"] - first["cpu"]) / done
+        parts.append(means)
+    return parts
+
+
+def line(steps: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """Slope of the least-squares line and its standard error, per 10,000 steps."""
+    x = (np.asarray(steps, float) - np.mean(steps)) / 1e4
+    y = np.asarray(values, float) - np.mean(values)
+    slope = (x @ y) / (x @ x)
+    residual = y - slope * x
+    return float(slope), float(np.sqrt(residual @ residual / (len(x) - 2) / (x @ x)))
+
+
+def run(args: argparse.Namespace, folder: Path) -> tuple[list[dict], dict]:
+    """The run, watched -> its samples and its run.json."""
+    bar = folder / ".bar"
+    command = ["sh", str(ROOT / "train_zoodip.sh"), "demo", "--max_train_steps", str(args.steps),
+               "--checkpointing_steps", str(args.checkpointing_steps),
+               "--checkpoints_total_limit", str(args.checkpoints_total_limit), *args.extra]  # fmt: skip
+    samples = []
+    with open(bar, "wb") as stderr:  # exec in the shell script: the pid is the run's own
+        process = subprocess.Popen(command, stderr=stderr, env=dict(os.environ, OUTPUT_DIR=str(folder), PYTHON=sys.executable))
+        while process.poll() is None:
+            if one := sample(process.pid, folder, bar):
+                samples.append(one)
+            time.sleep(0.5)
+    if process.returncode:
+        raise SystemExit(f"the run ended with code {process.returncode}:\n{bar.read_text()[-2000:]}")
+    return samples, json.loads((folder / "run.json").read_text())
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run, fit, report."""
+    with tempfile.TemporaryDirectory() as folder:
+        samples, record = run(args, Path(folder))
+        left = sorted(path.name for path in Path(folder).glob("checkpoint-*"))
+    # from the first step to the last evaluation: loading before, and the pictures after, are other work
+    stepping = [one for one in samples if 0 < one["step"] < args.steps]
+    parts = part_means(stepping, args.steps)
+    if len(parts) < 10:
+        raise SystemExit(f"only {len(parts)} of {PARTS} parts of the run have samples; raise --steps")
+    slopes = {name: line([part["step"] for part in parts], [part[name] for part in parts]) for name in QUANTITIES}
+    rows = []
+    for name, (unit, digits) in QUANTITIES.items():
+        values, (slope, error) = [part[name] for part in parts], slopes[name]
+        rows.append([name.replace("_", " "), f"{np.mean(values):.{digits}f} {unit}", f"{min(values):.{digits}f}",
+                     f"{max(values):.{digits}f}", f"{slope:+.{digits}f} +- {error:.{digits}f}"])  # fmt: skip
+    most = dict(checkpoints=max(one["checkpoints"] for one in samples), open_files=max(one["open_files"] for one in stepping),
+                kilobytes=round(max(one["kilobytes"] for one in samples)))
+    fits = {name: dict(slope_per_10000_steps=slope, standard_error=error) for name, (slope, error) in slopes.items()}
+    results = dict(fits=fits, most=most, checkpoints_left=left, samples=len(samples), parts=parts, run=record)
+    text = table(["", "mean", "least part", "largest part", "slope per 10,000 steps +- standard error"], rows)
+    text += (f"\n\n{args.steps} steps in {record['seconds_this_time'] / 60:.1f} min, {len(samples)} samples. At most "
+             f"{most['checkpoints']} checkpoints at a time (one is written before one is removed), {len(left)} left; at most "
+             f"{most['open_files']} open files; the output folder took at most {most['kilobytes']} KB. "
+             f"Steps skipped: {record['skipped_steps']}.\n")
+    write_report("long_run", args, results, text, folder=args.output)
+
+
+if __name__ == "__main__":
+    cli(main, parse_args())
