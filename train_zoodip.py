@@ -49,6 +49,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".b
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # JPEG covers MPO. By content: EPS would go to Ghostscript
 MAX_IMAGE_SIDE = 16384  # pixels; a header that promises more is refused before a byte of it is decoded
 MAX_IMAGE_PIXELS = 128_000_000  # 0.4 GB as RGB; the largest ordinary photographs have 108 million
+MAX_LAYERS = 100  # in a row; a damaged configuration that promises more would keep us building for hours
 NUM_TRAIN_TIMESTEPS = 1000  # of every Stable Diffusion 1.x and 2.x
 
 # The templates of the textual-inversion paper (Gal et al. 2022), used where no captions are given.
@@ -242,11 +243,16 @@ def check_args(args: argparse.Namespace) -> None:
             "needs a --validation_prompt")
 
 
+UNFINISHED: list[Path] = []  # folders that are no use before they are complete
+
+
 def stop_at_once(number: int, frame) -> None:
     """SIGINT or SIGTERM outside the steps: what is to be saved has been saved, so say how to go on, and end.
 
     Without unwinding: an exception raised in the middle of an import may be swallowed or printed with a traceback.
     """
+    for folder in UNFINISHED:
+        shutil.rmtree(folder, ignore_errors=True)
     print("interrupted outside the training steps; the same command with --resume_from_checkpoint latest goes on from the last "
           "checkpoint, or starts anew where there is none", file=sys.stderr, flush=True)
     os._exit(128 + number)
@@ -437,6 +443,11 @@ def config_number(path: Path, key: str, default: int) -> int:
     return value
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether there was not enough memory: on a CPU torch says so in a plain RuntimeError."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def from_folder(path: Path, load):
     """`load(path)` of a library, with whatever it raises on a damaged folder as one InputError."""
     try:
@@ -444,6 +455,8 @@ def from_folder(path: Path, load):
     except InputError:
         raise
     except Exception as error:  # each class of each library raises its own
+        if out_of_memory(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: cannot be loaded ({reason}); download the folder again") from error
 
@@ -570,7 +583,7 @@ class QuantizedLayer(nn.Module):
     """A frozen Linear or Conv2d that holds its weight as `pack_weight` packed it, and dequantises it at the moment of use.
 
     A weight of more than AT_ONCE numbers is dequantised and applied in slices of output channels. Raises ValueError where
-    the packed tensors are not of the layer's size.
+    the packed tensors are not of the layer's size, of another type or not finite.
     """
 
     AT_ONCE = 1 << 24
@@ -581,11 +594,15 @@ class QuantizedLayer(nn.Module):
         self.quantization = "nf4" if "nf4" in packed else "int8"
         self.packed_shape = rows, columns = self.shape[0], math.prod(self.shape[1:])
         blocks = math.ceil(rows * columns / 64)
-        expected = dict(int8=rows * columns, scale=rows) if self.quantization == "int8" else dict(
-            nf4=math.ceil(rows * columns / 2), absmax=blocks, absmax_scale=math.ceil(blocks / 256), absmax_offset=1)
-        found = {name: tensor.numel() for name, tensor in packed.items()}
+        expected = dict(int8=(rows * columns, torch.int8), scale=(rows, torch.float32))
+        if self.quantization == "nf4":
+            expected = dict(nf4=(math.ceil(rows * columns / 2), torch.uint8), absmax=(blocks, torch.uint8),
+                            absmax_scale=(math.ceil(blocks / 256), torch.float32), absmax_offset=(1, torch.float32))
+        found = {name: (tensor.numel(), tensor.dtype) for name, tensor in packed.items()}
         if found != expected:
-            raise ValueError(f"{found} numbers instead of {expected}")
+            raise ValueError(f"{found} instead of {expected}")
+        if not all(torch.isfinite(tensor).all() for tensor in packed.values() if tensor.is_floating_point()):
+            raise ValueError("its scales are NaN or Inf")
         for name in expected:
             self.register_buffer(name, packed[name])
         if self.quantization == "nf4":
@@ -684,24 +701,11 @@ def load_frozen(folder: Path, part: str, variant: str | None, quantization: str,
             if not name.startswith(skip):
                 pieces[leaf] = tensor.to(device, copy=True)
             continue
-        try:
-            module = model.get_submodule(module_name)
-            expected = getattr(module, leaf).shape
-        except AttributeError:
-            raise InputError(f"{folder / part}: the weights hold {name!r}, which config.json does not describe; "
-                             "configuration and weights are of different models") from None
+        module = owner_of(name, model, folder / part)
         if name.startswith(skip):
             setattr(module, leaf, nn.Parameter(torch.empty(0), requires_grad=False))
             continue
-        if tensor.shape == (*expected, 1, 1):
-            tensor = tensor.view(expected)  # older VAEs keep attention matrices as 1 x 1 convolutions
-        if tensor.shape != expected:
-            raise InputError(f"{folder / part}: {name} is {tuple(tensor.shape)}, config.json says {tuple(expected)}; "
-                             "configuration and weights are of different models")
-        if not tensor.is_floating_point() or not torch.isfinite(tensor.sum(dtype=torch.float32)):
-            raise InputError(f"{folder / part}: {name} ({tensor.dtype}) is not finite floating-point numbers; download the "
-                             "folder again")
-        tensor = tensor.to(device)
+        tensor = fitted(tensor, name, module, folder / part).to(device)
         if quantization != "none" and leaf == "weight" and is_quantized(part, module_name, module):
             model.set_submodule(module_name, QuantizedLayer(module, pack_weight(tensor, quantization), dtype))
         else:
@@ -726,6 +730,31 @@ def load_frozen(folder: Path, part: str, variant: str | None, quantization: str,
     return model.to(device).eval().requires_grad_(False)
 
 
+def owner_of(name: str, model: nn.Module, where: Path) -> nn.Module:
+    """The module that the parameter `name` belongs to. Raises InputError where the model has no such parameter."""
+    module_name, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(module_name)
+        module.get_parameter(leaf)
+    except AttributeError:
+        raise InputError(f"{where}: the weights hold {name!r}, which config.json does not describe; configuration and weights "
+                         "are of different models") from None
+    return module
+
+
+def fitted(tensor: torch.Tensor, name: str, module: nn.Module, where: Path) -> torch.Tensor:
+    """A parameter of a weight file in the shape that its module has for it. Raises InputError where it is not such numbers."""
+    expected = module.get_parameter(name.rpartition(".")[2]).shape
+    if tensor.shape == (*expected, 1, 1):
+        tensor = tensor.view(expected)  # older VAEs keep attention matrices as 1 x 1 convolutions
+    if tensor.shape != expected:
+        raise InputError(f"{where}: {name} is {tuple(tensor.shape)}, config.json says {tuple(expected)}; configuration and "
+                         "weights are of different models")
+    if not tensor.is_floating_point() or not torch.isfinite(tensor.sum(dtype=torch.float32)):
+        raise InputError(f"{where}: {name} ({tensor.dtype}) is not finite floating-point numbers; download the folder again")
+    return tensor
+
+
 def is_quantized(part: str, name: str, module: nn.Module) -> bool:
     """Whether a module is one of those whose weight is packed: every Linear and Conv2d but the UNet's first and last."""
     return isinstance(module, (nn.Linear, nn.Conv2d)) and not (part == "unet" and name in ("conv_in", "conv_out"))
@@ -738,10 +767,16 @@ def packed_tensors(folder: Path, part: str, variant: str | None, quantization: s
     """
     model = build_model(folder, part)
     for name, tensor in read_tensors(find_weights(folder, part, variant)):
-        module_name, _, leaf = modern_name(name, part).rpartition(".")
+        modern = modern_name(name, part)
+        module_name, _, leaf = modern.rpartition(".")
+        if module_name.endswith(".weight") or leaf == "position_ids":  # packed already, or a constant of older files
+            yield name, tensor.clone()
+            continue
+        module = owner_of(modern, model, folder / part)
+        tensor = fitted(tensor, modern, module, folder / part)
         encoder = part == "vae" and module_name.startswith(("encoder.", "quant_conv"))
-        if leaf == "weight" and not encoder and is_quantized(part, module_name, module := model.get_submodule(module_name)):
-            for piece, packed in pack_weight(tensor.view(module.weight.shape), quantization).items():
+        if leaf == "weight" and not encoder and is_quantized(part, module_name, module):
+            for piece, packed in pack_weight(tensor, quantization).items():
                 yield f"{name}.{piece}", packed
         else:
             yield name, tensor.clone()
@@ -778,6 +813,7 @@ def save_quantized(args: argparse.Namespace) -> Path:
                          "a new folder")
     folder = find_model_folder(args.pretrained_model_name_or_path, args.revision, args.variant)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    UNFINISHED.append(unfinished)
     try:
         for part in WEIGHT_NAMES:
             (unfinished / part).mkdir(parents=True)
@@ -792,6 +828,7 @@ def save_quantized(args: argparse.Namespace) -> Path:
         raise InputError(f"--save_quantized {str(target)!r}: cannot be written ({error.strerror}); choose another") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        UNFINISHED.remove(unfinished)
     size = sum(path.stat().st_size for path in target.rglob("*"))
     print(f"{target}: the model with {args.quantization} weights, {size / 1e9:.2f} GB")
     return target
@@ -813,6 +850,12 @@ def build_model(folder: Path, part: str) -> nn.Module:
     """The module that config.json describes. Its parameters are on the meta device: they have shapes and no memory."""
     from accelerate import init_empty_weights
 
+    config = read_json(folder / part / "config.json")
+    for key in ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers"):
+        counts = config[key] if isinstance(config.get(key), list) else [config.get(key)]
+        if any(isinstance(count, int) and count > MAX_LAYERS for count in counts):
+            raise InputError(f"{folder / part / 'config.json'}: {key} {config[key]!r} is of no Stable Diffusion; download the "
+                             "folder again")
     if part == "text_encoder":
         from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -1982,6 +2025,13 @@ def cli(args: argparse.Namespace) -> int:
         return main(args)
     except InputError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        print("error: out of memory; try --candidates_per_forward 1, then a smaller --train_batch_size or --resolution, or "
+              "--mixed_precision bf16. With --resume_from_checkpoint latest a run goes on from its last checkpoint "
+              f"({printable(str(error))[:200]})", file=sys.stderr)
         return 2
 
 

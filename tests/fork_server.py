@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import struct
 import sys
@@ -56,6 +57,9 @@ def run(request: dict) -> None:
         signal.signal(number, z.stop_at_once)
     if request.get("powerless"):
         drop_capabilities()
+    if "memory" in request:  # bytes beyond what the imports have taken
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (taken + request["memory"],) * 2)
     changes = die_at(request.get("die_at"), request["output"])
     try:
         code = z.cli(z.parse_args(request["argv"]))

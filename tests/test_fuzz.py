@@ -9,6 +9,7 @@ checkpoints. It reads no embedding: what it writes for others is checked where i
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -348,6 +349,80 @@ def test_weight_tensors(outcome, copy_once, data, tmp_path, tiny_model, part, ch
             assert name.removeprefix("text_model.") in text
     finally:
         exchange(copy_once / weights(part), (tiny_model / weights(part)).read_bytes())
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_model, tmp_path_factory) -> dict[str, Path]:
+    """The model as --save_quantized writes it."""
+    folders = {quantization: tmp_path_factory.mktemp("packed") / quantization for quantization in ("nf4", "int8")}
+    for quantization, folder in folders.items():
+        argv = ["--pretrained_model_name_or_path", str(tiny_model), "--quantization", quantization]
+        assert run_cli([*argv, "--save_quantized", str(folder)]) == 0
+    return folders
+
+
+@cases(60)
+@given(quantization=st.sampled_from(["nf4", "int8"]), part=st.sampled_from(["unet", "text_encoder"]),
+       choice=st.integers(0, 10**6), other=st.integers(0, 10**6), change=st.sampled_from(["swap", "missing", *CHANGES]))
+def test_packed_tensors(outcome, packed, data, tmp_path, quantization, part, choice, other, change):
+    """4-bit codes and their scales in the wrong type or size, or NaN: C code reads them, so they must be found before."""
+    (file,) = (packed[quantization] / part).glob("*.safetensors")
+    whole = file.read_bytes()
+    tensors = load_file(file)
+    names = sorted(name for name in tensors if ".weight." in name)
+    name, second = names[choice % len(names)], names[other % len(names)]
+    kept = tensors[name]
+    if change == "swap":
+        tensors[name], tensors[second] = tensors[second].clone(), tensors[name].clone()
+    elif change == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = CHANGES[change](kept)
+    same_kind = change != "missing" and (tensors[name].dtype, tensors[name].numel()) == (kept.dtype, kept.numel())
+    exchange(file, save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))
+    try:
+        code, text = outcome(arguments(packed[quantization], data, tmp_path / "out", quantization=quantization, **RUN))
+        assert code == 0 or str(packed[quantization]) in text or "finite" in text
+        assert code == 2 or (same_kind and not (kept.is_floating_point() and change in {"nan", "inf", "-inf"}))
+    finally:
+        exchange(file, whole)
+
+
+@cases(40)
+@given(part=st.sampled_from(PARTS), choice=st.integers(0, 10**6), damage=DAMAGE, bytewise=st.booleans(),
+       change=st.sampled_from(sorted(CHANGES)))
+def test_packing_damaged_weights(outcome, copy_once, tmp_path, tiny_model, part, choice, damage, bytewise, change):
+    """--save_quantized writes a whole folder, or says what is wrong and leaves nothing."""
+    content, target = (tiny_model / weights(part)).read_bytes(), tmp_path / "packed"
+    tensors = load_file(tiny_model / weights(part))
+    name = sorted(tensors)[choice % len(tensors)]
+    tensors[name] = CHANGES[change](tensors[name]).contiguous()
+    exchange(copy_once / weights(part), damaged(content, damage) if bytewise else save(tensors, {"format": "pt"}))
+    before = set(tmp_path.iterdir())
+    try:
+        code, text = run_packing(["--pretrained_model_name_or_path", str(copy_once), "--save_quantized", str(target)])
+        assert code == 0 or (str(copy_once) in text and text.count("error: ") == 1 and "Traceback" not in text), text
+        assert set(tmp_path.iterdir()) == before | ({target} if code == 0 else set())
+    finally:
+        exchange(copy_once / weights(part), content)
+        shutil.rmtree(target, ignore_errors=True)
+
+
+def run_packing(argv: list[str]) -> tuple[int, str]:
+    """Exit code and stderr of a run that trains nothing."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        return run_cli(argv), errors.getvalue()
+
+
+@pytest.mark.parametrize(("part", "key"), [("unet", "layers_per_block"), ("vae", "layers_per_block"),
+                                           ("text_encoder", "num_hidden_layers")])
+def test_a_model_without_end(outcome, copy, data, tmp_path, part, key):
+    """A configuration of a billion layers is refused, and not built."""
+    config = json.loads((copy / part / "config.json").read_text())
+    exchange(copy / part / "config.json", json.dumps(config | {key: 10**9}).encode())
+    code, text = outcome(arguments(copy, data, tmp_path / "out", **RUN))
+    assert code == 2 and f"{key} 1000000000" in text
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "swapped", "twice", "pickle", "index without map",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, arguments
+from conftest import MINIATURE, ROOT, arguments
 from watching import Watch, last_saved_step, newest_checkpoint, same_results, step_of
 
 CHECKPOINTING = 2
@@ -230,6 +230,27 @@ def test_signals_while_the_script_starts(tiny_model, subject, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and stderr.startswith("interrupted") and stderr.count("\n") == 1, stderr
+
+
+def test_interrupted_while_packing(server, tmp_path):
+    """Ctrl-C during --save_quantized: hundreds of megabytes that are of no use are not left behind."""
+    argv = ["--pretrained_model_name_or_path", str(MINIATURE), "--save_quantized", str(tmp_path / "packed")]
+    run = Run(server, tmp_path / "place", tmp_path / "none", argv)
+    run.wait(until=lambda: any(tmp_path.glob(".packed.*.tmp/unet/*.safetensors")))
+    run.send(signal.SIGINT)
+    assert run.wait() == 128 + signal.SIGINT
+    assert "interrupted" in (run.place / "stderr").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"place"}
+
+
+# --- memory ---
+
+
+def test_out_of_memory(start, tmp_path):
+    """Pictures of 64 million pixels in 1 GB: what to change, in one line; a damaged folder is not blamed."""
+    run = start(tmp_path / "out", dict(memory=1 << 30), resolution=8000)
+    assert run.wait() == 2
+    assert "out of memory; try --candidates_per_forward 1" in run.error()
 
 
 # --- the disk ---
