@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,50 +208,25 @@ def resident_bytes(pid: int) -> dict[str, int]:
     return total
 
 
-class Watcher:
-    """Samples the memory of a child's process tree every 20 ms and files the peaks under the phase it is in."""
+def run_watched(command: list[str], env: dict[str, str] | None = None, interval: float = 0.02) -> tuple[int, str, dict[str, int]]:
+    """Run a command to its end -> (exit code, what it printed, peak bytes of `resident_bytes`).
 
-    def __init__(self, pid: int, phase: str, interval: float = 0.02):
-        self.pid, self.interval = pid, interval
-        self.phase, self.phases = phase, {}
-        self.ended = threading.Event()
-        self.begin(phase)
-        self.thread = threading.Thread(target=self.sample, daemon=True)
-        self.thread.start()
-
-    def begin(self, phase: str) -> None:
-        self.phases.setdefault(phase, dict(seconds=0.0, started=time.monotonic(), samples=0))
-        self.phase = phase
-
-    def sample(self) -> None:
-        while not self.ended.is_set():
-            phase = self.phases[self.phase]
-            for name, value in resident_bytes(self.pid).items():
-                phase[name] = max(phase.get(name, 0), value)
-            phase["samples"] += 1
-            phase["seconds"] = time.monotonic() - phase["started"]
-            self.ended.wait(self.interval)
-
-    def stop(self) -> dict[str, dict]:
-        """Per phase: seconds, and the peaks in bytes. The peaks of one phase need not be of one moment."""
-        self.ended.set()
-        self.thread.join()
-        return {name: {key: value for key, value in phase.items() if key != "started"} for name, phase in self.phases.items()}
-
-
-def run_watched(command: list[str], first_phase: str, on_text: Callable[[str, Watcher], None] | None = None,
-                cwd: Path = ROOT, env: dict[str, str] | None = None) -> tuple[int, str, dict]:
-    """Run a command to its end -> (exit code, what it printed, phases of `Watcher`).
-
-    `on_text(text, watcher)` sees each piece of output, progress bars included, and may begin phases.
+    Samples every `interval` seconds. The peaks need not be of one moment.
     """
-    process = subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
-    watcher, pieces = Watcher(process.pid, first_phase), []
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
+    peaks, ended, pieces = {}, threading.Event(), []
+
+    def sample() -> None:
+        while not ended.wait(interval):
+            for name, value in resident_bytes(process.pid).items():
+                peaks[name] = max(peaks.get(name, 0), value)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
     while piece := process.stdout.read(4096):
-        text = piece.decode(errors="replace")
-        pieces.append(text)
-        sys.stderr.write(text)
-        if on_text is not None:
-            on_text(text, watcher)
+        pieces.append(piece.decode(errors="replace"))
+        sys.stderr.write(pieces[-1])
     code = process.wait()
-    return code, "".join(pieces), watcher.stop()
+    ended.set()
+    sampler.join()
+    return code, "".join(pieces), peaks

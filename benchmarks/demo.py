@@ -31,13 +31,12 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as output:
         environment = dict(os.environ, OUTPUT_DIR=output, PYTHON=sys.executable)
         started = time.monotonic()
-        code, text, phases = run_watched(["sh", str(ROOT / "train_zoodip.sh"), "demo", *args.extra], "all", env=environment)
+        code, text, memory = run_watched(["sh", str(ROOT / "train_zoodip.sh"), "demo", *args.extra], environment)
         seconds = time.monotonic() - started
         if code:
             raise SystemExit(f"the demo ended with code {code}:\n{text[-2000:]}")
         run = json.loads((Path(output) / "run.json").read_text())
         curve = (Path(output) / "training_log.csv").read_text().splitlines()
-    memory = phases["all"]
     rows = [
         ["wall time, from the command to the prompt", f"{seconds / 60:.2f} min"],
         ["stepping alone (evaluations and pictures apart)", f"{run['seconds_this_time'] / 60:.2f} min"],

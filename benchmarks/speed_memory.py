@@ -574,7 +574,7 @@ def markdown_of(results: dict, args: argparse.Namespace) -> str:
             rows = []
             for name, counts in found["memory"].items():
                 peaks, stages = counts["bytes"].get("peaks", {}), counts["rss"].get("stages", {})
-                row = [METHODS[name].label, f"**{gigabytes(max(peaks.values(), default=None))}**"]
+                row = [METHODS[name].label, f"**{gigabytes(max(peaks.values()))}**" if peaks else "not measured"]
                 row += [gigabytes(peaks.get(stage)) for stage in ("encode", "load", "train", "save")]
                 row += [gigabytes(stages.get(stage, {}).get("rss")) for stage in ("encode", "load", "train")]
                 row += [f"{sum(stages.get(stage, {}).get('seconds', 0) for stage in ('encode', 'load')):.1f}"]
