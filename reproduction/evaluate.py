@@ -169,14 +169,21 @@ def read_token(path: Path, placeholder_token: str, quantization: str | None = No
     """theta [V, d] of a learned_embeds.safetensors; a line where it was learned on other weights. Raises InputError."""
     try:
         with safe_open(path, framework="pt") as handle:
-            learned_on = json.loads((handle.metadata() or {}).get("zoodip.settings", "{}")).get("quantization", quantization)
-            if quantization is not None and learned_on != quantization:
-                print(f"{path}: was learned with --quantization {learned_on}, its pictures are drawn with {quantization}",
-                      file=sys.stderr)
-            return handle.get_tensor(placeholder_token).float()
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: does not hold the token {placeholder_token} ({error}); give a learned_embeds.safetensors, or "
+            settings = json.loads((handle.metadata() or {}).get("zoodip.settings", "{}"))
+            theta = handle.get_tensor(placeholder_token)
+        if theta.dim() == 1:  # as others save a single vector
+            theta = theta[None]
+        if theta.dim() != 2 or not theta.numel() or not theta.is_floating_point() or not torch.isfinite(theta).all():
+            raise ValueError(f"it is {tuple(theta.shape)} {theta.dtype}, or NaN or Inf")
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = "it is a pickle, which could run code, and is not read" if zoodip.is_pickle(path) else error
+        raise InputError(f"{path}: does not hold the token {placeholder_token} ({reason}); give a learned_embeds.safetensors, or "
                          "its --placeholder_token") from error
+    learned_on = settings.get("quantization", quantization) if isinstance(settings, dict) else quantization
+    if quantization is not None and learned_on != quantization:
+        print(f"{path}: was learned with --quantization {learned_on}, its pictures are drawn with {quantization}",
+              file=sys.stderr)
+    return theta.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,8 +365,11 @@ def main(args: argparse.Namespace, load: Callable = load_scorer) -> None:
         raise InputError("--embeddings: the tokens have different numbers of vectors; evaluate them in separate commands")
     accelerator = zoodip.make_accelerator(args.zoodip)
     clip, dino = load(args.clip, accelerator.device), load(args.dino, accelerator.device)
-    args.zoodip.num_vectors = len(subjects[0][1])
+    args.zoodip.num_vectors, width = subjects[0][1].shape
     model, folder = load_frozen_model(args.zoodip, accelerator.device)
+    if width != model.text_encoder.config.hidden_size:
+        raise InputError(f"--embeddings {args.embeddings[0]}: has {width} numbers, the model's tokens have "
+                         f"{model.text_encoder.config.hidden_size}; give the model that it was learned on")
     drawer = Drawer(args.zoodip, model, folder, args.inference_steps, args.guidance, args.batch_size)
     scores = {}
     for name, theta, references, word, prompts in tqdm(subjects, unit="subject"):

@@ -312,6 +312,11 @@ class Finding:
     verdicts: dict[str, str]  # of those of claim.scores that there are
     published: dict[str, float]  # a - b
 
+    def in_short(self) -> str:
+        """One verdict of all: what some say and none contradicts."""
+        said = set(self.verdicts.values()) - {"cannot be told"}
+        return "the scores disagree" if len(said) > 1 else said.pop() if said else "cannot be told"
+
 
 def judge(claim: Claim, settings: Settings, collected: dict[str, dict]) -> Finding | None:
     """None where no score is there of both rows. One of which lower is better enters its verdict with the sign turned."""
@@ -411,10 +416,11 @@ def claims_table(findings: list[Finding]) -> str:
                 mean, half_width, _ = finding.differences[score]
                 text = interval(mean, half_width, score, sign=True)
                 text += f" (published {number(finding.published[score], score, sign=True)})" if score in finding.published else ""
-                text += f": **{finding.verdicts[score]}**" if score in finding.verdicts else ""
+                text += f": {finding.verdicts[score]}" if score in finding.verdicts else ""
             cells.append(text)
-        rows.append([finding.claim.text, *cells, str(max(pairs for _, _, pairs in finding.differences.values()))])
-    return table(["claim", *[HEADINGS.get(score, score) for score in shown], "pairs"], rows)
+        pairs = max(pairs for _, _, pairs in finding.differences.values())
+        rows.append([finding.claim.text, f"**{finding.in_short()}**", *cells, str(pairs)])
+    return table(["claim", "in short", *[HEADINGS.get(score, score) for score in shown], "pairs"], rows)
 
 
 def removed_shares(collected: dict[str, dict], settings: Settings) -> dict[str, list[float]]:
@@ -454,8 +460,9 @@ def introduction(settings: Settings, jobs: list[Job], done: int) -> str:
 CLAIMS_NOTE = """Each line is the difference of two rows, paired over (subject, seed), with its 95 % interval. "Beats", "helps",
 "fails", "loses" hold where the interval lies on the better side of 0; "matches" and "suffices" where it lies on the better side
 of minus a tenth of what the other row gained over the class word. A claim "does not" hold where the interval lies wholly on the
-other side. Of losses, lower is better. Differences without a verdict are there to be read beside the others. Where timesteps
-differ the verdict is on the loss over all timesteps, and where weights differ on pictures alone."""
+other side. "In short" is what at least one score says and none contradicts; with several scores on each of sixteen claims, expect
+an interval or two to mislead. Of losses, lower is better. Differences without a verdict are there to be read beside the others.
+Where timesteps differ the verdict is on the loss over all timesteps, and where weights differ on pictures alone."""
 
 CAVEATS = """Subjects are breeds that the miniature has never seen; the scorer is its own CLIP, and its attribute classifier reads
 whether the subject's looks are right. The losses are on renders that no run saw, in scenes that no run saw. There is no DINO for

@@ -6,6 +6,8 @@ import argparse
 import json
 import math
 import os
+import pickle
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from conftest import MINIATURE, arguments, run_cli
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save
 
 import train_zoodip as z
 from reproduction import evaluate, gf_ti, runs, tables, textual_inversion
@@ -192,6 +195,43 @@ def test_evaluate_command(tiny_model, subject, tmp_path, capsys):
     assert (tmp_path / "out" / "scores.csv").read_text().splitlines()[0] == "subject,CLIP-T,CLIP-I,DINO,CLIP_inter,DINO_inter"
     assert len(list((tmp_path / "out" / "dog6").glob("*.png"))) == 2 * 2 + 2
     assert Image.open(tmp_path / "out" / "dog6.png").width > 200
+
+
+TOKEN = torch.ones(1, 32)
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (lambda: b"", "does not hold"), (lambda: save({"<sks>": TOKEN})[:-3], "does not hold"),
+    (lambda: save({"<other>": TOKEN}), "does not hold"), (lambda: save({"<sks>": TOKEN / 0}), "NaN or Inf"),
+    (lambda: save({"<sks>": TOKEN.long()}), "int64"), (lambda: save({"<sks>": TOKEN[None]}), "(1, 1, 32)"),
+    (lambda: save({"<sks>": TOKEN[:0]}), "(0, 32)"), (lambda: save({"<sks>": TOKEN}, {"zoodip.settings": "{"}), "does not hold"),
+    (lambda: pickle.dumps({"<sks>": TOKEN}), "is a pickle"),
+])  # fmt: skip
+def test_damaged_embeddings(tmp_path, content, words):
+    """An embedding comes from anybody: it is read as numbers, or refused by name."""
+    path = tmp_path / "learned_embeds.safetensors"
+    path.write_bytes(content())
+    with pytest.raises(z.InputError, match=re.escape(words)) as error:
+        evaluate.read_token(path, "<sks>")
+    assert str(path) in str(error.value)
+
+
+def test_embeddings_of_others(tmp_path):
+    """One vector without its own dimension, in half precision, with any settings: read."""
+    path = tmp_path / "learned_embeds.safetensors"
+    for metadata in (None, {"zoodip.settings": "[]"}):
+        path.write_bytes(save({"<sks>": TOKEN[0].half()}, metadata))
+        assert torch.equal(evaluate.read_token(path, "<sks>", "nf4"), TOKEN)
+
+
+def test_an_embedding_of_another_model(tiny_model, subject, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(save({"<sks>": torch.ones(1, 768)}))
+    (tmp_path / "prompts.txt").write_text("a photo of {}\n")
+    argv = ["--embeddings", str(tmp_path / "x.safetensors"), "--references", str(subject), "--class_word", "dog", "--cpu",
+            "--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out"), "--resolution", "16",
+            "--pretrained_model_name_or_path", str(tiny_model)]  # fmt: skip
+    with pytest.raises(z.InputError, match="has 768 numbers, the model's tokens have 32"):
+        evaluate.main(evaluate.parse_args(argv), load=lambda name, device: LineScorer())
 
 
 # ----------------------------------------------------------------------------------------------------- GF-TI
@@ -422,7 +462,12 @@ def test_a_table_and_its_claims_from_files(tmp_path):
     assert half_width == pytest.approx(3.182 * math.sqrt(5 / 3) * .002 / 2)
     assert finding.verdicts["CLIP-I"] == "holds here" and finding.published["CLIP-I"] == pytest.approx(.759 - .732)
     assert tables.judge(tables.CLAIMS[5], settings, collected).verdicts["CLIP-I"] == "does not"  # SPSA - one-point = -.07
-    assert "+.053 ± .004 (published +.027): **holds here**" in tables.claims_table([finding])
+    line = tables.claims_table([finding]).splitlines()[-1]
+    assert "| **holds here** |" in line and "| +.053 ± .004 (published +.027): holds here |" in line
+    finding.verdicts["DINO"] = "cannot be told"
+    assert finding.in_short() == "holds here"
+    finding.verdicts["DINO"] = "does not"
+    assert finding.in_short() == "the scores disagree"
     text = tables.table_of(tables.BY_NAME["S4"], collected["S4"])
     assert "| SPSA | 4 | .300 ± .000 (published .277, +.023) |" in text and "DINO" not in text
     assert "| 40 | .02500 ± .00000 |" in text
