@@ -404,5 +404,6 @@ def test_the_demo_killed_twenty_times(tmp_path):
                 assert (output / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
             shutil.rmtree(output)
             finished += 1
+            life = min(life, max(5.0, time.monotonic() - begun))  # shorter where the reference had to share the machine
     print(f"\nlife of the demo {life:.0f} s; killed after {kills} s; steps repeated {repeated}; {finished} runs finished; "
           f"{watch.polls} polls of the folder, {len(watch.seen)} versions of files, all whole")
