@@ -455,7 +455,9 @@ def test_a_table_and_its_claims_from_files(tmp_path):
     collected = {"S4": tables.collect(tables.BY_NAME["S4"], settings)}
     records = collected["S4"]["SPSA"]
     assert [record["loss_at"] for record in records.values()] == pytest.approx([.025] * 4)  # of 40 forwards the first 30
+    assert [record["loss_path"] for record in records.values()] == pytest.approx([(.04 + .025) / 2] * 4)
     finding = tables.judge(tables.CLAIMS[4], settings, collected)
+    assert finding.differences["loss_path"][0] == pytest.approx((.04 + .02) / 2 - (.04 + .025) / 2)
     mean, half_width, pairs = finding.differences["CLIP-I"]
     # differences .05 + (0, .002, .004, .006): mean .053, deviation sqrt(5 / 3) * .002, t(3) = 3.182
     assert (mean, pairs) == (pytest.approx(.053), 4)
