@@ -445,11 +445,14 @@ def fig8_table(collected: dict[str, dict], settings: Settings) -> str:
 def introduction(settings: Settings, jobs: list[Job], done: int) -> str:
     world, where = settings.world, environment()
     subjects = dict.fromkeys(job.spec["subject"] for job in jobs)
+    command = f"python reproduction/tables.py --world {world.name}" + " --quick" * settings.quick
+    for name, values in (("subjects", settings.subjects), ("seeds", settings.seeds)):
+        command += f" --{name} {' '.join(map(str, values))}" if values and not settings.quick else ""
     hours = sum((runs.read_run(job.spec, settings) or {}).get("seconds", 0) for job in jobs) / 3600
     text = [
         f"# Results: {world.name}", "",
         f"{done} of {len(jobs)} runs, {hours:.1f} hours of training in all (summed over processes that ran side by side). "
-        f"Made by `python reproduction/tables.py --world {world.name}`, {where['hardware']}, commit {where['commit']}; "
+        f"Made by `{command}`, {where['hardware']}, commit {where['commit']}; "
         + ", ".join(f"{package} {version}" for package, version in where["versions"].items()) + ".", "",
         "± is the half width of a 95 % interval (Student's t over subjects x seeds taken as independent). Differences between "
         f"rows are paired over (subject, seed). Subjects: {', '.join(subjects)}; the column \"runs\" says how many runs a row "
