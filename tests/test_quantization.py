@@ -193,13 +193,17 @@ def test_layers_that_cannot_be_sliced(monkeypatch):
         assert quantized.rows_at_once == 8
 
 
-@pytest.mark.parametrize("change", [lambda p: p.pop("absmax"), lambda p: p.update(nf4=p["nf4"][:-1]),
-                                    lambda p: p.update(other=torch.zeros(3))])
-def test_packed_tensors_of_the_wrong_size(change):
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda p: p.pop("absmax"), "instead of {"), (lambda p: p.update(nf4=p["nf4"][:-1]), "instead of {"),
+    (lambda p: p.update(other=torch.zeros(3)), "instead of {"), (lambda p: p.update(nf4=p["nf4"].long()), "torch.int64"),
+    (lambda p: p.update(absmax_offset=torch.tensor(torch.nan)), "NaN or Inf"),
+], ids=["missing", "short", "other", "type", "NaN"])  # fmt: skip
+def test_packed_tensors_that_do_not_fit(change, words):
+    """C code reads them by address: what is not as it must be is refused before."""
     layer = nn.Linear(128, 40)
     packed = z.pack_weight(layer.weight.detach(), "nf4")
     change(packed)
-    with pytest.raises(ValueError, match="numbers instead of"):
+    with pytest.raises(ValueError, match=words):
         z.QuantizedLayer(layer, packed, torch.float32)
 
 

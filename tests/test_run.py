@@ -312,7 +312,6 @@ def test_validation_pictures(base, train):
 
 def test_tensorboard(train):
     """The curve arrives in the tracker."""
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = train(max_train_steps=20, report_to="tensorboard")
