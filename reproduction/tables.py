@@ -405,7 +405,8 @@ def table_of(experiment: Experiment, collected: dict[str, dict]) -> str:
     for row in experiment.rows:
         records = collected[row.label]
         cells = [cell(values_of(records, score), score, row.published.get(score)) for score in present]
-        rows.append([row.label, str(len(records)), *cells])
+        scored = sum(any(score in record for score in present) for record in records.values())
+        rows.append([row.label, str(scored), *cells])
     return table(["", "runs", *[HEADINGS.get(score, score) for score in present]], rows)
 
 
@@ -442,10 +443,11 @@ def fig8_table(collected: dict[str, dict], settings: Settings) -> str:
     return table(["", "share of the buffer's directions removed", "range", "refreshes"], rows)
 
 
-def introduction(settings: Settings, jobs: list[Job], done: int) -> str:
+def introduction(names: list[str], settings: Settings, jobs: list[Job], done: int) -> str:
     world, where = settings.world, environment()
     subjects = dict.fromkeys(job.spec["subject"] for job in jobs)
     command = f"python reproduction/tables.py --world {world.name}" + " --quick" * settings.quick
+    command += f" --tables {' '.join(names)}" if names != list(BY_NAME) else ""
     for name, values in (("subjects", settings.subjects), ("seeds", settings.seeds)):
         command += f" --{name} {' '.join(map(str, values))}" if values and not settings.quick else ""
     hours = sum((runs.read_run(job.spec, settings) or {}).get("seconds", 0) for job in jobs) / 3600
@@ -675,7 +677,7 @@ def write_results(names: list[str], jobs: list[Job], settings: Settings, folder:
     collected = {name: collect(BY_NAME[name], settings) for name in names}
     done = sum(job.done(settings) for job in jobs)
     findings = [finding for claim in CLAIMS if (finding := judge(claim, settings, collected)) is not None]
-    text = [introduction(settings, jobs, done)]
+    text = [introduction(names, settings, jobs, done)]
     if findings:
         text += ["## Claims", CLAIMS_NOTE, claims_table(findings)]
     drawn = draw_plots(names, collected, settings, folder / "plots")
