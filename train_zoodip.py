@@ -530,6 +530,11 @@ def is_pickle(path: Path) -> bool:
     return start == b"PK\3\4" or (start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
 
 
+def why_unreadable(path: Path, error: Exception) -> str:
+    """What to say of one of our own files that safetensors cannot read."""
+    return "it is a pickle, which could run code, and is not read" if is_pickle(path) else str(error)
+
+
 def not_safetensors(path: Path, error: Exception) -> InputError:
     """What to say of a weight file that safetensors cannot read."""
     if is_pickle(path):
@@ -1523,8 +1528,8 @@ def load_checkpoint(path: Path, args: argparse.Namespace, fingerprint: dict, zo:
         raise InputError(f"--resume_from_checkpoint: there is no file {str(path)!r}; give a checkpoint-N.safetensors or "
                          "latest") from None
     except (SafetensorError, OSError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        reason = "it is a pickle, which could run code, and is not read" if is_pickle(path) else error
-        raise InputError(f"--resume_from_checkpoint {path}: is not a whole checkpoint ({reason}); use an older one") from error
+        raise InputError(f"--resume_from_checkpoint {path}: is not a whole checkpoint ({why_unreadable(path, error)}); use an "
+                         "older one") from error
     zo.theta.data.copy_(state["theta"])
     zo.optimizer.state[zo.theta] = adam
     zo.subspace.token_history, zo.subspace.projection = state["subspace.token_history"], state["subspace.projection"]

@@ -37,6 +37,9 @@ def cli(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     except zoodip.InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 # ----------------------------------------------------------------------------------------------------- records

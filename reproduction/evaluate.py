@@ -41,8 +41,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_zoodip as zoodip  # noqa: E402
-from benchmarks.common import environment, plain_arguments  # noqa: E402
-from reproduction.textual_inversion import cli  # noqa: E402
+from benchmarks.common import cli, environment, plain_arguments  # noqa: E402
 from train_zoodip import FrozenModel, InputError  # noqa: E402
 
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dinov2-base"
@@ -176,7 +175,7 @@ def read_token(path: Path, placeholder_token: str, quantization: str | None = No
         if theta.dim() != 2 or not theta.numel() or not theta.is_floating_point() or not torch.isfinite(theta).all():
             raise ValueError(f"it is {tuple(theta.shape)} {theta.dtype}, or NaN or Inf")
     except (SafetensorError, OSError, ValueError) as error:
-        reason = "it is a pickle, which could run code, and is not read" if zoodip.is_pickle(path) else error
+        reason = zoodip.why_unreadable(path, error)
         raise InputError(f"{path}: does not hold the token {placeholder_token} ({reason}); give a learned_embeds.safetensors, or "
                          "its --placeholder_token") from error
     learned_on = settings.get("quantization", quantization) if isinstance(settings, dict) else quantization

@@ -32,6 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_zoodip as zoodip  # noqa: E402
+from benchmarks.common import cli  # noqa: E402
 from reproduction import textual_inversion  # noqa: E402
 from train_zoodip import Data, FrozenModel, InputError  # noqa: E402
 
@@ -174,4 +175,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    textual_inversion.cli(main, parse_args())
+    cli(main, parse_args())

@@ -347,15 +347,12 @@ def encode(folder: Path, variant: str | None, paths: tuple[Path, ...], resolutio
 
 def load(args: argparse.Namespace, device: torch.device) -> tuple[zoodip.Inputs, FrozenModel, Data]:
     """As `train_zoodip.load_model`, from what this worker already has in memory."""
-    from diffusers import DDPMScheduler
-
     inputs = zoodip.read_inputs(args)
     zoodip.resolve_defaults(args, inputs.folder, device)
     latents = encode(inputs.folder, args.variant, tuple(inputs.subject.paths), args.resolution, args.center_crop, device)
     text_encoder, unet = load_modules(inputs.folder, args.variant, args.quantization, args.mixed_precision, device)
     model = FrozenModel(unet, text_encoder, inputs.prompts.rows.to(device), args.candidates_per_forward)
-    scheduler = DDPMScheduler.from_pretrained(inputs.folder / "scheduler")
-    return inputs, model, Data(latents, inputs.choices, inputs.prompts, scheduler)
+    return inputs, model, Data(latents, inputs.choices, inputs.prompts, zoodip.load_scheduler(inputs.folder))
 
 
 @dataclass

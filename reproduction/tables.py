@@ -29,10 +29,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_zoodip as zoodip  # noqa: E402
-from benchmarks.common import environment, mean_interval, table  # noqa: E402
+from benchmarks.common import cli, environment, mean_interval, table  # noqa: E402
 from reproduction import plots, runs  # noqa: E402
 from reproduction.runs import DREAMBOOTH, WORLDS, Job, Settings, make_spec  # noqa: E402
-from reproduction.textual_inversion import cli  # noqa: E402
 from train_zoodip import InputError  # noqa: E402
 
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",

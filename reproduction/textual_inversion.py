@@ -27,6 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_zoodip as zoodip  # noqa: E402
+from benchmarks.common import cli  # noqa: E402
 from train_zoodip import Data, FrozenModel, InputError, Inputs, Progress  # noqa: E402
 
 LOSS_SCALE = 1024.0  # a power of two: exact in fp32 and bf16, and keeps fp16 gradients from vanishing
@@ -160,19 +161,6 @@ def main(args: argparse.Namespace) -> None:
         return theta, curve, args.max_train_steps
 
     run_baseline(args, "backpropagation", learn)
-
-
-def cli(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """`main` for the command line: what the user can mend is one line on stderr and exit code 2."""
-    zoodip.quiet_libraries()
-    try:
-        main(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
