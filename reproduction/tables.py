@@ -599,13 +599,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("jobs", "threads", "dry_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    required = ["--train_data_dir", "x", "--initializer_token", "x"]
-    given, defaults = zoodip.parse_args([*required, *rest]), zoodip.parse_args(required)
-    args.extra = {name: value for name, value in vars(given).items() if value != getattr(defaults, name)}
+    zoodip.parse_args(["--train_data_dir", "x", "--initializer_token", "x", *rest])  # exits where a value is wrong
+    args.extra = given_flags(rest)
     own = {"train_data_dir", "initializer_token", "seed", "output_dir", "pretrained_model_name_or_path"}
     if forbidden := own & set(args.extra):
         parser.error(f"--{sorted(forbidden)[0]} is set by the suite; use --subjects, --seeds, --output or --model")
     return args
+
+
+def given_flags(argv: list[str]) -> dict:
+    """The flags of train_zoodip.py that a command line names, one named at its default too: the suite has other defaults."""
+    parser, not_given = zoodip.build_parser(), object()
+    names = vars(parser.parse_args([]))
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, not_given)))
+    return {name: value for name, value in vars(args).items() if value is not not_given}
 
 
 def take_shard_of_launcher(args: argparse.Namespace) -> None:

@@ -405,6 +405,19 @@ def test_wrong_shards_and_the_suite_s_own_flags_are_refused():
         tables.parse_args(["--seed", "3"])  # the suite's own
 
 
+def test_a_flag_given_at_its_default_still_replaces_the_suite_s_setting(tmp_path):
+    """5e-3 and nf4 are train_zoodip.py's defaults; the miniature's suite learns at 1e-2, Stable Diffusion's with int8."""
+    args = tables.parse_args(["--learning_rate", "5e-3", "--quantization", "nf4", "--no-use_cc", "--tables", "3"])
+    assert args.extra == {"learning_rate": 5e-3, "quantization": "nf4", "use_cc": False}
+    settings = settings_of(tmp_path)
+    assert runs.make_spec(settings, "zoodip", "furmix", 0, {})["flags"]["learning_rate"] == 1e-2
+    settings.extra = args.extra
+    flags = runs.make_spec(settings, "zoodip", "furmix", 0, {"quantization": "int8"})["flags"]
+    assert (flags["learning_rate"], flags["use_cc"]) == (5e-3, False)
+    assert flags["quantization"] == "int8"  # what a row compares comes before
+    assert tables.parse_args([]).extra == {}
+
+
 def test_every_claim_is_of_rows_that_exist():
     for claim in tables.CLAIMS:
         labels = {row.label for row in tables.BY_NAME[claim.experiment].rows}
