@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_zoodip as zoodip  # noqa: E402
 from miniature.classifier import AttributeClassifier, load_classifier, truth  # noqa: E402
 from miniature.world import (  # noqa: E402
     ACCESSORIES,
@@ -165,21 +166,16 @@ def generate(
     return torch.cat(images)
 
 
-def round_weights_to_nf4(*models: nn.Module) -> int:
-    """Rounds Linear and Conv2d weights, not `conv_in` and `conv_out`, to NF4 in place; returns how many."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
+def round_weights_to_nf4(pipeline: StableDiffusionPipeline) -> int:
+    """Rounds the weights of UNet and text encoder to NF4 in place, exactly those that training packs; returns how many."""
     count = 0
-    for model in models:
-        for name, layer in model.named_modules():
-            if not isinstance(layer, nn.Linear | nn.Conv2d) or name in ("conv_in", "conv_out"):
-                continue
-            # Flat: the CPU kernel is wrong for some two-dimensional shapes.
-            packed, state = quantize_4bit(
-                layer.weight.data.flatten(), quant_type="nf4", compress_statistics=True
-            )
-            layer.weight.data = dequantize_4bit(packed, state).view(layer.weight.shape).to(layer.weight.dtype)
-            count += layer.weight.numel()
+    for part in ("unet", "text_encoder"):
+        for name, layer in getattr(pipeline, part).named_modules():
+            if zoodip.is_quantized(part, name, layer):
+                weight = layer.weight.data
+                packed = zoodip.QuantizedLayer(layer, zoodip.pack_weight(weight, "nf4"), weight.dtype)
+                layer.weight.data = packed.dequantize().contiguous()
+                count += weight.numel()
     return count
 
 
@@ -377,7 +373,7 @@ def main(args: argparse.Namespace) -> None:
     report["fp16"], images = measure(args, pipeline, classifier, "fp16")
     save_samples(images, args.output / "samples.png")
     if not args.no_nf4:
-        report["nf4_weights"] = round_weights_to_nf4(pipeline.unet, pipeline.text_encoder)
+        report["nf4_weights"] = round_weights_to_nf4(pipeline)
         report["nf4"], images = measure(args, pipeline, classifier, "nf4")
         save_samples(images, args.output / "samples_nf4.png")
     report["clip"] = clip_report(HERE / "clip", renders, specs)

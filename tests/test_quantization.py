@@ -261,3 +261,21 @@ def test_the_direct_call_is_the_operator(dtype, shape, monkeypatch):
     assert z.nf4_cpu_function(dtype) is not None, "this bitsandbytes has no such function: the layer falls back to the operator"
     monkeypatch.setattr(z, "nf4_cpu_function", lambda dtype: None)
     assert torch.equal(quantized.dequantize(), direct)
+
+
+def test_the_miniature_is_measured_with_the_weights_that_training_packs(tiny_model):
+    """`miniature/quality.py` rounds a plain pipeline's weights: to the bits that `load_pipeline` computes with."""
+    from diffusers import StableDiffusionPipeline
+
+    from miniature.quality import round_weights_to_nf4
+
+    plain, packed = StableDiffusionPipeline.from_pretrained(tiny_model), z.load_pipeline(str(tiny_model))
+    rounded = round_weights_to_nf4(plain)
+    compared = 0
+    for part in ("unet", "text_encoder"):
+        for name, layer in getattr(packed, part).named_modules():
+            if isinstance(layer, z.QuantizedLayer):
+                weight = getattr(plain, part).get_submodule(name).weight
+                assert torch.equal(weight, layer.dequantize()), name
+                compared += weight.numel()
+    assert compared == rounded > 0
