@@ -78,10 +78,10 @@ def curves(panels: dict[str, dict[str, tuple]], labels: tuple[str, str], path: P
 
 def scatter(points: dict[str, tuple[float, float, float]], labels: tuple[str, str], path: Path) -> None:
     """{label: (x, y, half width of y)}."""
-    figure, (axis,) = new_plot()
+    figure, (axis,) = new_plot(size=(6.6, 3.4))
     for label, (x, y, width) in points.items():
         axis.errorbar(x, y, yerr=width if np.isfinite(width) else None, fmt="o", label=label, capsize=2)
     axis.set(xlabel=labels[0], ylabel=labels[1])
     if points:
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))  # beside, where it hides no interval
     save_plot(figure, path)
