@@ -97,8 +97,8 @@ MINIATURE = World(
         "initial": {},
     },
     subjects=tuple(breed.name for breed in critters.held_out_breeds()[:4]), seeds=(0, 1, 2), images=2, inference_steps=25,
-    guidance=5.0, clip=str(ROOT / "miniature" / "clip"), dino=None, cost_steps=60, seconds_per_step=0.025,
-    seconds_per_forward=0.0095,
+    guidance=5.0, clip=str(ROOT / "miniature" / "clip"), dino=None, cost_steps=60, seconds_per_step=0.014,
+    seconds_per_forward=0.0065,
 )  # fmt: skip
 SD15 = World(
     "sd15", zoodip.DEFAULT_MODEL, 768,
