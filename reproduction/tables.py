@@ -446,9 +446,14 @@ def introduction(names: list[str], settings: Settings, jobs: list[Job], done: in
     world, where = settings.world, environment()
     subjects = dict.fromkeys(job.spec["subject"] for job in jobs)
     command = f"python reproduction/tables.py --world {world.name}" + " --quick" * settings.quick
+    command += f" --dry_steps {settings.dry_steps}" if settings.dry_steps else ""
     command += f" --tables {' '.join(names)}" if names != list(BY_NAME) else ""
+    implied = world.subjects[: 1 if settings.dry_steps else 2], world.seeds[:1]  # by --dry_steps and --quick
     for name, values in (("subjects", settings.subjects), ("seeds", settings.seeds)):
-        command += f" --{name} {' '.join(map(str, values))}" if values and not settings.quick else ""
+        if values and not ((settings.quick or settings.dry_steps) and values in implied):
+            command += f" --{name} {' '.join(map(str, values))}"
+    for name, value in settings.extra.items():
+        command += f" --{name} {value}" if not isinstance(value, bool) else f" --{name}" if value else f" --no-{name}"
     hours = sum((runs.read_run(job.spec, settings) or {}).get("seconds", 0) for job in jobs) / 3600
     text = [
         f"# Results: {world.name}", "",
@@ -461,7 +466,8 @@ def introduction(names: list[str], settings: Settings, jobs: list[Job], done: in
         f"{settings.images} pictures a prompt, {settings.inference_steps} steps, guidance {world.guidance:g}.",
     ]  # fmt: skip
     if settings.miniature:
-        text += ["", CAVEATS]
+        flags = make_spec(settings, "zoodip", next(iter(subjects)), 0, {})["flags"]
+        text += ["", CAVEATS.format(steps=f"{flags['max_train_steps']:,}", rate=f"{flags['learning_rate']:g}")]
     return "\n".join(text)
 
 
@@ -480,7 +486,7 @@ this world. The published figures beside ours are Stable Diffusion v1.5's on pho
 order of rows can. What scale does not carry over:
 
 - the token has 256 numbers, not 768: tau and GF-TI's intrinsic dimension are a third of the paper's;
-- 1,000 steps at learning rate 1e-2 instead of 30,000 at 5e-3; GF-TI's and TI's steps are reduced with them;
+- {steps} steps at learning rate {rate} instead of 30,000 at 0.005; GF-TI's and TI's steps are reduced with them;
 - the base is NF4 here, INT8 in the paper (Table S8 has both); activations are fp32, so a small mu is not drowned in rounding;
 - CLIP-I and the loss need not agree: a token of lower loss can draw worse pictures. Look at the sheets;
 - 16 x 16 latents lose their layout at earlier timesteps than 64 x 64 ones: PUTS's bounds need not be the best here;

@@ -382,6 +382,21 @@ def test_the_full_miniature_plan(tmp_path):
     assert [settings.world.scaled(tau) for tau in tables.TAUS] == [11, 21, 43, 85, 171]
 
 
+@pytest.mark.parametrize("flags", [(), ("--quick",), ("--quick", "--subjects", "neddom"), ("--dry_steps", "3"),
+                                   ("--tables", "3", "S4", "--subjects", "meppor", "--seeds", "4", "5", "--learning_rate", "3e-3",
+                                    "--no-use_cc", "--center_crop", "--n", "1", "--max_train_steps", "77")])  # fmt: skip
+def test_the_report_names_the_command_that_makes_it(tmp_path, flags):
+    """Given again, the command that the report states plans the very same runs; and the report tells their steps."""
+    args = tables.parse_args(list(flags))
+    jobs = tables.plan(args.tables, tables.make_settings(args))
+    text = tables.introduction(args.tables, tables.make_settings(args), jobs, 0)
+    command = re.search("`python reproduction/tables.py ([^`]*)`", text)[1].split()
+    again = tables.parse_args(command)
+    assert [job.spec for job in tables.plan(again.tables, tables.make_settings(again))] == [job.spec for job in jobs]
+    steps = {job.spec["flags"]["max_train_steps"] for job in jobs if job.spec["method"] == "zoodip" and "cost" not in job.spec}
+    assert f"- {steps.pop():,} steps at learning rate " in text and not steps
+
+
 def test_settings_that_matter_change_the_hash(tmp_path):
     settings = settings_of(tmp_path)
     base = runs.make_spec(settings, "zoodip", "furmix", 0, {})
