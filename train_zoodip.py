@@ -1332,6 +1332,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise InputError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
 
 
+def write_image(path: Path, image: Image.Image) -> None:
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_atomically(path, content.getvalue())
+
+
 def serialize(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
     """A safetensors file with a sorted header: the library's order of metadata differs from process to process."""
     content = safetensors_bytes({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata)
@@ -1845,11 +1851,6 @@ class Recorder:
         )  # fmt: skip
         write_atomically(self.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
 
-    def picture(self, image: Image.Image, step: int) -> None:
-        content = io.BytesIO()
-        image.save(content, "PNG")
-        write_atomically(self.folder / f"validation-{step}.png", content.getvalue())
-
 
 class ValidationDrawer:
     """Draws the validation prompt with the modules that training holds in memory, plus the quantised VAE decoder."""
@@ -1901,7 +1902,7 @@ def train(args: argparse.Namespace, accelerator, model: FrozenModel, data: Data,
 
     def draw():
         picture = from_folder(drawer.folder, lambda _: drawer.draw(zo.theta))
-        recorder.picture(picture, progress.step)
+        write_image(recorder.folder / f"validation-{progress.step}.png", picture)
 
     def watch_norm(bar):
         norm = zo.norm()

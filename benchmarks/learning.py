@@ -211,7 +211,7 @@ def run_inversion(args: argparse.Namespace, subject: Subject, seed: int, method:
 
     def work() -> dict:
         judge, started = Judge(subject), time.perf_counter()
-        theta, curve = invert(subject.model, subject.data, subject.theta0, run, steps, lr, judge, max(steps // 10, 1))
+        theta, curve, _ = invert(subject.model, subject.data, subject.theta0, run, steps, lr, judge, max(steps // 10, 1))
         return outcome(theta, curve, time.perf_counter() - started - judge.seconds)
 
     return finished_or_run(args.work / f"{subject.breed.name}-{seed}-{method}-{lr:g}.json", settings, work, args.device)

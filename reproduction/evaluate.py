@@ -157,9 +157,7 @@ class Drawer:
             for first in range(0, len(missing), self.batch_size):
                 chunk = missing[first : first + self.batch_size]
                 for wanted, image in zip(chunk, self.draw(theta, chunk), strict=True):
-                    content = io.BytesIO()
-                    image.save(content, "PNG")
-                    zoodip.write_atomically(paths[wanted], content.getvalue())
+                    zoodip.write_image(paths[wanted], image)
                 bar.update(len(chunk))
         return [[zoodip.open_image(paths[prompt, seed]) for seed in seeds] for prompt in prompts]
 
@@ -322,6 +320,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, least in (("images", 1), ("inter_images", 0), ("inference_steps", 1), ("batch_size", 1), ("guidance", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    if args.inter_images == 1:
+        parser.error("--inter_images must be 0 (none) or at least 2, as pairs of pictures are compared, got 1")
     args.zoodip = zoodip.parse_args(["--train_data_dir", "x", "--initializer_token", "x", *rest])
     return args
 
@@ -378,7 +378,7 @@ def main(args: argparse.Namespace, load: Callable = load_scorer) -> None:
         if args.inter_images:
             (row,) = drawer.pictures(theta, [INTER_PROMPT], range(args.inter_images), cache)
             scores[name].update(score_diversity(row, clip, dino))
-        contact_sheet(references, pictures, prompts).save(args.output / f"{name}.png")
+        zoodip.write_image(args.output / f"{name}.png", contact_sheet(references, pictures, prompts))
     arguments = plain_arguments(args) | {"zoodip": zoodip.run_settings(args.zoodip)}
     means = write_scores(args.output, scores, dict(arguments=arguments, **environment(str(accelerator.device))))
     print(f"{args.output / 'scores.csv'}: mean of {len(scores)} subjects: "

@@ -116,11 +116,12 @@ def noisy_losses(model: FrozenModel, data: Data, args: argparse.Namespace) -> Ob
 
 def evolve(objective: Objective, theta0: torch.Tensor, basis: torch.Tensor, args: argparse.Namespace,
            judge: Callable[[torch.Tensor], float], on_generation: Callable[[int, int, torch.Tensor], None] | None = None,
-           show_bar: bool = True) -> tuple[torch.Tensor, int]:
-    """Minimise `objective` over theta0 + z A by CMA-ES -> (theta [V, d], forwards).
+           show_bar: bool = True, stop: zoodip.StopSignal | None = None) -> tuple[torch.Tensor, int, int]:
+    """Minimise `objective` over theta0 + z A by CMA-ES -> (theta [V, d], generations done, forwards).
 
     `judge` gives a token's loss on a fixed set of args.num_eval_samples; only --mode fair asks it. `on_generation` is told
-    (generation, forwards, the token that would be returned now) after every generation, and before the first.
+    (generation, forwards, the token that would be returned now) after every generation, and before the first. After a signal
+    that `stop` has seen the generation under way is the last.
     """
     warnings.filterwarnings("ignore", module="cma")  # that a plotting or Gaussian-process package is not there
     import cma
@@ -131,20 +132,24 @@ def evolve(objective: Objective, theta0: torch.Tensor, basis: torch.Tensor, args
     rng = np.random.default_rng(args.seed)
     options = dict(popsize=args.population, verbose=-9, seed=math.nan, randn=lambda *shape: rng.standard_normal(shape))
     search = cma.CMAEvolutionStrategy(np.zeros(len(basis)), args.sigma, options)
-    theta, best_loss, forwards = theta0.clone(), math.inf, 0
+    theta, best_loss, forwards, generation = theta0.clone(), math.inf, 0, 0
     if args.mode == "fair":
         best_loss, forwards = judge(theta), args.num_eval_samples
     if on_generation is not None:
         on_generation(0, forwards, theta)
-    for generation in tqdm(range(1, args.max_train_steps + 1), unit="generation", mininterval=0.5, disable=not show_bar):
+    bar = tqdm(range(1, args.max_train_steps + 1), unit="generation", mininterval=0.5, disable=not show_bar)
+    for generation in bar:
         z = search.ask()
         losses = objective(tokens_of(z))
         # a loss that is not finite ranks last
         search.tell(z, np.nan_to_num(losses.double().numpy(), nan=1e9, posinf=1e9).tolist())
         forwards += args.population
+        stopped = stop is not None and stop.number != 0
+        bar.set_postfix_str(f"loss {losses.nan_to_num(math.inf).min():.4f} to {losses.nan_to_num(math.inf).max():.4f}",
+                            refresh=False)
         if args.mode == "published":
             theta = tokens_of(z)[int(losses.nan_to_num(math.inf).argmin())]
-        elif generation % CHECK_EVERY == 0 or generation == args.max_train_steps:
+        elif generation % CHECK_EVERY == 0 or generation == args.max_train_steps or stopped:
             candidate = tokens_of(search.result.xfavorite[None])[0]
             loss = judge(candidate)
             forwards += args.num_eval_samples
@@ -152,24 +157,26 @@ def evolve(objective: Objective, theta0: torch.Tensor, basis: torch.Tensor, args
                 theta, best_loss = candidate, loss
         if on_generation is not None:
             on_generation(generation, forwards, theta)
-    return theta, forwards
+        if stopped:
+            break
+    return theta, generation, forwards
 
 
 def main(args: argparse.Namespace) -> None:
-    def learn(model, data, inputs, evaluate, on_row):
+    def learn(model, data, inputs, evaluate, on_row, stop):
         fixed_set = zoodip.evaluation_batches(data.latents, data.choices, data.prompts, data.scheduler, args)
         curve = []
 
         def on_generation(generation: int, forwards: int, theta: torch.Tensor) -> None:
-            if evaluate and (generation % args.eval_steps == 0 or generation == args.max_train_steps):
+            if evaluate and (generation % args.eval_steps == 0 or generation == args.max_train_steps or stop.number):
                 curve.append(dict(step=generation, unet_forwards=forwards, loss=None, eval_loss=evaluate(theta),
                                   token_norm=theta.norm(dim=1).mean().item()))
                 on_row(curve)
 
         basis = make_basis(vocabulary(inputs.folder, args.variant), args)
-        theta, forwards = evolve(noisy_losses(model, data, args), inputs.initial_token, basis, args,
-                                 lambda token: model.mean_loss(fixed_set, token), on_generation)
-        return theta, curve, forwards
+        theta, generations, forwards = evolve(noisy_losses(model, data, args), inputs.initial_token, basis, args,
+                                              lambda token: model.mean_loss(fixed_set, token), on_generation, stop=stop)
+        return theta, curve, generations, forwards
 
     textual_inversion.run_baseline(args, f"CMA-ES, {args.mode}", learn)
 

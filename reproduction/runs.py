@@ -414,7 +414,7 @@ def learn_zoodip(args: argparse.Namespace, accelerator, inputs: zoodip.Inputs, m
 
 def learn_ti(args: argparse.Namespace, accelerator, inputs: zoodip.Inputs, model: FrozenModel, data: Data) -> Learned:
     tokens, started = [], time.perf_counter()
-    _, curve = textual_inversion.invert(
+    _, curve, _ = textual_inversion.invert(
         model, data, inputs.initial_token, args, args.max_train_steps, args.learning_rate,
         lambda theta: tokens.append(theta.clone()) or 0.0, max(1, args.max_train_steps // SNAPSHOTS), show_bar=False)
     snapshots = [Snapshot(row["step"], row["unet_forwards"], token) for row, token in zip(curve, tokens, strict=True)]
@@ -558,9 +558,7 @@ def score(spec: dict, settings: Settings, kind: str) -> None:
         scores = evaluate.score_pictures(pictures, references, [text.replace("{}", word) for text in prompts], clip, dino)
         if settings.miniature:
             scores.update(attribute_scores(pictures, subject))
-        content = io.BytesIO()
-        evaluate.contact_sheet(references, pictures, prompts).save(content, "PNG")
-        zoodip.write_atomically(folder / "sheet.png", content.getvalue())
+        zoodip.write_image(folder / "sheet.png", evaluate.contact_sheet(references, pictures, prompts))
     write_json(scores_path(folder, settings, kind), dict(evaluation=how, scores=scores, **environment(str(device))))
 
 

@@ -70,19 +70,20 @@ def parse_baseline_args(parser: argparse.ArgumentParser, unused: list[str], argv
 
 def invert(model: FrozenModel, data: Data, theta0: torch.Tensor, args: argparse.Namespace, steps: int, lr: float,
            evaluate: Callable[[torch.Tensor], float] | None = None, eval_steps: int = 0,
-           on_row: Callable[[list[dict]], None] | None = None, show_bar: bool = True) -> tuple[torch.Tensor, list[dict]]:
-    """Minimise Eq. 1 over the token by backpropagation -> (theta [V, d] fp32 on the CPU, rows of the curve).
+           on_row: Callable[[list[dict]], None] | None = None, show_bar: bool = True,
+           stop: zoodip.StopSignal | None = None) -> tuple[torch.Tensor, list[dict], int]:
+    """Minimise Eq. 1 over the token by backpropagation -> (theta [V, d] fp32 on the CPU, rows of the curve, steps done).
 
     Draws the same batches as train_zoodip.py with the same seed would (args.train_batch_size, .timestep_sampling, .seed),
     though not in step with it, as no directions are drawn here. `evaluate(theta)` is asked every `eval_steps` steps, at
-    0 and at the end; `on_row` is told of each new row. A step counts as one UNet forward of train_batch_size samples; its
-    backward pass, about twice as dear, is not counted.
+    0 and at the end; `on_row` is told of each new row. After a signal that `stop` has seen the step under way is the last.
+    A step counts as one UNet forward of train_batch_size samples; its backward pass, about twice as dear, is not counted.
     """
     device = model.rows.device
     theta = nn.Parameter(theta0.detach().clone().float().to(device))
     optimizer = torch.optim.Adam([theta], lr=lr, betas=(0.9, 0.999), eps=getattr(args, "adam_epsilon", 1e-8))
     generator = torch.Generator().manual_seed(args.seed)
-    curve, smoothed = [], None
+    curve, smoothed, done = [], None, 0
 
     def add_row(step: int):
         curve.append(dict(step=step, unet_forwards=step, loss=smoothed, eval_loss=evaluate(theta.detach().cpu()),
@@ -103,17 +104,24 @@ def invert(model: FrozenModel, data: Data, theta0: torch.Tensor, args: argparse.
             optimizer.step()
             smoothed = loss if smoothed is None else 0.99 * smoothed + 0.01 * loss
         bar.set_postfix_str(f"loss {loss if smoothed is None else smoothed:.4f}", refresh=False)
-        if evaluate is not None and (zoodip.due(step, eval_steps) or step == steps):
+        done, stopped = step, stop is not None and stop.number != 0
+        if evaluate is not None and (zoodip.due(step, eval_steps) or step == steps or stopped):
             add_row(step)
-    return theta.detach().cpu(), curve
+        if stopped:
+            break
+    return theta.detach().cpu(), curve, done
 
 
-# (model, data, inputs, evaluate or None, on_row) -> (theta, rows of the curve, UNet forwards)
-Learner = Callable[[FrozenModel, Data, Inputs, Callable | None, Callable], tuple[torch.Tensor, list[dict], int]]
+# (model, data, inputs, evaluate or None, on_row, stop) -> (theta, rows of the curve, steps, UNet forwards)
+Learner = Callable[[FrozenModel, Data, Inputs, Callable | None, Callable, zoodip.StopSignal],
+                   tuple[torch.Tensor, list[dict], int, int]]
 
 
 def run_baseline(args: argparse.Namespace, estimator: str, learn: Learner) -> None:
-    """Load, learn, save: learned_embeds.safetensors, training_log.csv and run.json as train_zoodip.py writes them."""
+    """Load, learn, save: learned_embeds.safetensors, training_log.csv and run.json as train_zoodip.py writes them.
+
+    Ctrl-C saves the token as it stands; unlike a ZOODiP run it is not continued from there (CMA-ES's state is a pickle).
+    """
     accelerator = zoodip.make_accelerator(args)
     if accelerator.num_processes > 1:
         raise InputError("this baseline runs as one process; start it with python, not accelerate launch")
@@ -137,15 +145,20 @@ def run_baseline(args: argparse.Namespace, estimator: str, learn: Learner) -> No
             return loss
 
     started = time.perf_counter()
-    theta, curve, forwards = learn(model, data, inputs, evaluate, lambda rows: recorder.curve(Progress(curve=rows)))
+    with zoodip.StopSignal() as stop:
+        theta, curve, steps, forwards = learn(model, data, inputs, evaluate, lambda rows: recorder.curve(Progress(curve=rows)),
+                                              stop)
     seconds = time.perf_counter() - started - evaluating
     smoothed = curve[-1]["loss"] if curve else None
-    recorder.embedding(SimpleNamespace(theta=theta), args.max_train_steps, final=True)
-    recorder.run(Progress(args.max_train_steps, forwards, 0, smoothed, curve), seconds, args.max_train_steps)
+    recorder.embedding(SimpleNamespace(theta=theta), steps, final=True)
+    recorder.run(Progress(steps, forwards, 0, smoothed, curve), seconds, steps)
     accelerator.end_training()
     lock.close()
-    print(f"{Path(args.output_dir) / 'learned_embeds.safetensors'}: {args.placeholder_token} by {estimator}, "
-          f"{args.max_train_steps} steps")
+    interrupted = steps < args.max_train_steps
+    done = f"{steps} steps of {args.max_train_steps}, as it stood when interrupted" if interrupted else f"{steps} steps"
+    print(f"{Path(args.output_dir) / 'learned_embeds.safetensors'}: {args.placeholder_token} by {estimator}, {done}")
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def forget_unused(args: argparse.Namespace, estimator: str) -> None:
@@ -155,10 +168,10 @@ def forget_unused(args: argparse.Namespace, estimator: str) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    def learn(model, data, inputs, evaluate, on_row):
-        theta, curve = invert(model, data, inputs.initial_token, args, args.max_train_steps, args.learning_rate, evaluate,
-                              args.eval_steps, on_row)
-        return theta, curve, args.max_train_steps
+    def learn(model, data, inputs, evaluate, on_row, stop):
+        theta, curve, steps = invert(model, data, inputs.initial_token, args, args.max_train_steps, args.learning_rate, evaluate,
+                                     args.eval_steps, on_row, stop=stop)
+        return theta, curve, steps, steps
 
     run_baseline(args, "backpropagation", learn)
 

@@ -8,6 +8,9 @@ import math
 import os
 import pickle
 import re
+import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -256,7 +259,8 @@ def test_cma_es_improves_on_a_known_function(mode):
     seen, state = [], np.random.get_state()[1].copy()
     run = [gf_ti.evolve(objective, theta0, basis, args, lambda token: objective(token[None]).item(),
                         lambda *told: seen.append(told), show_bar=False) for _ in range(2)]
-    (theta, forwards), (again, _) = run
+    (theta, generations, forwards), (again, _, _) = run
+    assert generations == 60
     assert objective(theta[None]).item() < 0.01 * objective(theta0[None]).item()
     assert torch.equal(theta, again)  # one seed, one answer
     assert np.array_equal(state, np.random.get_state()[1])  # cma seeds numpy's global generator unless told otherwise
@@ -268,7 +272,7 @@ def test_fair_mode_keeps_the_best():
     """Where nothing is better than the start, the start is returned."""
     args = evolution(mode="fair", intrinsic_dim=4, max_train_steps=20, population=4)
     theta0 = torch.zeros(1, 4)
-    theta, _ = gf_ti.evolve(lambda tokens: -tokens.square().flatten(1).sum(1), theta0, torch.eye(4), args,
+    theta, _, _ = gf_ti.evolve(lambda tokens: -tokens.square().flatten(1).sum(1), theta0, torch.eye(4), args,
                             lambda token: token.square().sum().item(), show_bar=False)
     assert torch.equal(theta, theta0)
 
@@ -326,6 +330,32 @@ def test_baseline_scripts_leave_what_train_zoodip_leaves(tiny_model, subject, tm
     assert record["settings"]["n"] is None and record["settings"]["estimator"] not in ("rge", "spsa", "one_point")
     rows = (tmp_path / "training_log.csv").read_text().splitlines()
     assert len(rows) == 2 + flags["max_train_steps"] // 3
+
+
+@pytest.mark.parametrize("script, flags", [(textual_inversion, {}), (gf_ti, dict(population=4, intrinsic_dim=5)),
+                                           (gf_ti, dict(population=4, intrinsic_dim=5, mode="fair"))])  # fmt: skip
+def test_an_interrupted_baseline_saves_its_token(tiny_model, subject, tmp_path, capsys, script, flags):
+    """Ctrl-C: the step under way is the last, and what is left is what a run of so many steps leaves."""
+    out, common = tmp_path / "out", dict(tau=None, nu=None, mu=None, eval_steps=2)
+
+    def press_ctrl_c() -> None:
+        limit = time.monotonic() + 60
+        while not (out / "training_log.csv").exists() and time.monotonic() < limit:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press_ctrl_c)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        script.main(script.parse_args(arguments(tiny_model, subject, out, **common, **flags, max_train_steps=100000)))
+    thread.join()
+    step = json.loads((out / "run.json").read_text())["step"]
+    assert 0 < step < 100000 and f"{step} steps of 100000, as it stood when interrupted" in capsys.readouterr().out
+    assert int((out / "training_log.csv").read_text().splitlines()[-1].split(",")[0]) == step
+    whole = tmp_path / "whole"
+    script.main(script.parse_args(arguments(tiny_model, subject, whole, **common, **flags, max_train_steps=step)))
+    tokens = [evaluate.read_token(folder / "learned_embeds.safetensors", "<sks>") for folder in (out, whole)]
+    assert torch.equal(*tokens)
 
 
 def test_baselines_refuse_flags_without_meaning(capsys):
