@@ -227,6 +227,19 @@ def test_embeddings_of_others(tmp_path):
         assert torch.equal(evaluate.read_token(path, "<sks>", "nf4"), TOKEN)
 
 
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--images", "0"], "--images must be at least 1, got 0"), (["--inter_images", "1"], "got 1"),
+    (["--guidance", "0.5"], "--guidance must be at least 1"), (["--references", "a", "b"], "2 folders for 1 embeddings"),
+    (["--quantization", "int3"], "invalid choice: 'int3'"),
+])  # fmt: skip
+def test_wrong_flags_of_an_evaluation(capsys, flags, words):
+    """Refused in one line, before anything is read."""
+    with pytest.raises(SystemExit) as error:
+        evaluate.parse_args(["--embeddings", "x", "--references", "y", "--prompts", "z", *flags])
+    line = capsys.readouterr().err
+    assert error.value.code == 2 and words in line and line.count("\n") == 1
+
+
 def test_an_embedding_of_another_model(tiny_model, subject, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(save({"<sks>": torch.ones(1, 768)}))
     (tmp_path / "prompts.txt").write_text("a photo of {}\n")
