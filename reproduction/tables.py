@@ -160,7 +160,8 @@ EXPERIMENTS = (
     Experiment("4", "tau and nu", tuple(
         Row(f"tau {tau}, nu {nu:g}", tau_flags(tau, nu), published={"CLIP-I": TABLE_4[tau][k]})
         for tau in TAUS for k, nu in enumerate(NUS)
-    ), ("CLIP-I", "CLIP-T", "loss"), one_seed=True, note="tau is the paper's; it was run in proportion to the token's size."),
+    ), ("CLIP-I", "DINO", "CLIP-T", "attributes", "loss"), one_seed=True,
+        note="tau is the paper's; it was run in proportion to the token's size."),
     Experiment("5", "Timestep sampling", (
         Row("uniform", UNIFORM, published=scores(.265, .747, .527)),
         Row("SNR-based", dict(timestep_sampling="snr"), published=scores(.271, .719, .545)),
@@ -203,7 +204,7 @@ EXPERIMENTS = (
                note="Memory and steps per second are of separate runs, as in Table 2; minutes of runs beside other runs."),
     Experiment("PUTS", "Bounds of PUTS", tuple(
         Row(f"T_L {low}, T_U {high}", puts_flags(low, high)) for low, high in BOUNDS
-    ), ("CLIP-I", "CLIP-T", "loss_all"), one_seed=True),
+    ), ("CLIP-I", "DINO", "CLIP-T", "attributes", "loss", "loss_all"), one_seed=True),
     Experiment("Fig8", "Directions removed by SG", (Row("ZOODiP, SG and PUTS"), Row("ZOODiP, SG, uniform timesteps", UNIFORM)),
                ("removed",), kind="none",
                note="The second control is the method itself on a token that learns nothing: momentum alone makes its walk so "
@@ -227,14 +228,15 @@ class Claim:
     margin: float | None = None
 
 
-ALL_T = ("CLIP-I", "DINO", "attributes", "loss_all")  # where the rows' timesteps differ: "loss" is over PUTS's own range
 SPEED = ("CLIP-I", "DINO", "attributes", "loss", "loss_path")  # where rows differ in how fast they learn, too
-PICTURES = ("CLIP-I", "DINO", "attributes")  # where the rows' weights differ: their losses are of different models
+# Where the rows' weights differ, losses are of different models; where their timesteps do, "loss" favours PUTS and "loss_all"
+# small timesteps: tokens learned at t in [0, 300) have as low a one as any, and draw other colours.
+PICTURES = ("CLIP-I", "DINO", "attributes")
 CLAIMS = (
     Claim("SG helps", "3", "SG and PUTS", "PUTS"),
     Claim("SG helps, without PUTS", "3", "SG", "neither"),
-    Claim("PUTS helps", "3", "SG and PUTS", "SG", ALL_T),
-    Claim("PUTS beats SNR-based sampling", "5", "PUTS", "SNR-based", ALL_T),
+    Claim("PUTS helps", "3", "SG and PUTS", "SG", PICTURES),
+    Claim("PUTS beats SNR-based sampling", "5", "PUTS", "SNR-based", PICTURES),
     Claim("RGE beats SPSA at n = 2", "S4", "RGE", "SPSA", SPEED),
     Claim("SPSA beats one-point at n = 2", "S4", "SPSA", "one-point", SPEED),
     Claim("mu = 1e-3 is better than 1e-2", "S5", "mu = 1e-3", "mu = 1e-2"),
@@ -244,9 +246,9 @@ CLAIMS = (
     Claim("4 bit loses text alignment", "S8", "INT8", "NF4", ("CLIP-T",)),
     Claim("ZOODiP matches gradient TI (as published)", "1", "ZOODiP", "TI, as published", PICTURES, margin=0.1),
     Claim("ZOODiP matches gradient TI (same conditions)", "1", "ZOODiP", "TI, ZOODiP's weights, captions, timesteps", margin=0.1),
-    Claim("GF-TI fails at this budget (as published)", "1", "ZOODiP", "GF-TI, as published", ALL_T),
+    Claim("GF-TI fails at this budget (as published)", "1", "ZOODiP", "GF-TI, as published", PICTURES),
     Claim("GF-TI fails at this budget (fair)", "1", "ZOODiP", "GF-TI, fair"),
-    Claim("PUTS helps gradient TI", "S7", "TI, PUTS", "TI, uniform", ALL_T),
+    Claim("PUTS helps gradient TI", "S7", "TI, PUTS", "TI, uniform", PICTURES),
 )
 
 
@@ -299,6 +301,22 @@ def values_of(records: dict[tuple[str, int], dict], score: str) -> list[float]:
 def paired_differences(a: dict[tuple[str, int], dict], b: dict[tuple[str, int], dict], score: str) -> list[float]:
     """a - b for every (subject, seed) that both have."""
     return [a[key][score] - b[key][score] for key in a if key in b and score in a[key] and score in b[key]]
+
+
+def spread_of_cells(collected: dict[str, dict], score: str) -> tuple[float, float] | None:
+    """Standard deviation of a grid's cell means, and what noise alone would make it (two-way layout without replication).
+
+    Noise is what is left of the runs [cells, subjects] after the means of cells and subjects are taken out. None where runs
+    are missing or of one subject.
+    """
+    values = [values_of(records, score) for records in collected.values()]
+    if len({len(row) for row in values}) != 1 or len(values) < 2 or len(values[0]) < 2:
+        return None
+    table = np.array(values)
+    cells, subjects = table.shape
+    residual = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+    noise = (residual**2).sum() / ((cells - 1) * (subjects - 1))
+    return float(table.mean(1).std(ddof=1)), float(np.sqrt(noise / subjects))
 
 
 def verdict(mean: float, half_width: float, margin: float = 0.0) -> str:
@@ -409,6 +427,18 @@ def table_of(experiment: Experiment, collected: dict[str, dict]) -> str:
     return table(["", "runs", *[HEADINGS.get(score, score) for score in present]], rows)
 
 
+def grid_note(experiment: Experiment, collected: dict[str, dict]) -> str:
+    """How far the cells of a grid lie apart, beside what noise alone would do; nothing where that cannot be told."""
+    spreads = {score: spread_of_cells(collected, score) for score in experiment.columns}
+    parts = []
+    for score, spread in spreads.items():
+        if spread:
+            between, noise = (f"{value:.{DIGITS.get(score, 3) + 1}f}".removeprefix("0") for value in spread)
+            parts.append(f"{HEADINGS.get(score, score)} {between} ({noise})")
+    return ("Standard deviation of the cells' means, and in brackets what the noise of single runs alone would give: "
+            + "; ".join(parts) + ".") if parts else ""
+
+
 def claims_table(findings: list[Finding]) -> str:
     shown = [score for score in CLAIM_COLUMNS if any(score in finding.differences for finding in findings)]
     rows = []
@@ -476,9 +506,9 @@ CLAIMS_NOTE = """Each line is the difference of two rows, paired over (subject, 
 of minus a tenth of what the other row gained over the class word. A claim "does not" hold where the interval lies wholly on the
 other side. "In short" is what at least one score says and none contradicts; with several scores on each of sixteen claims, expect
 an interval or two to mislead. Of losses, lower is better. Differences without a verdict are there to be read beside the others.
-Where timesteps differ the verdict is on the loss over all timesteps, and where weights differ on pictures alone. "Mean loss on
-the way there" is the mean of the learning curve over the forwards that every row of the table has used: how fast it falls, where
-the ends are alike."""
+Where timesteps or weights differ the verdict is on pictures alone: each loss favours those who learn at its own timesteps, on its
+own weights. "Mean loss on the way there" is the mean of the learning curve over the forwards that every row of the table has
+used: how fast it falls, where the ends are alike."""
 
 CAVEATS = """Subjects are breeds that the miniature has never seen; the scorer is its own CLIP, and its attribute classifier reads
 whether the subject's looks are right. The losses are on renders that no run saw, in scenes that no run saw. There is no DINO for
@@ -542,16 +572,18 @@ def draw_plots(names: list[str], collected: dict[str, dict], settings: Settings,
     """Draw what these tables have plots of -> {table, or "curves": file name}."""
     drawn = {}
 
-    def heat_maps(name: str, file: str, scores: tuple[str, str], x: tuple[str, tuple], y: tuple[str, tuple], label: Callable):
+    def heat_maps(name: str, file: str, scores: tuple[str, ...], x: tuple[str, tuple], y: tuple[str, tuple], label: Callable):
         maps = {score: grid(collected[name], score, x[1], y[1], label) for score in scores}
+        maps = {score: values for score, values in maps.items() if np.isfinite(values).any() or score == scores[0]}
         plots.heat_maps(maps, HEADINGS, LOWER_IS_BETTER, x, y, number, folder / file)
         drawn[name] = file
 
     if "4" in names:
-        heat_maps("4", "tau_nu.png", ("CLIP-I", "loss"), ("nu", NUS), ("tau", TAUS), lambda nu, tau: f"tau {tau}, nu {nu:g}")
+        heat_maps("4", "tau_nu.png", ("CLIP-I", "DINO", "attributes", "loss"), ("nu", NUS), ("tau", TAUS),
+                  lambda nu, tau: f"tau {tau}, nu {nu:g}")
     if "PUTS" in names:
         lows, highs = (tuple(sorted({bound[i] for bound in BOUNDS})) for i in (0, 1))
-        heat_maps("PUTS", "puts.png", ("CLIP-I", "loss_all"), ("T_U", highs), ("T_L", lows),
+        heat_maps("PUTS", "puts.png", ("CLIP-I", "DINO", "attributes", "loss_all"), ("T_U", highs), ("T_L", lows),
                   lambda high, low: f"T_L {low}, T_U {high}")
     if "Fig8" in names:
         tau = settings.world.scaled(128)
@@ -697,7 +729,8 @@ def write_results(names: list[str], jobs: list[Job], settings: Settings, folder:
         experiment = BY_NAME[name]
         title = f"## {'Table ' if name[0] in 'S123456789' else ''}{name}: {experiment.title}".replace("Fig8", "Figure 8")
         text += [title, fig8_table(collected[name], settings) if name == "Fig8" else table_of(experiment, collected[name])]
-        text += [experiment.note] if experiment.note else []
+        note = grid_note(experiment, collected[name]) if experiment.one_seed else ""
+        text += [line for line in (experiment.note, note) if line]
         text += [f"![{name}](plots/{drawn[name]})"] if name in drawn else []
     if "curves" in drawn:
         text += ["## Learning curves", "Loss on the judging set (t in [500, 900)) against forwards used; bands are 95 % "

@@ -503,6 +503,22 @@ def test_intervals_and_verdicts_by_hand():
     assert tables.verdict(.02, math.nan) == "cannot be told"  # one run proves nothing
 
 
+def test_spread_of_a_grid():
+    """Effects of cells 0, 1, 2 and of subjects 0, 10: no noise. With noise on one run of six, by hand."""
+    def records(*values):
+        return {(subject, 0): {"loss": value} for subject, value in zip("xy", values, strict=True)}
+
+    cells = {"a": records(0, 10), "b": records(1, 11), "c": records(2, 12)}
+    assert tables.spread_of_cells(cells, "loss") == pytest.approx((1, 0))
+    cells["b"] = records(1, 11 + 6)
+    # means 5, 9, 7; the 6 leaves 6 * (2/3 * 1/2, 1/3 * 1/2 twice) per subject: squares 2 * (4 + 1 + 1) = 12, of 2 degrees
+    assert tables.spread_of_cells(cells, "loss") == pytest.approx((2, math.sqrt(12 / 2 / 2)))
+    assert tables.spread_of_cells(cells | {"d": {}}, "loss") is None
+    assert tables.spread_of_cells(cells, "CLIP-I") is None
+    note = tables.grid_note(tables.BY_NAME["4"], cells)
+    assert note.endswith("loss, t in [500, 900) 2.000000 (1.732051).")
+
+
 def fake_run(settings, spec, **result) -> None:
     folder = settings.folder(spec)
     folder.mkdir(parents=True)
