@@ -2,7 +2,7 @@
 """The paper's tables of the token methods, each a list of runs: does what is not done, then writes RESULTS.md and plots.
 
     python reproduction/tables.py                                  # the miniature, everything
-    python reproduction/tables.py --quick                          # the same in 20 minutes: 2 subjects, 1 seed, short runs
+    python reproduction/tables.py --quick --jobs 2                 # the same in 16 minutes: 2 subjects, 1 seed, short runs
     python reproduction/tables.py --tables 3 S4 --jobs 2           # some tables
     python reproduction/tables.py --dry_run                        # what would run, and how long
     python reproduction/tables.py --shard 1/8                      # the first of eight machines; then, on one, without it
