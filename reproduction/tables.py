@@ -312,11 +312,11 @@ def spread_of_cells(collected: dict[str, dict], score: str) -> tuple[float, floa
     values = [values_of(records, score) for records in collected.values()]
     if len({len(row) for row in values}) != 1 or len(values) < 2 or len(values[0]) < 2:
         return None
-    table = np.array(values)
-    cells, subjects = table.shape
-    residual = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+    runs_of = np.array(values)
+    cells, subjects = runs_of.shape
+    residual = runs_of - runs_of.mean(1, keepdims=True) - runs_of.mean(0) + runs_of.mean()
     noise = (residual**2).sum() / ((cells - 1) * (subjects - 1))
-    return float(table.mean(1).std(ddof=1)), float(np.sqrt(noise / subjects))
+    return float(runs_of.mean(1).std(ddof=1)), float(np.sqrt(noise / subjects))
 
 
 def verdict(mean: float, half_width: float, margin: float = 0.0) -> str:
