@@ -263,6 +263,8 @@ if __name__ == "__main__":
     ARGS = parse_args()
     # on Linux CPUs: large tensors on huge pages, which saves a tenth of the time (benchmarks/NOTES.md); read when torch starts
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # idle threads sleep, not spin: beside another busy program a small model is otherwise three times slower, or stands still
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_at_once)
 
