@@ -27,6 +27,7 @@ from pathlib import Path
 from statistics import median
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train_zoodip.py: it is for all methods alike
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # likewise
 
 import numpy as np
 import torch

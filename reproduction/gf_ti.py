@@ -140,15 +140,13 @@ def evolve(objective: Objective, theta0: torch.Tensor, basis: torch.Tensor, args
     bar = tqdm(range(1, args.max_train_steps + 1), unit="generation", mininterval=0.5, disable=not show_bar)
     for generation in bar:
         z = search.ask()
-        losses = objective(tokens_of(z))
-        # a loss that is not finite ranks last
-        search.tell(z, np.nan_to_num(losses.double().numpy(), nan=1e9, posinf=1e9).tolist())
+        losses = objective(tokens_of(z)).double().nan_to_num(1e9, 1e9)  # one that is not finite ranks last
+        search.tell(z, losses.tolist())
         forwards += args.population
         stopped = stop is not None and stop.number != 0
-        bar.set_postfix_str(f"loss {losses.nan_to_num(math.inf).min():.4f} to {losses.nan_to_num(math.inf).max():.4f}",
-                            refresh=False)
+        bar.set_postfix_str(f"loss {losses.min():.4f} to {losses.max():.4f}", refresh=False)
         if args.mode == "published":
-            theta = tokens_of(z)[int(losses.nan_to_num(math.inf).argmin())]
+            theta = tokens_of(z)[int(losses.argmin())]
         elif generation % CHECK_EVERY == 0 or generation == args.max_train_steps or stopped:
             candidate = tokens_of(search.result.xfavorite[None])[0]
             loss = judge(candidate)

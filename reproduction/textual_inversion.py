@@ -83,7 +83,7 @@ def invert(model: FrozenModel, data: Data, theta0: torch.Tensor, args: argparse.
     theta = nn.Parameter(theta0.detach().clone().float().to(device))
     optimizer = torch.optim.Adam([theta], lr=lr, betas=(0.9, 0.999), eps=getattr(args, "adam_epsilon", 1e-8))
     generator = torch.Generator().manual_seed(args.seed)
-    curve, smoothed, done = [], None, 0
+    curve, smoothed, step = [], None, 0
 
     def add_row(step: int):
         curve.append(dict(step=step, unet_forwards=step, loss=smoothed, eval_loss=evaluate(theta.detach().cpu()),
@@ -104,12 +104,12 @@ def invert(model: FrozenModel, data: Data, theta0: torch.Tensor, args: argparse.
             optimizer.step()
             smoothed = loss if smoothed is None else 0.99 * smoothed + 0.01 * loss
         bar.set_postfix_str(f"loss {loss if smoothed is None else smoothed:.4f}", refresh=False)
-        done, stopped = step, stop is not None and stop.number != 0
+        stopped = stop is not None and stop.number != 0
         if evaluate is not None and (zoodip.due(step, eval_steps) or step == steps or stopped):
             add_row(step)
         if stopped:
             break
-    return theta.detach().cpu(), curve, done
+    return theta.detach().cpu(), curve, step
 
 
 # (model, data, inputs, evaluate or None, on_row, stop) -> (theta, rows of the curve, steps, UNet forwards)
