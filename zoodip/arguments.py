@@ -1,0 +1,176 @@
+"""The flags that every trainer shares, by group, each group with its checks. Imports neither torch nor a library over it.
+
+A script builds its parser from the groups and adds its method's flags. Its `argparse.Namespace` goes no further than the
+script; the checks take its values as a dictionary (`vars(args)`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from zoodip.errors import InputError
+
+DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+NUM_TRAIN_TIMESTEPS = 1000  # of every Stable Diffusion 1.x and 2.x
+
+# Flags of the groups below that decide what is learned. A checkpoint records them, and resuming under others is refused.
+SHARED_SETTINGS = (
+    "pretrained_model_name_or_path revision variant quantization mixed_precision placeholder_token initializer_token "
+    "num_vectors learnable_property use_cc resolution center_crop train_batch_size seed"
+).split()
+
+
+class OneLineArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose errors are one line and exit code 2."""
+    return OneLineArgumentParser(description=description, formatter_class=HelpFormatter)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", default=DEFAULT_MODEL, metavar="PATH_OR_NAME",
+        help="folder in diffusers format, or hub name, of a Stable Diffusion 1.x or 2.x")
+    add("--revision", default=None, help="branch, tag or commit of the hub repository")
+    add("--variant", default=None, help="weight file variant, for example fp16 for *.fp16.safetensors")
+    add("--quantization", default="nf4", choices=["nf4", "int8", "none"],
+        help="storage of every Linear and Conv2d weight: 4-bit NormalFloat, 8-bit rows, or 16/32-bit")
+    add("--mixed_precision", default=None, choices=["fp16", "bf16", "fp32"],
+        help="precision of activations; the default is fp16 on a GPU and fp32 on a CPU")
+    add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
+    add("--compile", action="store_true",
+        help="torch.compile the UNet: minutes at the start, needs a C++ compiler (CPU) or Triton (GPU)")
+
+
+def add_token_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("token").add_argument
+    add("--placeholder_token", default="<sks>", help="the new word, in <...>, lower case")
+    add("--initializer_token", default=None, help="word(s) whose embedding the token starts from: the subject's class")
+    add("--num_vectors", type=int, default=1, help="embedding vectors of the token, all of them trained")
+
+
+def add_subject_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--train_data_dir", default=None, help="folder of images of the subject")
+    add("--use_cc", action=argparse.BooleanOptionalAction, default=False,
+        help="use the comprehensive captions of --cc_file instead of templates")
+    add("--cc_file", default="cc.json", help="captions: {folder name: {file name: caption with one {}}}")
+    add("--learnable_property", default="object", choices=["object", "style"], help="which templates, without --use_cc")
+    add("--resolution", type=int, default=None, help="side of the training images in pixels; default: the model's own")
+    add("--center_crop", action="store_true", help="crop the middle square instead of squeezing the image into one")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="results", help="folder for the embedding, checkpoints, curves and pictures")
+    add("--save_steps", type=int, default=0, help="steps between learned_embeds-steps-N.safetensors; 0: only at the end")
+    add("--checkpointing_steps", type=int, default=500,
+        help="steps between checkpoints, and one at the end; 0: only when interrupted")
+    add("--checkpoints_total_limit", type=int, default=2, help="checkpoints kept, the newest; 0: all")
+    add("--resume_from_checkpoint", default=None, metavar="PATH_OR_latest", help="checkpoint file to continue from")
+    add("--eval_steps", type=int, default=250, help="steps between evaluations of the fixed set; 0: never")
+    add("--num_eval_samples", type=int, default=16, help="(image, timestep, noise) triples in the fixed evaluation set")
+    add("--validation_prompt", default=None, help="prompt with the token (or {}) to draw pictures of while training")
+    add("--validation_steps", type=int, default=0, help="steps between those pictures; 0: only at the end")
+    add("--num_validation_images", type=int, default=4, help="pictures a time")
+    add("--validation_guidance", type=float, default=7.5, help="classifier-free guidance scale of those pictures")
+    add("--report_to", default="none", choices=["none", "tensorboard", "wandb"], help="experiment tracker")
+
+
+def parse(parser: argparse.ArgumentParser, check, argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line (`sys.argv` when `argv` is None); where `check(flags)` raises InputError, exit in one line."""
+    flags = parser.parse_args(argv)
+    try:
+        check(vars(flags))
+    except InputError as error:
+        parser.error(str(error))
+    return flags
+
+
+def require(flags: dict, name: str, condition: bool, rule: str) -> None:
+    """Raise InputError that names a flag, the `rule` it breaks and its value, unless `condition` holds."""
+    if not condition:
+        raise InputError(f"--{name} {rule}, got {flags[name]!r}")
+
+
+def require_at_least_one(flags: dict, *names: str) -> None:
+    for name in names:
+        require(flags, name, flags[name] >= 1, "must be at least 1")
+
+
+def require_positive(flags: dict, name: str, example: str) -> None:
+    require(flags, name, 0 < flags[name] < math.inf, f"must be a positive number, for example {example}")
+
+
+def is_text(text: str) -> bool:
+    """Whether a string is characters throughout: JSON can hold halves of them, which no tokenizer takes."""
+    return not re.search("[\ud800-\udfff]", text)
+
+
+def check_training_flags(flags: dict) -> None:
+    """What training needs of the shared groups, as far as no file need be opened. Raises InputError."""
+    for name in ("train_data_dir", "initializer_token"):
+        require(flags, name, flags[name] is not None, "is required")
+    require_at_least_one(flags, "num_vectors", "train_batch_size", "max_train_steps", "num_eval_samples",
+                         "num_validation_images")
+    resolution = flags["resolution"]
+    require(flags, "resolution", resolution is None or (resolution >= 8 and resolution % 8 == 0),
+            "must be a positive multiple of 8")
+    require(flags, "learning_rate", 0 < flags["learning_rate"] < 1e37, "must be a positive number, for example 5e-3")  # fits fp32
+    require(flags, "seed", 0 <= flags["seed"] < 2**63, "must be in [0, 2^63)")
+    check_token_flags(flags)
+    check_run_flags(flags)
+
+
+def check_timestep_range(flags: dict) -> None:
+    """[t_min, t_max) is a range of timesteps that is not empty. Raises InputError."""
+    require(flags, "t_min", 0 <= flags["t_min"] < NUM_TRAIN_TIMESTEPS, f"must be in [0, {NUM_TRAIN_TIMESTEPS})")
+    require(flags, "t_max", flags["t_max"] <= NUM_TRAIN_TIMESTEPS, f"must be at most {NUM_TRAIN_TIMESTEPS}")
+    require(flags, "t_min", flags["t_min"] < flags["t_max"], f"must be below --t_max {flags['t_max']}")
+
+
+def check_token_flags(flags: dict) -> None:
+    """The placeholder is a word that every prompt reaches, the initializer is one at all. Raises InputError."""
+    token = flags["placeholder_token"]
+    advice = f"choose a word in angle brackets, for example <{re.sub('[^a-z0-9]', '', token.lower()) or 'sks'}>"
+    require(flags, "placeholder_token", len(token) > 0 and not re.search(r"[\s{}]", token),
+            f"must be one word without spaces or braces ({advice})")
+    require(flags, "placeholder_token", not (token[0].isalnum() or token[-1].isalnum()),
+            f"must not begin or end with a letter or digit, as it would fire inside other words ({advice})")
+    require(flags, "placeholder_token", token == token.lower(),
+            f"must be lower case, as the tokenizer lower-cases every prompt ({advice})")
+    require(flags, "initializer_token", flags["initializer_token"].strip() != "", "must be a word, for example dog")
+    for name in ("placeholder_token", "initializer_token", "validation_prompt"):
+        require(flags, name, is_text(flags[name] or ""), "must be text in UTF-8")
+
+
+def check_run_flags(flags: dict) -> None:
+    """Intervals and pictures of a run. Raises InputError."""
+    for name in ("save_steps", "checkpointing_steps", "checkpoints_total_limit", "eval_steps", "validation_steps"):
+        require(flags, name, flags[name] >= 0, "must not be negative")
+    require(flags, "validation_guidance", 1 <= flags["validation_guidance"] < math.inf, "must be at least 1 (no guidance)")
+    prompt, token = flags["validation_prompt"], flags["placeholder_token"]
+    if prompt is not None:
+        require(flags, "validation_prompt", token in prompt or "{}" in prompt, f"must contain the token {token} or {{}}")
+    require(flags, "validation_steps", flags["validation_steps"] == 0 or prompt is not None, "needs a --validation_prompt")
+
+
+def settings_of(flags: dict, names: Iterable[str]) -> dict:
+    """The flags `names`, to be recorded; of a local model only the folder's name, which gives nothing away."""
+    settings = {name: flags[name] for name in names}
+    model = Path(flags["pretrained_model_name_or_path"])
+    if model.is_dir():
+        settings["pretrained_model_name_or_path"] = model.resolve().name
+    return settings

@@ -1,0 +1,269 @@
+"""Diffusion on one subject: latents, the batches that candidates share, and the frozen model that predicts their noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from zoodip.arguments import NUM_TRAIN_TIMESTEPS
+from zoodip.errors import DamagedModel, InputError, damaged_model
+from zoodip.model import find_model_folder, load_frozen, load_text_encoder, load_vae_encoder
+from zoodip.prompts import (
+    Prompts,
+    build_prompts,
+    encode_prompts,
+    initial_token,
+    initializer_ids,
+    load_tokenizer,
+    read_embedding_rows,
+)
+from zoodip.quantize import DTYPES
+from zoodip.subject import Subject, open_image, to_square
+from zoodip.thrift import computed_once, modules_before_text, split_feed_forward, tune_malloc
+
+TimestepSampler = Callable[[int, torch.Generator], torch.Tensor]  # (batch size B, generator) -> timesteps [B]
+
+
+# ----------------------------------------------------------------------------------------------------- before the model
+
+
+@dataclass
+class Inputs:
+    """What is known before a model is loaded; what is wrong with it has been refused by then."""
+
+    subject: Subject
+    folder: Path  # of the model
+    variant: str | None  # of its weight files
+    initial_token: torch.Tensor  # [V, d]
+    choices: list[list[int]]  # per image, the rows of prompts.ids that describe it
+    prompts: Prompts
+    validation_prompts: Prompts | None  # the prompt and the empty one
+
+
+def read_inputs(subject: Subject, folder: Path, variant: str | None, placeholder_token: str, initializer_token: str,
+                num_vectors: int, validation_prompt: str | None = None) -> Inputs:  # fmt: skip
+    """Tokenizer, prompts and initial token of a run, from the model's `folder`. Raises InputError."""
+    tokenizer = load_tokenizer(folder, placeholder_token, num_vectors)
+    initializer = read_embedding_rows(folder, variant, initializer_ids(tokenizer, initializer_token))
+
+    def prompts_of(texts: list[str]) -> Prompts:
+        return build_prompts(tokenizer, folder, variant, texts, placeholder_token, num_vectors)
+
+    texts = sorted({text for captions in subject.captions for text in captions})
+    return Inputs(
+        subject, folder, variant, initial_token(initializer, num_vectors),
+        choices=[[texts.index(text) for text in captions] for captions in subject.captions], prompts=prompts_of(texts),
+        validation_prompts=prompts_of([validation_prompt, ""]) if validation_prompt else None,
+    )  # fmt: skip
+
+
+def load_scheduler(folder: Path):
+    """The noise schedule. Raises InputError where it is none that the method is defined for."""
+    from diffusers import DDPMScheduler
+
+    path = folder / "scheduler"
+    with damaged_model(path):
+        scheduler = DDPMScheduler.from_pretrained(path)
+    kind, steps = scheduler.config.prediction_type, len(scheduler.alphas_cumprod)
+    if kind not in ("epsilon", "v_prediction"):
+        raise InputError(f"{path}: prediction_type is {kind!r}; give a Stable Diffusion 1.x or 2.x (epsilon or v_prediction)")
+    between = (scheduler.alphas_cumprod >= 0) & (scheduler.alphas_cumprod < 1)
+    if steps != NUM_TRAIN_TIMESTEPS or not scheduler.alphas_cumprod.is_floating_point() or not between.all():
+        raise DamagedModel(path, f"is no noise schedule of {NUM_TRAIN_TIMESTEPS} steps from 1 to 0 (it has {steps})")
+    return scheduler
+
+
+@torch.no_grad()
+def encode_images(vae: nn.Module, paths: list[Path], resolution: int, center_crop: bool) -> torch.Tensor:
+    """Image files -> [N, 2 (flips), 2 (mean, standard deviation), 4, h, w]: scaled latent distributions, fp32, on the CPU.
+
+    The VAE is needed no more after this; every step still samples its own latent (z = vae(x) * scaling_factor, Eq. 1).
+    """
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    device = next(vae.parameters()).device
+    vae.to(memory_format=torch.channels_last)  # the convolutions' own order: otherwise each copies its input and output
+    latents = []
+    for path in tqdm(paths, desc="encoding", unit="image", leave=False):
+        flips = []
+        for picture in to_square(open_image(path), resolution, center_crop):  # one at a time: they are the largest of the run
+            moments = encoder_moments(vae, picture[None].to(device, vae.dtype, memory_format=torch.channels_last))
+            distribution = DiagonalGaussianDistribution(moments)
+            flips.append(torch.cat([distribution.mean, distribution.std]).float().cpu() * vae.config.scaling_factor)
+        latents.append(torch.stack(flips).contiguous())
+    return torch.stack(latents)
+
+
+def encoder_moments(vae: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """What vae.encode computes, [B, 8, h, w], with at most three activations of full size at a time.
+
+    At 512 pixels one is 0.13 GB; the encoder's own forward holds six of them.
+    """
+    encoder = vae.encoder
+    hidden = encoder.conv_in(hidden)
+    for block in encoder.down_blocks:
+        for resnet in block.resnets:
+            shortcut = hidden if resnet.conv_shortcut is None else resnet.conv_shortcut(hidden)
+            for layer in (resnet.norm1, resnet.nonlinearity, resnet.conv1, resnet.norm2, resnet.nonlinearity, resnet.conv2):
+                hidden = layer(hidden)
+            hidden = hidden.add_(shortcut)
+        for downsampler in block.downsamplers or []:
+            hidden = downsampler(hidden)
+    hidden = encoder.conv_out(encoder.conv_act(encoder.conv_norm_out(encoder.mid_block(hidden))))
+    return hidden if vae.quant_conv is None else vae.quant_conv(hidden)
+
+
+# ----------------------------------------------------------------------------------------------------- batches
+
+
+@dataclass
+class Data:
+    """What batches are drawn from."""
+
+    latents: torch.Tensor  # [N, 2, 2, 4, h, w] of `encode_images`
+    choices: list[list[int]]  # per image, the rows of prompts.ids that describe it
+    prompts: Prompts
+    scheduler: object  # DDPMScheduler: the noise schedule
+
+
+@dataclass
+class Batch:
+    """What the candidates of one step share: common random numbers."""
+
+    noisy_latents: torch.Tensor  # [B, 4, h, w]
+    target: torch.Tensor  # [B, 4, h, w], the noise or the velocity
+    timesteps: torch.Tensor  # [B]
+    prompt_ids: torch.Tensor  # [B, L]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def noise_batch(latents: torch.Tensor, timesteps: torch.Tensor, prompt_ids: torch.Tensor, scheduler,
+                generator: torch.Generator) -> Batch:
+    """Sample latents and noise and mix them at `timesteps` (Eq. 1). latents: [B, 2 (mean, std), 4, h, w]."""
+    mean, std = latents.unbind(1)
+    z = mean + std * torch.randn(mean.shape, generator=generator)
+    noise = torch.randn(mean.shape, generator=generator)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(z, noise, timesteps) if velocity else noise
+    return Batch(scheduler.add_noise(z, noise, timesteps), target, timesteps, prompt_ids)
+
+
+def uniform_timesteps(batch_size: int, generator: torch.Generator, low: int = 0, high: int = NUM_TRAIN_TIMESTEPS) -> torch.Tensor:
+    """Timesteps [batch_size], uniform over the integers [low, high)."""
+    return torch.randint(low, high, (batch_size,), generator=generator)
+
+
+def draw_batch(data: Data, batch_size: int, sample_timesteps: TimestepSampler, generator: torch.Generator) -> Batch:
+    """Draw image, flip, caption, timestep and noise of one step, all from `generator`."""
+    images = torch.randint(len(data.latents), (batch_size,), generator=generator)
+    flips = torch.randint(2, (batch_size,), generator=generator)
+    draws = torch.rand(batch_size, generator=generator)
+    described_by = [data.choices[i] for i in images.tolist()]
+    captions = [rows[int(u * len(rows))] for rows, u in zip(described_by, draws.tolist(), strict=True)]
+    timesteps = sample_timesteps(batch_size, generator)
+    return noise_batch(data.latents[images, flips], timesteps, data.prompts.ids[captions], data.scheduler, generator)
+
+
+def evaluation_batches(data: Data, count: int, t_min: int, t_max: int) -> list[Batch]:
+    """The fixed set of `count` (image, timestep, noise) triples that learning curves are judged on, as batches of one.
+
+    The same for every seed and sampler: timesteps spread evenly over [t_min, t_max), images and flips in turn.
+    """
+    generator = torch.Generator().manual_seed(0)
+    timesteps = (t_min + (torch.arange(count) + 0.5) * (t_max - t_min) / count).long()
+    timesteps = timesteps[torch.randperm(count, generator=generator)]  # else image and timestep would go together
+    batches = []
+    for k in range(count):
+        image, flip = k % len(data.latents), (k // len(data.latents)) % 2
+        rows = data.choices[image]
+        caption = rows[int(torch.randint(len(rows), (1,), generator=generator))]
+        batches.append(noise_batch(data.latents[image, flip][None], timesteps[k, None], data.prompts.ids[caption][None],
+                                   data.scheduler, generator))
+    return batches
+
+
+def merge_batches(batches: list[Batch], size: int) -> list[Batch]:
+    """Join batches of one into batches of `size`, so that evaluating a fixed set takes fewer forwards."""
+    names = list(Batch.__dataclass_fields__)
+    groups = [batches[first : first + size] for first in range(0, len(batches), size)]
+    return [Batch(*(torch.cat([getattr(batch, name) for batch in group]) for name in names)) for group in groups]
+
+
+# ----------------------------------------------------------------------------------------------------- the model
+
+
+@dataclass
+class FrozenModel:
+    """The quantised modules, and what they predict as a function of the token."""
+
+    unet: nn.Module
+    text_encoder: nn.Module
+    rows: torch.Tensor  # [R, d], of `Prompts`, on the device
+    candidates_per_forward: int | None = None  # all at once where None
+
+    def predict(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+        """The UNet's prediction for C candidate tokens [C, V, d] on one batch of B -> [C, B, 4, h, w], fp32, on the device.
+
+        One forward over C * B latents: candidates differ only in their prompt, so the weights are dequantised once.
+        Differentiable in `tokens` where gradients are on.
+        """
+        batch, tokens = batch.to(self.rows.device), tokens.to(self.rows.device)
+        chunks = tokens.split(self.candidates_per_forward or len(tokens))
+        predictions = [self.predict_at_once(batch, chunk) for chunk in chunks]
+        return predictions[0] if len(predictions) == 1 else torch.cat(predictions)
+
+    def predict_at_once(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+        count = len(tokens)
+        states = encode_prompts(self.text_encoder, self.rows, batch.prompt_ids, tokens)  # [C * B, L, d]
+        dtype = self.unet.conv_in.weight.dtype
+        noisy_latents = batch.noisy_latents.to(dtype).repeat(count, 1, 1, 1)  # [C * B, 4, h, w]
+        noisy_latents = noisy_latents.to(memory_format=torch.channels_last)  # as the weights are packed
+        timesteps = batch.timesteps.repeat(count)  # [C * B]
+        with computed_once(modules_before_text(self.unet), count):
+            noise_pred = self.unet(noisy_latents, timesteps, states.to(dtype), return_dict=False)[0]
+        return noise_pred.float().unflatten(0, (count, -1))
+
+    @torch.inference_mode()
+    def mean_loss(self, batches: list[Batch], theta: torch.Tensor) -> float:
+        """Mean squared error of one token's predictions [V, d] over a fixed set."""
+        losses = [F.mse_loss(self.predict(batch, theta.detach()[None])[0], batch.target.to(self.rows.device)) for batch in batches]
+        return float(np.mean([loss.item() for loss in losses]))
+
+
+def load_model(inputs: Inputs, *, quantization: str, mixed_precision: str, device: torch.device, resolution: int,
+               center_crop: bool = False, candidates_per_forward: int | None = None,
+               compile: bool = False) -> tuple[FrozenModel, Data]:  # fmt: skip
+    """Encode the images, free the VAE, then load text encoder and UNet: never more than one of them unquantised.
+
+    Raises InputError where the folder is damaged, even where it fits its configuration and yet does not compute.
+    """
+    folder, variant = inputs.folder, inputs.variant
+    tune_malloc(1 << 20, 1 << 17)
+    scheduler = load_scheduler(folder)
+    vae = load_vae_encoder(folder, variant, device)
+    with damaged_model(folder / "vae"):
+        latents = encode_images(vae, inputs.subject.paths, resolution, center_crop)
+    if not torch.isfinite(latents).all():
+        raise DamagedModel(folder / "vae", "encodes the images as NaN or Inf")
+    del vae
+    dtype = DTYPES[mixed_precision]
+    text_encoder = load_text_encoder(folder, variant, quantization, dtype, device)
+    unet = load_frozen(folder, "unet", variant, quantization, dtype, device)
+    tune_malloc(32 << 20, 256 << 20)  # while stepping, activations are better kept at hand
+    split_feed_forward(unet)
+    if compile:
+        unet.compile(dynamic=False)
+    model = FrozenModel(unet, text_encoder, inputs.prompts.rows.to(device), candidates_per_forward)
+    data = Data(latents, inputs.choices, inputs.prompts, scheduler)
+    with damaged_model(folder):  # a configuration can fit its weights and yet not compute (a wrong number of groups)
+        model.mean_loss(evaluation_batches(data, 1, 0, NUM_TRAIN_TIMESTEPS), inputs.initial_token)
+    return model, data

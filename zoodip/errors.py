@@ -1,0 +1,111 @@
+"""What the user can mend, as types, and as the one line that is printed of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message is one line: the value, the place and the remedy."""
+
+
+class DamagedModel(InputError):
+    """A part of the model folder that no intact download holds; the remedy is added to `fault`."""
+
+    def __init__(self, path: Path, fault: str):
+        super().__init__(f"{path}: {fault}; download the folder again")
+
+
+class BrokenCheckpoint(InputError):
+    """A checkpoint that is not whole, so that an older one may be tried instead."""
+
+    def __init__(self, path: Path, fault: str):
+        super().__init__(f"--resume_from_checkpoint {path}: is not a whole checkpoint ({fault}); use an older one")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether there was not enough memory: on a CPU torch says so in a plain RuntimeError."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def damaged_model(path: Path) -> Iterator[None]:
+    """Within: whatever a library raises on a damaged folder becomes one DamagedModel that names `path`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # each class of each library raises its own
+        if out_of_memory(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DamagedModel(path, f"cannot be loaded ({reason})") from error
+
+
+def printable(text: str) -> str:
+    """On one line, whatever a file name or a library put in: control characters escaped, access tokens of the hub left out."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return re.sub(r"\bhf_[A-Za-z0-9]{30,}", "hf_...", text)
+
+
+def quiet_libraries() -> None:
+    """Silence notices about optional packages that are not needed; errors still come through. Call before loading."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="IProgress not found")
+
+
+def run_script(main: Callable[..., int | None], args) -> int:
+    """`main(args)` for the command line -> exit code: what the user can mend is one line on stderr and code 2."""
+    quiet_libraries()
+    try:
+        return main(args) or 0
+    except InputError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        print("error: out of memory; try --candidates_per_forward 1, then a smaller --train_batch_size or --resolution, or "
+              "--mixed_precision bf16. With --resume_from_checkpoint latest a run goes on from its last checkpoint "
+              f"({printable(str(error))[:200]})", file=sys.stderr)
+        return 2
+
+
+UNFINISHED: list[Path] = []  # folders that are no use before they are complete
+
+
+def stop_at_once(number: int, frame) -> None:
+    """SIGINT or SIGTERM outside the steps: what is to be saved has been saved, so say how to go on, and end.
+
+    Without unwinding: an exception raised in the middle of an import may be swallowed or printed with a traceback.
+    """
+    for folder in UNFINISHED:
+        shutil.rmtree(folder, ignore_errors=True)
+    print("interrupted outside the training steps; the same command with --resume_from_checkpoint latest goes on from the last "
+          "checkpoint, or starts anew where there is none", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+def prepare_process() -> None:
+    """What a training script sets before it imports torch: the environment that torch reads when it starts, and signals."""
+    # on Linux CPUs: large tensors on huge pages, which saves a tenth of the time (benchmarks/NOTES.md)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # idle threads sleep, not spin: beside another busy program a small model is otherwise three times slower, or stands still
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_at_once)

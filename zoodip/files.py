@@ -1,0 +1,127 @@
+"""Files that are whole or not there: safetensors and JSON, written under another name first, and read with suspicion."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+
+from zoodip.errors import DamagedModel, InputError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write under a temporary name, then rename: `path` is the old file or the whole new one. Raises InputError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # on a file system that has become read-only this fails too
+            temporary.unlink(missing_ok=True)
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another folder"
+        raise InputError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
+
+
+def write_image(path: Path, image: Image.Image) -> None:
+    """A PNG, whole or not at all. Raises InputError."""
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_atomically(path, content.getvalue())
+
+
+def write_json(path: Path, content: dict, indent: int | None = None) -> None:
+    """A JSON file, whole or not at all. Raises InputError."""
+    write_atomically(path, (json.dumps(content, indent=indent) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object of the model folder. Raises DamagedModel."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedModel(path, f"cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DamagedModel(path, "is not a JSON object")
+    return content
+
+
+def serialize(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file with a sorted header: the library's order of metadata differs from process to process."""
+    content = safetensors_bytes({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata)
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+
+
+def read_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every tensor in the files, one at a time. Raises InputError where one is no whole safetensors file.
+
+    The file is opened anew for each tensor: its memory map, and with it the pages that count as this process's
+    memory, is then dropped together with the tensor.
+    """
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as handle:
+                names = list(handle.keys())
+            for name in names:
+                with safe_open(path, framework="pt") as handle:
+                    tensor = handle.get_tensor(name)
+                yield name, tensor
+        except (SafetensorError, OSError) as error:
+            raise not_safetensors(path, error) from error
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file begins as torch.save's or pickle's do, whatever its name. (safetensors begins with a length.)"""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError:
+        return False
+    return start == b"PK\3\4" or (start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"))
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """What to say of one of our own files that safetensors cannot read."""
+    return "it is a pickle, which could run code, and is not read" if is_pickle(path) else str(error)
+
+
+def not_safetensors(path: Path, error: Exception) -> InputError:
+    """What to say of a weight file that safetensors cannot read."""
+    if is_pickle(path):
+        return InputError(f"{path}: is a pickle under another name, which could run code, and is not read; save the model with "
+                          "save_pretrained(safe_serialization=True)")
+    return InputError(f"{path}: is not a whole safetensors file ({error}); download it again")
+
+
+def lock_folder(folder: Path):
+    """Hold the output folder for this process alone -> the lock, to be kept until the run ends.
+
+    Raises InputError where another run holds it, or it cannot be written.
+    """
+    try:
+        lock = open(folder / ".lock", "a")
+    except OSError as error:
+        raise InputError(f"--output_dir {str(folder)!r} cannot be written ({error.strerror}); choose another") from error
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"--output_dir {str(folder)!r} is in use by another run; choose another") from None
+    return lock

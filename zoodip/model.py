@@ -1,0 +1,263 @@
+"""A Stable Diffusion folder: found, checked, and read tensor by tensor into frozen, quantised modules."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from zoodip.errors import DamagedModel, InputError, damaged_model
+from zoodip.files import read_json, read_tensors
+from zoodip.quantize import pack_weight, quantized_layer
+
+MAX_LAYERS = 100  # in a row; a damaged configuration that promises more would keep us building for hours
+WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+VAE_ENCODER, VAE_DECODER = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.")  # names of parameters begin so
+
+
+# ----------------------------------------------------------------------------------------------------- the folder
+
+
+def find_model_folder(name: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """The local folder of a model, downloaded from the hub if need be. Raises InputError that says how to get it."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
+            raise InputError(f"--pretrained_model_name_or_path: there is no folder {name!r}; give one in diffusers "
+                             "format (with model_index.json) or a hub name")
+        folder = download_model(name, revision, variant)
+    for needed in ("model_index.json", "tokenizer", "scheduler/scheduler_config.json", "unet/config.json",
+                   "vae/config.json", "text_encoder/config.json"):
+        if not (folder / needed).exists():
+            raise InputError(f"{folder}: {needed} is missing; a Stable Diffusion folder in diffusers format holds "
+                             "model_index.json, tokenizer, scheduler, text_encoder, unet and vae")
+    for component in WEIGHT_NAMES:
+        find_weights(folder, component, variant)
+    if (folder / "text_encoder_2").exists():
+        raise InputError(f"{folder}: has two text encoders (SDXL); give a Stable Diffusion 1.x or 2.x")
+    channels = read_json(folder / "unet" / "config.json").get("in_channels", 4)
+    if channels != read_json(folder / "vae" / "config.json").get("latent_channels", 4):
+        raise InputError(f"{folder}: the UNet takes {channels} channels (an inpainting or depth model?); give a plain "
+                         "text-to-image Stable Diffusion")
+    return folder
+
+
+def download_model(name: str, revision: str | None, variant: str | None) -> Path:
+    """The folder of a hub model in the local cache: configurations, tokenizer, weights of `variant`. Raises InputError."""
+    from huggingface_hub import snapshot_download
+
+    suffix = f".{variant}" if variant else ""
+    patterns = ["model_index.json", "tokenizer/*", "scheduler/*"]
+    for component, stem in WEIGHT_NAMES.items():
+        patterns += [f"{component}/config.json", f"{component}/{stem}{suffix}.safetensors",
+                     f"{component}/{stem}{suffix}-*-of-*.safetensors", f"{component}/{stem}.safetensors.index{suffix}.json"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # network, authorisation, spelling: many classes, one remedy
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"--pretrained_model_name_or_path: {name!r} is neither a folder here nor to be had from the hub ({reason}); "
+            f"where there is network run `hf download {name} --local-dir sd-model`, copy that folder here, give its path"
+        ) from None
+
+
+def find_weights(folder: Path, component: str, variant: str | None) -> list[Path]:
+    """The safetensors file, or shards, of a component of the model. Raises InputError; a pickle is never an answer."""
+    stem = WEIGHT_NAMES[component] + (f".{variant}" if variant else "")
+    whole = folder / component / f"{stem}.safetensors"
+    index = folder / component / f"{WEIGHT_NAMES[component]}.safetensors.index{f'.{variant}' if variant else ''}.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+        shards = [folder / component / Path(name).name for name in sorted(names)]
+        missing = [path.name for path in shards if not path.is_file()]
+        if shards and not missing:
+            return shards
+        raise DamagedModel(folder / component, f"the shards {', '.join(missing)} are missing")
+    found = sorted(path.name for path in (folder / component).glob("*") if path.suffix in (".safetensors", ".bin", ".ckpt"))
+    remedy = ("only safetensors is read, never a pickle: save the model with save_pretrained(safe_serialization=True)"
+              if found and not any(name.endswith(".safetensors") for name in found)
+              else "set or drop --variant" if found else "download the folder again")
+    raise InputError(f"{folder / component}: {stem}.safetensors is missing (found: {', '.join(found) or 'nothing'}); "
+                     f"{remedy}")
+
+
+def model_digest(folder: Path, variant: str | None) -> str:
+    """SHA-256 over size, beginning and end of the weight files: enough to tell a retrained model, and quick."""
+    digest = hashlib.sha256()
+    for path in [path for component in WEIGHT_NAMES for path in find_weights(folder, component, variant)]:
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read() + str(size).encode())
+    return digest.hexdigest()
+
+
+def config_number(path: Path, key: str, default: int) -> int:
+    """A count in a configuration of the model folder. Raises DamagedModel where it is none."""
+    value = read_json(path).get(key, default)
+    if type(value) is not int or value < 1:
+        raise DamagedModel(path, f"{key} must be a positive whole number, got {value!r}")
+    return value
+
+
+def native_resolution(folder: Path) -> int:
+    """Side in pixels of the images that the model was made for. Raises DamagedModel."""
+    channels = read_json(folder / "vae" / "config.json").get("block_out_channels", [0] * 4)
+    levels = len(channels) if isinstance(channels, list) else 1  # what is no list is refused at loading
+    return config_number(folder / "unet" / "config.json", "sample_size", 64) * 2 ** (levels - 1)
+
+
+# ----------------------------------------------------------------------------------------------------- the modules
+
+
+def load_frozen(folder: Path, component: str, variant: str | None, quantization: str, dtype: torch.dtype,
+                device: torch.device | str, skip: tuple[str, ...] = ()) -> nn.Module:  # fmt: skip
+    """UNet, text encoder or VAE of a diffusers folder, frozen, in eval mode, Linear and Conv2d quantised.
+
+    Tensors are read, quantised and dropped one by one, so that the 16-bit model never exists whole. A parameter whose
+    name begins with an entry of `skip` is left empty. The UNet's conv_in and conv_out
+    (0.003 % of SD v1.5's weights) stay in `dtype`: quantising them costs as much loss as all the rest
+    (benchmarks/README.md). Raises InputError where file and configuration do not match.
+    """
+    model, where = build_model(folder, component), folder / component
+    packed_weights: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in read_tensors(find_weights(folder, component, variant)):
+        name = modern_name(name, component)
+        module_name, _, leaf = name.rpartition(".")
+        if name.endswith("position_ids"):
+            continue  # a constant that older files hold
+        if module_name.endswith(".weight"):  # written by --save_quantized
+            packed = packed_weights.setdefault(module_name.removesuffix(".weight"), {})
+            if not name.startswith(skip):
+                packed[leaf] = tensor.to(device, copy=True)
+            continue
+        module = module_of(name, model, where)
+        if name.startswith(skip):
+            setattr(module, leaf, nn.Parameter(torch.empty(0), requires_grad=False))
+            continue
+        tensor = check_parameter(tensor, name, module, where).to(device)
+        if quantization != "none" and leaf == "weight" and is_quantized(component, module_name, module):
+            model.set_submodule(module_name, quantized_layer(module, pack_weight(tensor, quantization), dtype))
+        else:
+            setattr(module, leaf, nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False))
+    for module_name, packed in packed_weights.items():
+        try:
+            module = model.get_submodule(module_name)
+            if not packed:  # of a module in `skip`
+                module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+                continue
+            layer = quantized_layer(module, packed, dtype)
+        except (AttributeError, KeyError, ValueError) as error:
+            raise InputError(f"{where}: the packed weight of {module_name} does not fit config.json ({error}); "
+                             "write the folder again with --save_quantized") from None
+        if quantization != layer.quantization:
+            raise InputError(f"{where}: the weights are packed as {layer.quantization}; use that as --quantization, or the "
+                             "model they were made from")
+        model.set_submodule(module_name, layer)
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise DamagedModel(where, f"the weights lack {missing[0]!r} and {len(missing) - 1} more that config.json describes")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_text_encoder(folder: Path, variant: str | None, quantization: str, dtype: torch.dtype,
+                      device: torch.device | str) -> nn.Module:  # fmt: skip
+    """The text encoder without its token-embedding table: `Prompts` brings the rows that it needs."""
+    return load_frozen(folder, "text_encoder", variant, quantization, dtype, device, skip=("embeddings.token_embedding.",))
+
+
+def load_vae_encoder(folder: Path, variant: str | None, device: torch.device | str) -> nn.Module:
+    """The VAE without its decoder, unquantised, fp32: it encodes the photographs once and is freed."""
+    return load_frozen(folder, "vae", variant, "none", torch.float32, device, skip=VAE_DECODER)
+
+
+def load_vae_decoder(folder: Path, variant: str | None, quantization: str, dtype: torch.dtype,
+                     device: torch.device | str) -> nn.Module:  # fmt: skip
+    """The VAE without its encoder, quantised: it draws."""
+    return load_frozen(folder, "vae", variant, quantization, dtype, device, skip=VAE_ENCODER)
+
+
+def build_model(folder: Path, component: str) -> nn.Module:
+    """The module that config.json describes. Its parameters are on the meta device: they have shapes and no memory."""
+    from accelerate import init_empty_weights
+
+    config = read_json(folder / component / "config.json")
+    for key in ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers"):
+        counts = config[key] if isinstance(config.get(key), list) else [config.get(key)]
+        if any(isinstance(count, int) and count > MAX_LAYERS for count in counts):
+            raise DamagedModel(folder / component / "config.json", f"{key} {config[key]!r} is of no Stable Diffusion")
+    with damaged_model(folder / component), init_empty_weights():
+        if component == "text_encoder":
+            from transformers import CLIPTextConfig, CLIPTextModel
+
+            return CLIPTextModel(CLIPTextConfig.from_pretrained(folder / component))
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+
+        model_class = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[component]
+        return model_class.from_config(model_class.load_config(folder / component))
+
+
+def modern_name(name: str, component: str) -> str:
+    """A tensor's name in the installed libraries, from the name it was published under."""
+    if component == "text_encoder":
+        return name.removeprefix("text_model.")
+    if component == "vae":
+        for old, new in ("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"):
+            name = name.replace(f".{old}.", f".{new}.")
+    return name
+
+
+def module_of(parameter_name: str, model: nn.Module, where: Path) -> nn.Module:
+    """The module that a parameter belongs to. Raises InputError where the model has no such parameter."""
+    module_name, _, leaf = parameter_name.rpartition(".")
+    try:
+        module = model.get_submodule(module_name)
+        module.get_parameter(leaf)
+    except AttributeError:
+        raise InputError(f"{where}: the weights hold {parameter_name!r}, which config.json does not describe; configuration and "
+                         "weights are of different models") from None
+    return module
+
+
+def check_parameter(tensor: torch.Tensor, name: str, module: nn.Module, where: Path) -> torch.Tensor:
+    """A parameter of a weight file in the shape that its module has for it. Raises InputError where it is not such numbers."""
+    expected = module.get_parameter(name.rpartition(".")[2]).shape
+    if tensor.shape == (*expected, 1, 1):
+        tensor = tensor.view(expected)  # older VAEs keep attention matrices as 1 x 1 convolutions
+    if tensor.shape != expected:
+        raise InputError(f"{where}: {name} is {tuple(tensor.shape)}, config.json says {tuple(expected)}; configuration and "
+                         "weights are of different models")
+    if not tensor.is_floating_point() or not torch.isfinite(tensor.sum(dtype=torch.float32)):
+        raise DamagedModel(where, f"{name} ({tensor.dtype}) is not finite floating-point numbers")
+    return tensor
+
+
+def is_quantized(component: str, name: str, module: nn.Module) -> bool:
+    """Whether a module is one of those whose weight is packed: every Linear and Conv2d but the UNet's first and last."""
+    return isinstance(module, (nn.Linear, nn.Conv2d)) and not (component == "unet" and name in ("conv_in", "conv_out"))
+
+
+def load_pipeline(name: str, quantization: str = "nf4", dtype: torch.dtype = torch.float32,
+                  device: torch.device | str = "cpu", revision: str | None = None, variant: str | None = None):  # fmt: skip
+    """A `StableDiffusionPipeline` whose UNet, text encoder and VAE are quantised exactly as in training.
+
+    `load_textual_inversion` works on it as on any other. Raises InputError where `name` cannot be loaded.
+    """
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
+    from transformers import CLIPTokenizer
+
+    folder = find_model_folder(name, revision, variant)
+    components = {component: load_frozen(folder, component, variant, quantization, dtype, device) for component in WEIGHT_NAMES}
+    with damaged_model(folder / "tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    with damaged_model(folder / "scheduler"):
+        scheduler = PNDMScheduler.from_pretrained(folder / "scheduler")
+    return StableDiffusionPipeline(**components, tokenizer=tokenizer, scheduler=scheduler, safety_checker=None,
+                                   feature_extractor=None, requires_safety_checker=False)  # fmt: skip

@@ -1,0 +1,102 @@
+"""--save_quantized: a copy of a model folder whose weights are packed, so that it loads in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from zoodip.errors import UNFINISHED, InputError
+from zoodip.files import read_tensors, serialize, write_atomically
+from zoodip.model import (
+    VAE_ENCODER,
+    WEIGHT_NAMES,
+    build_model,
+    check_parameter,
+    find_model_folder,
+    find_weights,
+    is_quantized,
+    modern_name,
+    module_of,
+)
+from zoodip.quantize import pack_weight
+
+
+def save_quantized(target: Path, name: str, quantization: str, revision: str | None = None, variant: str | None = None) -> Path:
+    """Write the model `name`, packed, to the new folder `target`. Loading either gives the same bits. Raises InputError."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"--save_quantized {str(target)!r}: is for one process, not {os.environ['WORLD_SIZE']}; start it with "
+                         "python, and then train from that folder")
+    if target.exists():
+        raise InputError(f"--save_quantized: {str(target)!r} exists; give it as --pretrained_model_name_or_path, or write to "
+                         "a new folder")
+    folder = find_model_folder(name, revision, variant)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    UNFINISHED.append(unfinished)
+    try:
+        for component, stem in WEIGHT_NAMES.items():
+            (unfinished / component).mkdir(parents=True)
+            shutil.copy(folder / component / "config.json", unfinished / component)
+            tensors = packed_tensors(folder, component, variant, quantization)
+            write_shards(unfinished / component, stem, tqdm(tensors, desc=f"packing {component}", unit="tensor"))
+        shutil.copy(folder / "model_index.json", unfinished)
+        for other in ("tokenizer", "scheduler"):
+            shutil.copytree(folder / other, unfinished / other)
+        unfinished.rename(target)
+    except OSError as error:
+        raise InputError(f"--save_quantized {str(target)!r}: cannot be written ({error.strerror}); choose another") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        UNFINISHED.remove(unfinished)
+    size = sum(path.stat().st_size for path in target.rglob("*"))
+    print(f"{target}: the model with {quantization} weights, {size / 1e9:.2f} GB")
+    return target
+
+
+def packed_tensors(folder: Path, component: str, variant: str | None,
+                   quantization: str) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
+    """The tensors of a component with the weights packed: what `load_frozen` makes of them, to be stored.
+
+    As they are stay the VAE's encoder, which training uses unpacked, norms, biases, and what is packed already.
+    """
+    model, where = build_model(folder, component), folder / component
+    for name, tensor in read_tensors(find_weights(folder, component, variant)):
+        modern = modern_name(name, component)
+        module_name, _, leaf = modern.rpartition(".")
+        if module_name.endswith(".weight") or leaf == "position_ids":  # packed already, or a constant of older files
+            yield name, tensor.clone()
+            continue
+        module = module_of(modern, model, where)
+        tensor = check_parameter(tensor, modern, module, where)
+        encoder = component == "vae" and modern.startswith(VAE_ENCODER)
+        if leaf == "weight" and not encoder and is_quantized(component, module_name, module):
+            for format_name, packed in pack_weight(tensor, quantization).items():
+                yield f"{name}.{format_name}", packed
+        else:
+            yield name, tensor.clone()
+
+
+def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Safetensors files of about 64 MB and their index, so that a model is never in memory whole."""
+    shard: dict[str, torch.Tensor] = {}
+    weight_map: dict[str, str] = {}
+
+    def write() -> None:
+        name = f"{stem}-{len(set(weight_map.values())) + 1:05}.safetensors"
+        write_atomically(folder / name, serialize(shard, {"format": "pt"}))
+        weight_map.update(dict.fromkeys(shard, name))
+        shard.clear()
+
+    for name, tensor in tensors:
+        shard[name] = tensor
+        if sum(held.nbytes for held in shard.values()) >= 64 << 20:
+            write()
+    if shard:
+        write()
+    index = json.dumps(dict(metadata={}, weight_map=weight_map), indent=1)
+    write_atomically(folder / f"{stem}.safetensors.index.json", index.encode())

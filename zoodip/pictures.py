@@ -1,0 +1,86 @@
+"""The one drawer of pictures, and the one sheet that they are shown on."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from zoodip.diffusion import FrozenModel
+from zoodip.errors import damaged_model
+from zoodip.model import load_vae_decoder
+from zoodip.prompts import Prompts, encode_prompts
+
+
+class Drawer:
+    """Draws prompts with the modules that training holds in memory, plus the VAE's decoder, quantised like them.
+
+    `steps` and `guidance` are the sampler's. Raises InputError where the folder is damaged.
+    """
+
+    def __init__(self, model: FrozenModel, folder: Path, variant: str | None, quantization: str, resolution: int,
+                 steps: int = 50, guidance: float = 7.5, batch_size: int = 1):  # fmt: skip
+        from diffusers import PNDMScheduler, StableDiffusionPipeline
+
+        weight = model.unet.conv_in.weight
+        self.text_encoder, self.folder, self.resolution = model.text_encoder, folder, resolution
+        self.steps, self.guidance, self.batch_size = steps, guidance, batch_size
+        vae = load_vae_decoder(folder, variant, quantization, weight.dtype, weight.device)
+        with damaged_model(folder / "scheduler"):
+            scheduler = PNDMScheduler.from_pretrained(folder / "scheduler")
+        self.pipeline = StableDiffusionPipeline(
+            vae=vae, unet=model.unet, scheduler=scheduler, text_encoder=None, tokenizer=None, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def draw(self, prompts: Prompts, theta: torch.Tensor, wanted: list[tuple[int, int]]) -> Iterator[Image.Image]:
+        """One picture for each (row of `prompts`, seed), with theta [V, d] as the token. The last prompt is the empty one.
+
+        A seed is the same first noise for every prompt and token. Raises InputError where the model's folder is damaged.
+        """
+        device = self.pipeline.unet.conv_in.weight.device
+        states = encode_prompts(self.text_encoder, prompts.rows.to(device), prompts.ids.to(device),
+                                theta.detach()[None].to(device))  # [P, L, d]  # fmt: skip
+        for first in range(0, len(wanted), self.batch_size):
+            rows, seeds = zip(*wanted[first : first + self.batch_size], strict=True)
+            with damaged_model(self.folder):
+                pictures = self.pipeline(
+                    prompt_embeds=states[list(rows)], negative_prompt_embeds=states[-1:].expand(len(rows), -1, -1),
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds], num_inference_steps=self.steps,
+                    guidance_scale=self.guidance, height=self.resolution, width=self.resolution,
+                ).images  # fmt: skip
+            yield from pictures
+
+
+def picture_sheet(blocks: list[tuple[list[Image.Image], str]], columns: int = 1, cell: int = 128, gap: int = 6,
+                  headings: list[str] | None = None) -> Image.Image:  # fmt: skip
+    """Pictures in blocks, each a row of squares of `cell` pixels with its caption below, whole; `columns` blocks side by side.
+
+    `headings` stand above the squares of the first row of blocks.
+    """
+    font = ImageFont.load_default(max(10, cell // 10))
+    most = max(len(pictures) for pictures, _ in blocks)
+    block_width = most * (cell + gap)
+    letters = max(8, int(block_width / font.getlength("n")))
+    captions = [textwrap.wrap(caption, letters) for _, caption in blocks]
+    line_height = sum(font.getmetrics()) + 1
+    foot = max(len(lines) for lines in captions) * line_height
+    head = (line_height + gap) if headings else 0
+    columns = min(columns, len(blocks))
+    size = (columns * block_width + (columns + 1) * gap - gap * (columns > 0), head + -(-len(blocks) // columns) * (cell + foot + gap))
+    sheet = Image.new("RGB", (size[0], size[1] - (0 if foot else gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, heading in enumerate(headings or []):
+        pen.text((gap + i * (cell + gap) + cell / 2, line_height / 2), heading, fill="black", font=font, anchor="mm")
+    for k, ((pictures, _), lines) in enumerate(zip(blocks, captions, strict=True)):
+        left = gap + (k % columns) * (block_width + gap)
+        top = head + (k // columns) * (cell + foot + gap)
+        for i, picture in enumerate(pictures):
+            sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left + i * (cell + gap), top))
+        pen.multiline_text((left, top + cell + 1), "\n".join(lines), fill="black", font=font, spacing=1)
+    return sheet

@@ -1,0 +1,89 @@
+"""What a result depends on, and how it is told: versions, commit, machine, memory; Markdown tables and intervals."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def package_versions() -> dict[str, str]:
+    """{package: version} of those that a result depends on."""
+    names = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "safetensors")
+    return {name: version(name) for name in names}
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with "-dirty" where files differ from it; None without git."""
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git
+        return None
+    return git.stdout.strip() or None
+
+
+def hardware(device: torch.device | str = "cpu") -> str:
+    """The class of the machine, never its name."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def environment(device: torch.device | str = "cpu") -> dict:
+    """Device, versions and commit, as every record holds them."""
+    return dict(device=hardware(device), python=platform.python_version(), versions=package_versions(), commit=git_commit())
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory so far: allocated on the GPU, or resident of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        import psutil  # comes with accelerate
+
+        return psutil.Process().memory_info().peak_wset / 1e9
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def plain_arguments(flags: dict) -> dict:
+    """Arguments fit to be published: of a path that leads out of the repository only its last part."""
+
+    def plain(value):
+        if isinstance(value, (list, tuple)):
+            return [plain(entry) for entry in value]
+        if not isinstance(value, (str, Path)) or not Path(value).is_absolute():
+            return str(value) if isinstance(value, Path) else value
+        path = Path(value).resolve()
+        return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+    return {name: plain(value) for name, value in flags.items()}
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    """A Markdown table; numbers should come formatted."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
+
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+         2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
+
+
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval (Student's t, values taken as independent); nan for one value."""
+    array = np.asarray(values, float)
+    if len(array) < 2:
+        return float(array.mean()), float("nan")
+    quantile = T_975[len(array) - 2] if len(array) - 2 < len(T_975) else 1.96
+    return float(array.mean()), float(quantile * array.std(ddof=1) / np.sqrt(len(array)))

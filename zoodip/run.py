@@ -1,0 +1,409 @@
+"""A run that is recorded, interrupted and resumed exactly, whatever is trained.
+
+A trainer has `state_dict`, `load_state_dict`, `remedy` (what to try where its numbers run away) and `report` (for run.json);
+its outputs have `evaluate`, `draw`, `check` and `save`, as `TokenOutputs`. Every training script then tells the same story:
+
+    run = Run(trainer, generator, accelerator, settings, fingerprint, ...)
+    run.resume(checkpoint), run.claim()            # what is wrong is refused here, before a model is loaded
+    with run:
+        for step in run.steps(outputs):            # bar, curve, checkpoints, pictures, Ctrl-C
+            run.note(loss of the step, forwards)
+    sys.exit(run.finish())
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from zoodip.errors import BrokenCheckpoint, InputError
+from zoodip.files import lock_folder, serialize, why_unreadable, write_atomically, write_image, write_json
+from zoodip.prompts import file_stem
+from zoodip.records import environment, peak_memory_gb
+
+MOST_SKIPPED = 20  # steps in a row whose loss is not finite
+
+
+def make_accelerator(most_processes: int, *, cpu: bool, report_to: str, output_dir: str, compile: bool):
+    """Devices, processes and trackers. Raises InputError where a tracker is not installed or processes are too many."""
+    from importlib.util import find_spec
+
+    from accelerate import Accelerator
+
+    if report_to != "none" and find_spec(report_to) is None:
+        raise InputError(f"--report_to {report_to}: the package is not installed; run pip install {report_to}")
+    accelerator = Accelerator(cpu=cpu, log_with=None if report_to == "none" else report_to, project_dir=output_dir)
+    if compile and accelerator.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        raise InputError("--compile needs a C++ compiler (g++ or clang++); install one, or leave the flag out")
+    if accelerator.num_processes > most_processes:
+        if most_processes == 1:
+            raise InputError(f"this method runs as one process, not {accelerator.num_processes}; start it with python")
+        raise InputError(f"{accelerator.num_processes} processes share only {most_processes} candidates a step; start at "
+                         f"most {most_processes} processes or raise --n")
+    return accelerator
+
+
+@dataclass
+class Progress:
+    """Where a run stands: with the trainer's state and the generator's, all that a checkpoint holds."""
+
+    step: int = 0
+    forwards: int = 0  # UNet forwards of one batch, evaluation not counted
+    skipped: int = 0  # steps whose loss was not finite
+    smoothed_loss: float | None = None  # exponential mean of the unperturbed loss, horizon about 100 steps
+    curve: list[dict] = field(default_factory=list)  # rows of training_log.csv
+    skipped_in_a_row: int = 0
+
+
+class StopSignal:
+    """Remembers SIGINT and SIGTERM, so that the step under way is finished and saved; a second one ends at once."""
+
+    number = 0
+
+    def __enter__(self) -> StopSignal:
+        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame) -> None:
+        self.number = number
+        for name in self.previous:
+            signal.signal(name, signal.SIG_DFL)
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+def state_digest(header: str, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of all that a checkpoint holds: a flipped bit in a number is still a number, and no other check sees it."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_checkpoint(path: Path, header: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """Tensors and a JSON header with their checksum, as safetensors. Raises InputError."""
+    text = json.dumps(header, sort_keys=True)
+    metadata = {"format": "pt", "zoodip.checkpoint": text, "zoodip.sha256": state_digest(text, tensors)}
+    write_atomically(path, serialize(tensors, metadata))
+
+
+def read_checkpoint(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(header, tensors) of a checkpoint. Raises BrokenCheckpoint, or InputError where there is no such file."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata()
+            tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # off the memory map
+        if metadata["zoodip.sha256"] != state_digest(metadata["zoodip.checkpoint"], tensors):
+            raise ValueError("its contents do not match its checksum")
+        return json.loads(metadata["zoodip.checkpoint"]), tensors
+    except FileNotFoundError:
+        raise InputError(f"--resume_from_checkpoint: there is no file {str(path)!r}; give a checkpoint-N.safetensors or "
+                         "latest") from None
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+        raise BrokenCheckpoint(path, why_unreadable(path, error)) from error
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint files of a folder, the newest last."""
+    checkpoints = [path for path in folder.glob("checkpoint-*.safetensors")
+                   if re.fullmatch(r"checkpoint-[0-9]+\.safetensors", path.name) and path.is_file()]  # fmt: skip
+    return sorted(checkpoints, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.stem.removeprefix("checkpoint-"))
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+# ----------------------------------------------------------------------------------------------------- the run
+
+
+class Run:
+    """One run of a trainer in its output folder. Flags as in `zoodip.arguments.add_run_flags`; files are written by the main
+    process only.
+
+    settings: what decides the result, as recorded; fingerprint: {what: SHA-256} of the inputs. Resuming under others is refused.
+    """
+
+    def __init__(self, trainer, generator: torch.Generator, accelerator, settings: dict, fingerprint: dict[str, str], *,
+                 output_dir: str | Path, max_train_steps: int, save_steps: int, checkpointing_steps: int,
+                 checkpoints_total_limit: int, eval_steps: int, validation_steps: int, unit: str = "step"):  # fmt: skip
+        self.trainer, self.generator, self.accelerator = trainer, generator, accelerator
+        self.settings, self.fingerprint, self.folder = settings, fingerprint, Path(output_dir)
+        self.max_train_steps, self.save_steps, self.eval_steps = max_train_steps, save_steps, eval_steps
+        self.checkpointing_steps, self.checkpoints_total_limit = checkpointing_steps, checkpoints_total_limit
+        self.validation_steps, self.unit = validation_steps, unit
+        self.progress, self.seconds, self.stop, self.lock, self.bar = Progress(), 0.0, StopSignal(), None, None
+        self.first_step = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    # --- before the model is loaded
+
+    def resume(self, checkpoint: str | None) -> None:
+        """Take up a checkpoint's state: of the file given, or with "latest" of the newest that is whole. Raises InputError."""
+        if checkpoint is None:
+            return
+        if checkpoint != "latest":
+            self.load_checkpoint(Path(checkpoint))
+            return
+        for path in reversed(list_checkpoints(self.folder)):
+            try:
+                self.load_checkpoint(path)
+                return
+            except BrokenCheckpoint as error:
+                print(f"skipped a broken checkpoint: {error}", file=sys.stderr)
+        print(f"{self.folder}: no checkpoint to continue from, starting at step 0", file=sys.stderr)
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Raises BrokenCheckpoint, or InputError where it is of another run."""
+        header, tensors = read_checkpoint(path)
+        try:
+            saved, ours = header["settings"], self.settings
+            different = [f"--{name} was {saved[name]!r}, is {ours[name]!r}" for name in ours if saved[name] != ours[name]]
+            if different:
+                raise InputError(f"--resume_from_checkpoint {path}: is of another run ({'; '.join(different)}); use the same "
+                                 "settings, or start anew without --resume_from_checkpoint")
+            for what, digest in self.fingerprint.items():
+                if header["fingerprint"][what] != digest:
+                    raise InputError(f"--resume_from_checkpoint {path}: the {what} have changed since it was saved; restore "
+                                     "them, or start anew without --resume_from_checkpoint")
+            progress = Progress(**header["progress"])
+        except (LookupError, TypeError) as error:
+            raise InputError(f"--resume_from_checkpoint {path}: is of another method or version ({error} is missing); start anew "
+                             "without --resume_from_checkpoint") from error
+        fresh = self.state()[1]
+        if {name: kind(tensor) for name, tensor in tensors.items()} != {name: kind(tensor) for name, tensor in fresh.items()}:
+            raise BrokenCheckpoint(path, "its tensors are not those of such a run")
+        self.generator.set_state(tensors.pop("generator"))
+        self.trainer.load_state_dict({**tensors, **header.get("state", {})})
+        self.progress, self.first_step = progress, progress.step
+
+    def state(self) -> tuple[dict, dict[str, torch.Tensor]]:
+        """What a checkpoint holds: (header, tensors). What of the trainer's state is no tensor goes into the header."""
+        state = self.trainer.state_dict()
+        tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        header = dict(settings=self.settings, fingerprint=self.fingerprint, progress=vars(self.progress),
+                      state={name: value for name, value in state.items() if name not in tensors})  # fmt: skip
+        return header, {**tensors, "generator": self.generator.get_state()}
+
+    def claim(self) -> None:
+        """Make the output folder, lock it, prove that it takes a file, remove what a killed run left half. Raises InputError."""
+        if self.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"--output_dir {str(self.folder)!r} cannot be made ({error.strerror}); choose another") from error
+            self.lock = lock_folder(self.folder)
+            write_atomically(self.folder / ".probe", bytes(4 << 20))  # the size of the largest checkpoints
+            (self.folder / ".probe").unlink()
+            try:
+                for leftover in self.folder.glob(".*.tmp"):
+                    leftover.unlink()
+            except OSError as error:
+                raise cannot_be_moved(error) from error
+        self.accelerator.wait_for_everyone()
+
+    # --- the steps
+
+    def __enter__(self) -> Run:
+        """Before a fresh run, an earlier one's results are set aside."""
+        if self.is_main and self.progress.step == 0:
+            set_aside(self.folder, self.settings["placeholder_token"])
+        self.accelerator.init_trackers("zoodip", {name: value for name, value in self.settings.items() if value is not None})
+        self.stop.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.stop.__exit__()
+        if self.bar is not None:
+            self.bar.close()
+        self.accelerator.end_training()
+        if self.lock is not None:
+            self.lock.close()
+
+    def steps(self, outputs) -> Iterator[int]:
+        """The number of each step, from where the run stands to the last or to a signal; in between, and at the end, all that
+        the run leaves. The caller trains one step and calls `note`. Raises InputError where the run cannot go on."""
+        progress, stopped = self.progress, False
+        self.limit_checkpoints()  # one too many is left of a run that was killed between writing and removing
+        if self.eval_steps and not progress.curve:
+            self.evaluate(outputs)
+        self.bar = tqdm(total=self.max_train_steps, initial=progress.step, unit=self.unit, smoothing=0.05, mininterval=0.5,
+                        disable=not self.is_main)  # fmt: skip
+        while progress.step < self.max_train_steps and not stopped:
+            started = time.perf_counter()
+            yield progress.step + 1
+            self.seconds += time.perf_counter() - started
+            stopped = self.stop_requested()
+            progress.step += 1
+            self.after_step(outputs, stopped)
+        if progress.step == progress.skipped > 0:
+            raise InputError("no step had a finite loss; try --mixed_precision fp32 or bf16, or another model")
+        self.bar.close()
+        if self.is_main:
+            outputs.save(self.folder, progress.step, final=True)
+            if outputs.drawer is not None and not self.interrupted:  # after saving: hours must not hang on a picture
+                self.draw(outputs)
+            self.write_record()
+        self.accelerator.wait_for_everyone()
+
+    def note(self, loss: float | None, forwards: int) -> None:
+        """Tell of the step under way: its loss, None where it was not finite and the step skipped, and its UNet forwards."""
+        progress = self.progress
+        progress.forwards += forwards
+        if loss is None:
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+        else:
+            previous = loss if progress.smoothed_loss is None else progress.smoothed_loss
+            progress.smoothed_loss = 0.99 * previous + 0.01 * loss
+            progress.skipped_in_a_row = 0
+
+    def stop_requested(self) -> bool:
+        """Whether any process has been told to stop: all of them stop at the same step."""
+        requested = self.stop.number != 0
+        if self.accelerator.num_processes == 1:
+            return requested
+        flag = torch.tensor([float(requested)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+
+    def after_step(self, outputs, stopped: bool) -> None:
+        """What the step that was just done leaves."""
+        progress, step = self.progress, self.progress.step
+        if progress.skipped_in_a_row >= MOST_SKIPPED:
+            self.write_checkpoint()
+            raise InputError(f"the loss was not finite for {MOST_SKIPPED} steps up to step {step}; try --mixed_precision fp32 or "
+                             f"bf16, {self.trainer.remedy}")
+        warning = outputs.check(step)
+        if warning and self.is_main:
+            self.bar.write(warning, file=sys.stderr)
+        self.bar.update()
+        loss = progress.smoothed_loss or math.nan
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {peak_memory_gb(self.accelerator.device):.2f} GB", refresh=False)
+        if due(step, 10):
+            self.accelerator.log({"train/loss": loss}, step=step)
+        last = step == self.max_train_steps
+        if self.eval_steps and (due(step, self.eval_steps) or last):
+            self.evaluate(outputs)
+        if due(step, self.save_steps) and self.is_main:
+            outputs.save(self.folder, step, final=False)
+        picture = outputs.drawer is not None and due(step, self.validation_steps) and not last and self.is_main
+        if picture and not stopped:
+            self.draw(outputs)
+        # the last of what a step leaves, so that a run killed in between does all of it again; but on Ctrl-C, save before drawing
+        if due(step, self.checkpointing_steps) or stopped or (last and self.checkpointing_steps):
+            self.write_checkpoint()
+        if picture and stopped:
+            self.draw(outputs)
+
+    def evaluate(self, outputs) -> None:
+        """A row of the curve: into training_log.csv and the tracker."""
+        progress = self.progress
+        row = dict(step=progress.step, unet_forwards=progress.forwards, loss=progress.smoothed_loss, **outputs.evaluate())
+        progress.curve.append(row)
+        if self.is_main:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(row), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(progress.curve)
+            write_atomically(self.folder / "training_log.csv", text.getvalue().encode())
+        logged = {f"eval/{name}": value for name, value in row.items() if name != "step" and value is not None}
+        self.accelerator.log(logged, step=row["step"])
+
+    def draw(self, outputs) -> None:
+        write_image(self.folder / f"validation-{self.progress.step}.png", outputs.draw())
+
+    def write_checkpoint(self) -> None:
+        if self.is_main:
+            write_checkpoint(self.folder / f"checkpoint-{self.progress.step}.safetensors", *self.state())
+            self.limit_checkpoints()
+
+    def limit_checkpoints(self) -> None:
+        """Remove all but the newest up to this step; later ones are there after going back to an older one, and stay."""
+        if self.checkpoints_total_limit and self.is_main:
+            older = [path for path in list_checkpoints(self.folder) if checkpoint_step(path) <= self.progress.step]
+            for path in older[: -self.checkpoints_total_limit]:
+                path.unlink(missing_ok=True)
+
+    # --- the end
+
+    @property
+    def interrupted(self) -> bool:
+        return self.progress.step < self.max_train_steps
+
+    def write_record(self) -> None:
+        """run.json: what was run, on what, how fast (evaluation and pictures apart) and in how much memory."""
+        progress, steps = self.progress, self.progress.step - self.first_step
+        write_json(self.folder / "run.json", dict(
+            settings=self.settings, step=progress.step, unet_forwards=progress.forwards,
+            skipped_steps=progress.skipped, smoothed_loss=progress.smoothed_loss, steps_this_time=steps,
+            seconds_this_time=round(self.seconds, 2), steps_per_second=round(steps / self.seconds, 3) if self.seconds else None,
+            peak_memory_gb=round(peak_memory_gb(self.accelerator.device), 3), processes=self.accelerator.num_processes,
+            **environment(self.accelerator.device), **self.trainer.report(),
+        ), indent=2)  # fmt: skip
+
+    def finish(self) -> int:
+        """Say where the run stands -> exit code: 0, or 128 + signal where it was interrupted (and saved)."""
+        step, skipped = self.progress.step, self.progress.skipped
+        if self.is_main and self.interrupted:
+            print(f"interrupted and saved at step {step}; the same command with --resume_from_checkpoint latest goes on from "
+                  "there", file=sys.stderr)
+        elif self.is_main:
+            print(f"{self.folder / 'learned_embeds.safetensors'}: {self.settings['placeholder_token']} after {step} {self.unit}s"
+                  + (f" ({skipped} skipped: loss not finite)" if skipped else ""))
+        return 128 + (self.stop.number or signal.SIGTERM) if self.interrupted else 0
+
+
+def kind(tensor: torch.Tensor) -> tuple:
+    """Of a tensor in a checkpoint: what is the same in every checkpoint of a run. The length of a history is not."""
+    return tensor.dtype, tensor.dim(), tuple(tensor.shape[1:])
+
+
+def set_aside(folder: Path, placeholder_token: str) -> None:
+    """Move an earlier run's results to previous-N. Raises InputError."""
+    patterns = ("learned_embeds*.safetensors", "checkpoint-*.safetensors", "training_log.csv", "run.json",
+                "validation-*.png", f"{file_stem(placeholder_token)}.safetensors")  # fmt: skip
+    earlier = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    if not earlier:
+        return
+    try:
+        number = 1
+        while (folder / f"previous-{number}").exists():
+            number += 1
+        (folder / f"previous-{number}").mkdir()
+        for path in earlier:
+            path.rename(folder / f"previous-{number}" / path.name)
+    except OSError as error:
+        raise cannot_be_moved(error) from error
+    print(f"{folder}: moved the {len(earlier)} files of an earlier run to {folder / f'previous-{number}'}", file=sys.stderr)
+
+
+def cannot_be_moved(error: OSError) -> InputError:
+    return InputError(f"{error.filename}: cannot be moved or removed ({error.strerror}); choose another --output_dir")

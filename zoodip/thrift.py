@@ -1,0 +1,80 @@
+"""What makes a run smaller or a forward faster and changes no bit of the result."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def tune_malloc(mmap_threshold: int, trim_threshold: int) -> None:
+    """How glibc keeps freed memory: blocks of `mmap_threshold` bytes go back to the system at once, others once
+    `trim_threshold` bytes are free together.
+
+    Left to itself it loads into a heap that fragments, and while stepping returns and fetches the same pages again and
+    again (benchmarks/NOTES.md).
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, mmap_threshold)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, trim_threshold)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError, TypeError):  # another C library
+        pass
+
+
+def split_feed_forward(unet: nn.Module) -> None:
+    """Have the feed-forwards at full resolution, the largest activations of a step, take one candidate after another."""
+    from diffusers.models.attention import BasicTransformerBlock
+
+    for module in [*unet.down_blocks[0].modules(), *unet.up_blocks[-1].modules()]:
+        if isinstance(module, BasicTransformerBlock):
+            module.set_chunk_feed_forward(1, dim=0)
+
+
+def modules_before_text(unet: nn.Module) -> list[nn.Module]:
+    """The layers of a UNet up to its first cross-attention: what they compute does not depend on the prompt."""
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    if unet._compiled_call_impl is not None:  # hooks that come and go would have it compiled anew every step
+        return []
+    modules = [unet.conv_in]
+    for block in unet.down_blocks:
+        attentions = getattr(block, "attentions", [])
+        if not attentions:
+            modules += [*block.resnets, *(block.downsamplers or [])]
+            continue
+        modules.append(block.resnets[0])
+        first = attentions[0]
+        if isinstance(first, Transformer2DModel) and not first.transformer_blocks[0].only_cross_attention:
+            modules += [first.norm, first.proj_in, first.transformer_blocks[0].norm1, first.transformer_blocks[0].attn1]
+        break
+    return modules
+
+
+@contextmanager
+def computed_once(modules: list[nn.Module], count: int):
+    """Within: the modules compute the first of `count` equal parts of their batch, and repeat it (5 % of SD v1.5's UNet).
+
+    Only for modules whose inputs are equal in all the parts.
+    """
+
+    def first_part(module, args, kwargs):
+        def cut(value):
+            return value[: len(value) // count] if isinstance(value, torch.Tensor) else value
+
+        return tuple(cut(value) for value in args), {name: cut(value) for name, value in kwargs.items()}
+
+    def repeated(module, args, output):
+        return torch.cat([output] * count)
+
+    hooks = []
+    if count > 1:
+        for module in modules:
+            hooks += [module.register_forward_pre_hook(first_part, with_kwargs=True), module.register_forward_hook(repeated)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
