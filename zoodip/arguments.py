@@ -7,9 +7,10 @@ script; the checks take its values as a dictionary (`vars(args)`).
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from zoodip.errors import InputError
@@ -39,7 +40,8 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     return OneLineArgumentParser(description=description, formatter_class=HelpFormatter)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """Returns the group's `add_argument`, for flags of the script's own."""
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", default=DEFAULT_MODEL, metavar="PATH_OR_NAME",
         help="folder in diffusers format, or hub name, of a Stable Diffusion 1.x or 2.x")
@@ -52,6 +54,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
     add("--compile", action="store_true",
         help="torch.compile the UNet: minutes at the start, needs a C++ compiler (CPU) or Triton (GPU)")
+    return add
 
 
 def add_token_flags(parser: argparse.ArgumentParser) -> None:
@@ -165,6 +168,13 @@ def check_run_flags(flags: dict) -> None:
     if prompt is not None:
         require(flags, "validation_prompt", token in prompt or "{}" in prompt, f"must contain the token {token} or {{}}")
     require(flags, "validation_steps", flags["validation_steps"] == 0 or prompt is not None, "needs a --validation_prompt")
+
+
+def flags_for(function: Callable, flags: dict) -> dict:
+    """The flags that `function` takes: the package's keyword-only parameters are named as the flags that they stand for."""
+    names = [name for name, parameter in inspect.signature(function).parameters.items()
+             if parameter.kind is inspect.Parameter.KEYWORD_ONLY]  # fmt: skip
+    return {name: flags[name] for name in names if name in flags}
 
 
 def settings_of(flags: dict, names: Iterable[str]) -> dict:

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from zoodip.arguments import NUM_TRAIN_TIMESTEPS
 from zoodip.errors import DamagedModel, InputError, damaged_model
-from zoodip.model import find_model_folder, load_frozen, load_text_encoder, load_vae_encoder
+from zoodip.model import find_model_folder, load_frozen, load_text_encoder, load_vae_encoder, model_digest
 from zoodip.prompts import (
     Prompts,
     build_prompts,
@@ -25,7 +24,7 @@ from zoodip.prompts import (
     read_embedding_rows,
 )
 from zoodip.quantize import DTYPES
-from zoodip.subject import Subject, open_image, to_square
+from zoodip.subject import Subject, load_subject, open_image, to_square
 from zoodip.thrift import computed_once, modules_before_text, split_feed_forward, tune_malloc
 
 TimestepSampler = Callable[[int, torch.Generator], torch.Tensor]  # (batch size B, generator) -> timesteps [B]
@@ -46,10 +45,18 @@ class Inputs:
     prompts: Prompts
     validation_prompts: Prompts | None  # the prompt and the empty one
 
+    def fingerprint(self) -> dict[str, str]:
+        """{what: SHA-256}: a run is resumed only on the same."""
+        return {"images or captions": self.subject.fingerprint, "model weights": model_digest(self.folder, self.variant)}
 
-def read_inputs(subject: Subject, folder: Path, variant: str | None, placeholder_token: str, initializer_token: str,
-                num_vectors: int, validation_prompt: str | None = None) -> Inputs:  # fmt: skip
-    """Tokenizer, prompts and initial token of a run, from the model's `folder`. Raises InputError."""
+
+def read_inputs(*, train_data_dir: str | Path, cc_file: str | Path | None = None, use_cc: bool = False,
+                learnable_property: str = "object", pretrained_model_name_or_path: str, revision: str | None = None,
+                variant: str | None = None, placeholder_token: str, initializer_token: str, num_vectors: int = 1,
+                validation_prompt: str | None = None) -> Inputs:  # fmt: skip
+    """Photographs, captions, model folder, tokenizer, prompts and initial token of a run. Raises InputError."""
+    subject = load_subject(train_data_dir, cc_file if use_cc else None, learnable_property)
+    folder = find_model_folder(pretrained_model_name_or_path, revision, variant)
     tokenizer = load_tokenizer(folder, placeholder_token, num_vectors)
     initializer = read_embedding_rows(folder, variant, initializer_ids(tokenizer, initializer_token))
 
@@ -235,8 +242,9 @@ class FrozenModel:
     @torch.inference_mode()
     def mean_loss(self, batches: list[Batch], theta: torch.Tensor) -> float:
         """Mean squared error of one token's predictions [V, d] over a fixed set."""
-        losses = [F.mse_loss(self.predict(batch, theta.detach()[None])[0], batch.target.to(self.rows.device)) for batch in batches]
-        return float(np.mean([loss.item() for loss in losses]))
+        tokens = theta.detach()[None]
+        errors = [self.predict(batch, tokens) - batch.target.to(self.rows.device) for batch in batches]  # [1, B, 4, h, w] each
+        return float(np.mean([error.square().flatten(1).mean(1).item() for error in errors]))
 
 
 def load_model(inputs: Inputs, *, quantization: str, mixed_precision: str, device: torch.device, resolution: int,

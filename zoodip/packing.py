@@ -27,15 +27,16 @@ from zoodip.model import (
 from zoodip.quantize import pack_weight
 
 
-def save_quantized(target: Path, name: str, quantization: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """Write the model `name`, packed, to the new folder `target`. Loading either gives the same bits. Raises InputError."""
+def save_quantized(target: Path, *, pretrained_model_name_or_path: str, quantization: str, revision: str | None = None,
+                   variant: str | None = None) -> Path:  # fmt: skip
+    """Write a model, packed, to the new folder `target`. Loading either gives the same bits. Raises InputError."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"--save_quantized {str(target)!r}: is for one process, not {os.environ['WORLD_SIZE']}; start it with "
                          "python, and then train from that folder")
     if target.exists():
         raise InputError(f"--save_quantized: {str(target)!r} exists; give it as --pretrained_model_name_or_path, or write to "
                          "a new folder")
-    folder = find_model_folder(name, revision, variant)
+    folder = find_model_folder(pretrained_model_name_or_path, revision, variant)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     UNFINISHED.append(unfinished)
     try:

@@ -1,7 +1,7 @@
 """A run that is recorded, interrupted and resumed exactly, whatever is trained.
 
-A trainer has `state_dict`, `load_state_dict`, `remedy` (what to try where its numbers run away) and `report` (for run.json);
-its outputs have `evaluate`, `draw`, `check` and `save`, as `TokenOutputs`. Every training script then tells the same story:
+A trainer has `state_dict`, `load_state_dict` and `remedy` (what to try where its numbers run away); its outputs have
+`evaluate`, `draw`, `check` and `save`, as `TokenOutputs`. Every training script then tells the same story:
 
     run = Run(trainer, generator, accelerator, settings, fingerprint, ...)
     run.resume(checkpoint), run.claim()            # what is wrong is refused here, before a model is loaded
@@ -366,7 +366,7 @@ class Run:
             skipped_steps=progress.skipped, smoothed_loss=progress.smoothed_loss, steps_this_time=steps,
             seconds_this_time=round(self.seconds, 2), steps_per_second=round(steps / self.seconds, 3) if self.seconds else None,
             peak_memory_gb=round(peak_memory_gb(self.accelerator.device), 3), processes=self.accelerator.num_processes,
-            **environment(self.accelerator.device), **self.trainer.report(),
+            **environment(self.accelerator.device),
         ), indent=2)  # fmt: skip
 
     def finish(self) -> int:
