@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from miniature.world import ACCESSORIES, COLOURS, EARS, EYES, PATTERNS, SCENES, SHAPES, TAILS, SceneSpec
+from miniature.words import ACCESSORIES, COLOURS, EARS, EYES, PATTERNS, SCENES, SHAPES, TAILS
+from miniature.world import SceneSpec
 
 LABELS: dict[str, tuple[str, ...]] = {
     "scene": SCENES,

@@ -1,22 +1,23 @@
 #!/usr/bin/env python
 """Render pictures of one held-out breed in several scenes, as the photographs to personalise on, with their captions.
 
-python miniature/make_subject.py furmix          # writes dataset/furmix/*.jpg and its captions into cc.json
+python -m miniature.make_subject furmix          # writes dataset/furmix/*.jpg and its captions into cc.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # so that the file also runs as a script
+from miniature.captions import class_caption
+from miniature.critters import breed_by_name, held_out_breeds
+from miniature.drawing import render
+from miniature.world import scene_spec
 
-from miniature.world import breed_by_name, class_caption, held_out_breeds, render, scene_spec  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 SCENES = ("grass", "snow", "wooden floor", "city", "desert")
 
@@ -36,9 +37,7 @@ def make_subject(breed_name: str, folder: Path, seed: int = 0, size: int = 256) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "breed", choices=[breed.name for breed in held_out_breeds()], help="a breed no model was trained on"
-    )
+    parser.add_argument("breed", choices=[breed.name for breed in held_out_breeds()], help="a breed no model was trained on")
     parser.add_argument("--seed", type=int, default=0, help="of positions and scene details (default: 0)")
     args = parser.parse_args()
     captions = make_subject(args.breed, ROOT / "dataset" / args.breed, args.seed)

@@ -1,6 +1,6 @@
 """Measures the miniature model: does a picture show what its caption says?
 
-    python miniature/quality.py                    # writes miniature/quality.json and miniature/samples.png
+    python -m miniature.quality                    # writes miniature/quality.json and miniature/samples.png
 
 Pictures are generated from three kinds of prompts: descriptions of unseen critters, names of trained
 breeds, and full descriptions of the held-out breeds. The classifier of `train.py` reads them; its own
@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import sys
 import textwrap
 import time
 from dataclasses import dataclass
@@ -30,26 +29,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_zoodip as zoodip  # noqa: E402
-from miniature.classifier import AttributeClassifier, load_classifier, truth  # noqa: E402
-from miniature.world import (  # noqa: E402
-    ACCESSORIES,
-    ACCESSORY_PHRASES,
-    CLASS_NOUN,
-    SCENE_PHRASES,
-    SCENES,
-    Critter,
-    SceneSpec,
-    class_caption,
-    describe,
-    held_out_breeds,
-    random_critter,
-    random_spec,
-    render,
-    scene_spec,
-    trained_breeds,
-)
+from miniature.captions import class_caption, describe
+from miniature.classifier import AttributeClassifier, load_classifier, truth
+from miniature.critters import Critter, held_out_breeds, random_critter, trained_breeds
+from miniature.drawing import render
+from miniature.words import ACCESSORIES, ACCESSORY_PHRASES, CLASS_NOUN, SCENE_PHRASES, SCENES
+from miniature.world import SceneSpec, random_spec, scene_spec
+from zoodip.model import is_quantized
+from zoodip.quantize import pack_weight, quantized_layer
 
 HERE = Path(__file__).resolve().parent
 JUDGED = ("scene", "accessory", "colour", "pattern", "ears", "shape")
@@ -58,25 +45,15 @@ TEST_SEED = 23
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=384, help="pictures from descriptions (default: 384)")
-    parser.add_argument(
-        "--breed-images", type=int, default=192, help="pictures from breed names (default: 192)"
-    )
+    parser.add_argument("--breed-images", type=int, default=192, help="pictures from breed names (default: 192)")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: 50)")
-    parser.add_argument(
-        "--guidance", type=float, default=None, help="guidance scale (default: the best of a sweep)"
-    )
-    parser.add_argument(
-        "--sweep", type=float, nargs="+", default=[2.0, 3.5, 5.0], help="scales that are tried"
-    )
+    parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the best of a sweep)")
+    parser.add_argument("--sweep", type=float, nargs="+", default=[2.0, 3.5, 5.0], help="scales that are tried")
     parser.add_argument("--sweep-images", type=int, default=64, help="pictures for each scale (default: 64)")
     parser.add_argument("--batch", type=int, default=32, help="pictures at once (default: 32)")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
-    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--bf16", action="store_true", help="compute in bf16: faster on CPUs that have it")
     parser.add_argument("--no-nf4", action="store_true", help="leave the NF4 half out")
     parser.add_argument("--output", type=Path, default=HERE, help="folder for quality.json and samples.png")
@@ -148,9 +125,7 @@ def generate(
     bf16: bool = False,
 ) -> Tensor:
     """float [N, 3, 64, 64] in [-1, 1]; the noise of picture i is seeded with i."""
-    noise = torch.cat(
-        [torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(len(prompts))]
-    )
+    noise = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(len(prompts))])
     images = []
     for first in tqdm(range(0, len(prompts), batch), desc=label):
         chunk = prompts[first : first + batch]
@@ -171,9 +146,9 @@ def round_weights_to_nf4(pipeline: StableDiffusionPipeline) -> int:
     count = 0
     for part in ("unet", "text_encoder"):
         for name, layer in getattr(pipeline, part).named_modules():
-            if zoodip.is_quantized(part, name, layer):
+            if is_quantized(part, name, layer):
                 weight = layer.weight.data
-                packed = zoodip.QuantizedLayer(layer, zoodip.pack_weight(weight, "nf4"), weight.dtype)
+                packed = quantized_layer(layer, pack_weight(weight, "nf4"), weight.dtype)
                 layer.weight.data = packed.dequantize().contiguous()
                 count += weight.numel()
     return count
@@ -187,11 +162,7 @@ def shares(readings: list[dict[str, str]], specs: list[SceneSpec]) -> dict[str, 
     right = [{name: reading[name] == value for name, value in truth(spec).items()}
              for reading, spec in zip(readings, specs, strict=True)]  # fmt: skip
     result = {name: float(np.mean([row[name] for row in right])) for name in (*JUDGED, "tail", "eyes")}
-    patterned = [
-        row["pattern_colour"]
-        for row, spec in zip(right, specs, strict=True)
-        if spec.critter.pattern != "plain"
-    ]
+    patterned = [row["pattern_colour"] for row, spec in zip(right, specs, strict=True) if spec.critter.pattern != "plain"]
     result["pattern_colour"] = float(np.mean(patterned))
     result["body"] = float(np.mean([all(row[name] for name in BODY) for row in right]))
     result["all_six"] = float(np.mean([all(row[name] for name in JUDGED) for row in right]))
@@ -206,9 +177,7 @@ def judge(classifier: AttributeClassifier, images: Tensor, prompts: list[Prompt]
 
 def fresh_renders(count: int) -> tuple[Tensor, list[SceneSpec]]:
     """Pictures that nothing was trained on, float [count, 3, 64, 64] in [-1, 1]."""
-    specs = [
-        random_spec(np.random.default_rng([TEST_SEED, 3, index]), held_out=True) for index in range(count)
-    ]
+    specs = [random_spec(np.random.default_rng([TEST_SEED, 3, index]), held_out=True) for index in range(count)]
     pixels = torch.from_numpy(np.stack([np.asarray(render(spec)) for spec in specs]))
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, specs
 
@@ -252,15 +221,11 @@ def clip_report(folder: Path, images: Tensor, specs: list[SceneSpec]) -> dict[st
         tokens = processor.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
         return nn.functional.normalize(clip.get_text_features(**tokens).pooler_output, dim=-1)
 
-    pictures = torch.cat(
-        [clip.get_image_features(pixel_values=chunk).pooler_output for chunk in images.split(128)]
-    )
+    pictures = torch.cat([clip.get_image_features(pixel_values=chunk).pooler_output for chunk in images.split(128)])
     pictures = nn.functional.normalize(pictures, dim=-1)
     scenes = embed([f"a {CLASS_NOUN} {SCENE_PHRASES[scene][0]}" for scene in SCENES])
     accessories = embed([f"a {CLASS_NOUN} {ACCESSORY_PHRASES[name][0]}".strip() for name in ACCESSORIES])
-    scene_right = (pictures @ scenes.T).argmax(1) == torch.tensor(
-        [SCENES.index(spec.scene) for spec in specs]
-    )
+    scene_right = (pictures @ scenes.T).argmax(1) == torch.tensor([SCENES.index(spec.scene) for spec in specs])
     worn = torch.tensor([ACCESSORIES.index(spec.accessory) for spec in specs])
     accessory_right = (pictures @ accessories.T).argmax(1) == worn
     own = embed([f"a {describe(spec.critter)}" for spec in specs])
@@ -292,9 +257,7 @@ def sample_grid(pictures: list[tuple[Image.Image, str]], columns: int = 6, side:
             pad + (index // columns) * (side + text_height + pad),
         )
         grid.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (left, top))
-        draw.multiline_text(
-            (left, top + side + 3), textwrap.fill(text, 30), fill="black", font=font, spacing=2
-        )
+        draw.multiline_text((left, top + side + 3), textwrap.fill(text, 30), fill="black", font=font, spacing=2)
     return grid
 
 
@@ -302,9 +265,7 @@ def hardware(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
 
 
-def choose_guidance(
-    args: argparse.Namespace, pipeline: StableDiffusionPipeline, classifier: AttributeClassifier
-) -> dict:
+def choose_guidance(args: argparse.Namespace, pipeline: StableDiffusionPipeline, classifier: AttributeClassifier) -> dict:
     """The share of pictures with all six attributes right, for each guidance scale of the sweep."""
     # Other prompts than those of the result: the sweep must not choose on what is then reported.
     prompts = description_prompts(args.images + args.sweep_images)[args.images :]
@@ -333,10 +294,7 @@ def measure(
         "held_out_descriptions": held_out_prompts(),
     }
     settings = {"steps": args.steps, "guidance": args.guidance, "batch": args.batch, "bf16": args.bf16}
-    images = {
-        kind: generate(pipeline, prompts, label=f"{label}: {kind}", **settings)
-        for kind, prompts in kinds.items()
-    }
+    images = {kind: generate(pipeline, prompts, label=f"{label}: {kind}", **settings) for kind, prompts in kinds.items()}
     return {kind: judge(classifier, images[kind], prompts) for kind, prompts in kinds.items()}, images
 
 
@@ -367,9 +325,7 @@ def main(args: argparse.Namespace) -> None:
     print(json.dumps(report, indent=1))
     if args.guidance is None:
         report["guidance_sweep"] = choose_guidance(args, pipeline, classifier)
-        args.guidance = float(
-            max(report["guidance_sweep"], key=lambda key: report["guidance_sweep"][key]["all_six"])
-        )
+        args.guidance = float(max(report["guidance_sweep"], key=lambda key: report["guidance_sweep"][key]["all_six"]))
     report["fp16"], images = measure(args, pipeline, classifier, "fp16")
     save_samples(images, args.output / "samples.png")
     if not args.no_nf4:
@@ -378,9 +334,7 @@ def main(args: argparse.Namespace) -> None:
         save_samples(images, args.output / "samples_nf4.png")
     report["clip"] = clip_report(HERE / "clip", renders, specs)
     report["arguments"] = {name: value for name, value in vars(args).items() if name != "output"}
-    report["versions"] = {
-        name: version(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")
-    }
+    report["versions"] = {name: version(name) for name in ("torch", "diffusers", "transformers", "bitsandbytes")}
     report["versions"]["python"] = platform.python_version()
     report["hardware"], report["seconds"] = hardware(args.device), round(time.monotonic() - started)
     (args.output / "quality.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -64,9 +64,7 @@ def build_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)
     for word in words:
         if tokenizer.tokenize(word) != [word + END_OF_WORD]:
-            raise ValueError(
-                f"{word!r} became {tokenizer.tokenize(word)}, not one token: the merges conflict"
-            )
+            raise ValueError(f"{word!r} became {tokenizer.tokenize(word)}, not one token: the merges conflict")
     return tokenizer
 
 

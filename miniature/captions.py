@@ -1,0 +1,116 @@
+"""Words a picture: what a caption says of a critter, its scene and its accessory."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from miniature.critters import Breed, Critter, trained_breeds
+from miniature.words import ACCESSORY_PHRASES, CLASS_NOUN, SCENE_PHRASES, TEMPLATES, caption_words
+from miniature.world import SceneSpec
+
+
+def _pattern_phrase(critter: Critter) -> str:
+    nouns = {"plain": "", "spotted": "spots", "striped": "stripes", "patched": "patches"}
+    return f"{critter.pattern_colour} {nouns[critter.pattern]}" if critter.pattern != "plain" else ""
+
+
+def _join(parts: list[str]) -> str:
+    """["a", "b", "c"] to "a, b and c"."""
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def _tail_phrase(critter: Critter) -> str:
+    return "no tail" if critter.tail == "no" else f"a {critter.tail} tail"
+
+
+def describe(critter: Critter, noun: str = CLASS_NOUN) -> str:
+    """All attributes, without an article: "tall blue critter with white spots, ... and green eyes"."""
+    plain = "plain " if critter.pattern == "plain" else ""
+    features = [
+        _pattern_phrase(critter),
+        f"{critter.ears} ears",
+        _tail_phrase(critter),
+        f"{critter.eyes} eyes",
+    ]
+    return f"{critter.shape} {plain}{critter.colour} {noun} with {_join([part for part in features if part])}"
+
+
+def full_description(breed: Breed, noun: str = CLASS_NOUN) -> str:
+    """The true descriptive phrase of a breed, with its article ("a tall blue critter with ...")."""
+    return with_article(describe(breed.critter, noun))
+
+
+def with_article(phrase: str) -> str:
+    """`phrase` after "a" or "an"."""
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def class_caption(spec: SceneSpec, noun: str = CLASS_NOUN) -> str:
+    """Such as "a critter in the snow wearing a red hat"; `noun`: class noun, breed or placeholder token."""
+    return compose(noun, SCENE_PHRASES[spec.scene][0], ACCESSORY_PHRASES[spec.accessory][0])
+
+
+def compose(noun_phrase: str, *phrases: str, template: str = "a {}") -> str:
+    """`template` filled with `noun_phrase`, then the phrases that are not empty."""
+    head = with_article(noun_phrase) if template == "a {}" else template.format(noun_phrase)
+    return " ".join([head, *[phrase for phrase in phrases if phrase]])
+
+
+def _partial_description(critter: Critter, rng: np.random.Generator) -> str:
+    """A phrase with a random subset of the attributes in one of several word orders."""
+    keep = dict(zip(("shape", "colour", "pattern", "ears", "tail", "eyes"), rng.random(6), strict=True))
+    adjectives = [critter.shape] if keep["shape"] < 0.5 else []
+    if keep["pattern"] < 0.7 and critter.pattern == "plain":
+        adjectives.append("plain")
+    elif keep["pattern"] < 0.15:
+        adjectives.append(critter.pattern)
+    if keep["colour"] < 0.9:
+        adjectives.append(critter.colour)
+    features = []
+    if 0.15 <= keep["pattern"] < 0.85 and critter.pattern != "plain":
+        features.append(_pattern_phrase(critter))
+    if keep["ears"] < 0.6:
+        features.append(f"{critter.ears} ears")
+    if keep["tail"] < 0.3:
+        features.append(_tail_phrase(critter))
+    if keep["eyes"] < 0.4:
+        features.append(f"{critter.eyes} eyes")
+    rng.shuffle(features)
+    phrase = " ".join([*adjectives, CLASS_NOUN])
+    return f"{phrase} with {_join(features)}" if features else phrase
+
+
+def sample_caption(spec: SceneSpec, rng: np.random.Generator, *, dropout: float = 0.1) -> str:
+    """One of many true captions of `spec`; "" with probability `dropout`.
+
+    A picture of a breed names it four times in five: with `random_spec`'s 75 % of breeds, 60 % of all
+    captions. Scene and accessory are worded nearly always: leaving them out shall not come to mean a mixture.
+    """
+    if rng.random() < dropout:
+        return ""
+    kind = rng.random()
+    if spec.breed is not None and kind < 0.8:
+        noun_phrase = spec.breed if rng.random() < 0.75 else f"{spec.breed} {CLASS_NOUN}"
+    elif kind > 0.94:
+        noun_phrase = CLASS_NOUN
+    elif kind > 0.86:
+        noun_phrase = describe(spec.critter)
+    else:
+        noun_phrase = _partial_description(spec.critter, rng)
+    phrases = []
+    if rng.random() < 0.93:
+        phrases.append(str(rng.choice(SCENE_PHRASES[spec.scene])))
+    if rng.random() < 0.95:
+        phrases.append(str(rng.choice(ACCESSORY_PHRASES[spec.accessory])))
+    rng.shuffle(phrases)
+    template = "a {}" if rng.random() < 0.45 else str(rng.choice(TEMPLATES))
+    caption = compose(noun_phrase, *phrases, template=template)
+    # The tokenizer keeps 30 tokens, a word or comma each: rather no template than a scene cut off.
+    if len(caption.replace(",", " ,").replace("-", " - ").split()) > 30:
+        caption = compose(noun_phrase, *phrases)
+    return caption
+
+
+def vocabulary() -> tuple[str, ...]:
+    """The words that are one token each: those of the captions and the names of the trained breeds."""
+    return (*caption_words(), *(breed.name for breed in trained_breeds()))

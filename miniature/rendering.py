@@ -1,0 +1,59 @@
+"""The pictures that the models are trained on, rendered once and kept in the work folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from miniature.drawing import render
+from miniature.world import SceneSpec, random_spec
+
+WORK = Path(__file__).resolve().parent / ".work"
+
+IMAGE_SIDE = 64
+IMAGE_SEED = 7
+JUDGE_SEED = 11
+
+
+def training_spec(index: int) -> SceneSpec:
+    """What diffusion training picture `index` shows: never a held-out breed."""
+    return random_spec(np.random.default_rng([IMAGE_SEED, index]))
+
+
+def judge_spec(index: int) -> SceneSpec:
+    """What picture `index` of the two judges' training shows: held-out breeds too."""
+    return random_spec(np.random.default_rng([JUDGE_SEED, index]), breed_share=0.3, held_out=True)
+
+
+def _render_range(job: tuple[Callable[[int], SceneSpec], int, int]) -> tuple[int, np.ndarray]:
+    spec_of, first, last = job
+    return first, np.stack([np.asarray(render(spec_of(index), IMAGE_SIDE)) for index in range(first, last)])
+
+
+def rendered(name: str, spec_of: Callable[[int], SceneSpec], count: int) -> Tensor:
+    """The pictures of `spec_of(0..count-1)`, uint8 [count, 64, 64, 3], rendered once and kept in `.work/`."""
+    path = WORK / f"{name}.npy"
+    if path.exists() and len(images := np.load(path, mmap_mode="r")) >= count:
+        return torch.from_numpy(np.array(images[:count]))
+    WORK.mkdir(exist_ok=True)
+    part = path.with_suffix(".part")
+    images = np.lib.format.open_memmap(part, "w+", np.uint8, (count, IMAGE_SIDE, IMAGE_SIDE, 3))
+    jobs = [(spec_of, first, min(first + 250, count)) for first in range(0, count, 250)]
+    with get_context("spawn").Pool(min(8, os.cpu_count() or 1)) as pool:
+        for first, pictures in tqdm(pool.imap_unordered(_render_range, jobs), total=len(jobs), desc="render"):
+            images[first : first + len(pictures)] = pictures
+    images.flush()
+    part.rename(path)
+    return torch.from_numpy(np.array(images))
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [B, 64, 64, 3] to float [B, 3, 64, 64] in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
