@@ -44,30 +44,47 @@ SETTINGS = [*arguments.SHARED_SETTINGS, *METHOD_SETTINGS]
 
 def build_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser(
-        "Learn one token embedding for a subject by forward passes through a quantised Stable Diffusion.")
+        "Learn one token embedding for a subject by forward passes through a quantised Stable Diffusion."
+    )
     add = arguments.add_model_flags(parser)
-    add("--save_quantized", default=None, metavar="DIR",
+    add(
+        "--save_quantized",
+        default=None,
+        metavar="DIR",
         help="write the model, quantised, to DIR, to be given as --pretrained_model_name_or_path; without --train_data_dir "
-        "that is all")
+        "that is all",
+    )
     arguments.add_token_flags(parser)
     arguments.add_subject_flags(parser)
 
     add = parser.add_argument_group("method (defaults are the paper's)").add_argument
     add("--n", type=int, default=2, help="random directions per gradient estimate")
-    add("--mu", type=float, default=None,
-        help="length of a perturbation along each direction; the default is 1e-3, and 1e-2 where activations are bf16")
+    add(
+        "--mu",
+        type=float,
+        default=None,
+        help="length of a perturbation along each direction; the default is 1e-3, and 1e-2 where activations are bf16",
+    )
     add("--tau", type=int, default=128, help="tokens in the Subspace Gradient buffer = steps between its refreshes")
     add("--nu", type=float, default=1e-3, help="share of the trajectory's variance to project out; 0: no projection")
     add("--t_min", type=int, default=500, help="smallest timestep drawn by puts (T_L)")
     add("--t_max", type=int, default=900, help="end of the timesteps drawn by puts (T_U), itself not drawn")
-    add("--timestep_sampling", default="puts", choices=["puts", "uniform", "snr"],
-        help="puts: uniform over [t_min, t_max); uniform: over all timesteps; snr: more the lower the SNR (TextBoost)")
+    add(
+        "--timestep_sampling",
+        default="puts",
+        choices=["puts", "uniform", "snr"],
+        help="puts: uniform over [t_min, t_max); uniform: over all timesteps; snr: more the lower the SNR (TextBoost)",
+    )
     add("--estimator", default="rge", choices=["rge", "spsa", "one_point"], help="zeroth-order gradient estimator")
     add("--learning_rate", type=float, default=5e-3, help="of Adam (betas .9, .999, epsilon 1e-3), constant")
     add("--train_batch_size", type=int, default=1, help="images per step; all candidates share them")
     add("--max_train_steps", type=int, default=30000, help="steps to train")
-    add("--candidates_per_forward", type=int, default=None,
-        help="candidates per UNet forward; default: all at once. Less needs less memory and changes only rounding")
+    add(
+        "--candidates_per_forward",
+        type=int,
+        default=None,
+        help="candidates per UNet forward; default: all at once. Less needs less memory and changes only rounding",
+    )
     add("--seed", type=int, default=0, help="seed of every random draw")
 
     arguments.add_run_flags(parser)
@@ -116,8 +133,9 @@ from zoodip.run import Run, make_accelerator
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def sample_timesteps(kind: str, batch_size: int, generator: torch.Generator, t_min: int, t_max: int,
-                     alphas_cumprod: torch.Tensor) -> torch.Tensor:  # fmt: skip
+def sample_timesteps(
+    kind: str, batch_size: int, generator: torch.Generator, t_min: int, t_max: int, alphas_cumprod: torch.Tensor
+) -> torch.Tensor:
     """[batch_size] timesteps. `puts` is Partial Uniform Timestep Sampling (Eq. 9): uniform over [t_min, t_max).
 
     `uniform` covers all timesteps. `snr` draws t with probability proportional to log SNR(0) - log SNR(t), so that
@@ -311,15 +329,25 @@ class ZOAdam:
 
     remedy = "a smaller --learning_rate or another --mu"
 
-    def __init__(self, token: torch.Tensor, *, estimator: str = "rge", n: int = 2, mu: float = 1e-3, tau: int = 128,
-                 nu: float = 1e-3, learning_rate: float = 5e-3):  # fmt: skip
+    def __init__(
+        self,
+        token: torch.Tensor,
+        *,
+        estimator: str = "rge",
+        n: int = 2,
+        mu: float = 1e-3,
+        tau: int = 128,
+        nu: float = 1e-3,
+        learning_rate: float = 5e-3,
+    ):
         """token: [V, d], where the search starts."""
         self.theta = nn.Parameter(token.detach().clone().float())  # [V, d]
         self.estimator, self.n, self.mu = ESTIMATORS[estimator], n, mu
         self.subspace = SubspaceGradient(tau, nu, self.theta.numel())
         self.optimizer = torch.optim.Adam([self.theta], lr=learning_rate, betas=(0.9, 0.999), eps=1e-3)
-        self.optimizer.state[self.theta] = dict(step=torch.tensor(0.0), exp_avg=torch.zeros_like(self.theta),
-                                                exp_avg_sq=torch.zeros_like(self.theta))  # fmt: skip
+        self.optimizer.state[self.theta] = dict(
+            step=torch.tensor(0.0), exp_avg=torch.zeros_like(self.theta), exp_avg_sq=torch.zeros_like(self.theta)
+        )
 
     def candidates(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw the directions [n, V, d] and place the candidates [C, V, d]: new tensors, theta is never perturbed."""
@@ -340,8 +368,12 @@ class ZOAdam:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All that the next steps depend on, but the generator."""
         adam = {f"adam.{name}": tensor for name, tensor in self.optimizer.state[self.theta].items()}
-        return {"theta": self.theta.detach(), **adam, "subspace.token_history": self.subspace.token_history,
-                "subspace.projection": self.subspace.projection}  # fmt: skip
+        return {
+            "theta": self.theta.detach(),
+            **adam,
+            "subspace.token_history": self.subspace.token_history,
+            "subspace.projection": self.subspace.projection,
+        }
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.theta.data.copy_(state["theta"])
@@ -355,8 +387,16 @@ class ZOAdam:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def train(run: Run, outputs: TokenOutputs, zo: ZOAdam, model: FrozenModel, data: Data, sample, batch_size: int,
-          generator: torch.Generator) -> None:  # fmt: skip
+def train(
+    run: Run,
+    outputs: TokenOutputs,
+    zo: ZOAdam,
+    model: FrozenModel,
+    data: Data,
+    sample,
+    batch_size: int,
+    generator: torch.Generator,
+) -> None:
     """Algorithm 1, from where `run` stands to its last step or to a signal. sample(batch size, generator) -> timesteps."""
     for _ in run.steps(outputs):
         batch = draw_batch(data, batch_size, sample, generator)  # what all candidates of a step share
@@ -393,8 +433,9 @@ def main(args: argparse.Namespace) -> int:
     run.claim()
     model, data = load_model(inputs, device=accelerator.device, **flags_for(load_model, flags))
     outputs = TokenOutputs(zo, inputs, model, data, run.settings, **flags_for(TokenOutputs, flags))
-    sample = partial(sample_timesteps, args.timestep_sampling, t_min=args.t_min, t_max=args.t_max,
-                     alphas_cumprod=data.scheduler.alphas_cumprod)  # fmt: skip
+    sample = partial(
+        sample_timesteps, args.timestep_sampling, t_min=args.t_min, t_max=args.t_max, alphas_cumprod=data.scheduler.alphas_cumprod
+    )
     with run:
         train(run, outputs, zo, model, data, sample, args.train_batch_size, generator)
     return run.finish()

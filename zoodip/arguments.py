@@ -43,17 +43,32 @@ def new_parser(description: str) -> argparse.ArgumentParser:
 def add_model_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
     """Returns the group's `add_argument`, for flags of the script's own."""
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", default=DEFAULT_MODEL, metavar="PATH_OR_NAME",
-        help="folder in diffusers format, or hub name, of a Stable Diffusion 1.x or 2.x")
+    add(
+        "--pretrained_model_name_or_path",
+        default=DEFAULT_MODEL,
+        metavar="PATH_OR_NAME",
+        help="folder in diffusers format, or hub name, of a Stable Diffusion 1.x or 2.x",
+    )
     add("--revision", default=None, help="branch, tag or commit of the hub repository")
     add("--variant", default=None, help="weight file variant, for example fp16 for *.fp16.safetensors")
-    add("--quantization", default="nf4", choices=["nf4", "int8", "none"],
-        help="storage of every Linear and Conv2d weight: 4-bit NormalFloat, 8-bit rows, or 16/32-bit")
-    add("--mixed_precision", default=None, choices=["fp16", "bf16", "fp32"],
-        help="precision of activations; the default is fp16 on a GPU and fp32 on a CPU")
+    add(
+        "--quantization",
+        default="nf4",
+        choices=["nf4", "int8", "none"],
+        help="storage of every Linear and Conv2d weight: 4-bit NormalFloat, 8-bit rows, or 16/32-bit",
+    )
+    add(
+        "--mixed_precision",
+        default=None,
+        choices=["fp16", "bf16", "fp32"],
+        help="precision of activations; the default is fp16 on a GPU and fp32 on a CPU",
+    )
     add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
-    add("--compile", action="store_true",
-        help="torch.compile the UNet: minutes at the start, needs a C++ compiler (CPU) or Triton (GPU)")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile the UNet: minutes at the start, needs a C++ compiler (CPU) or Triton (GPU)",
+    )
     return add
 
 
@@ -67,8 +82,12 @@ def add_token_flags(parser: argparse.ArgumentParser) -> None:
 def add_subject_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", default=None, help="folder of images of the subject")
-    add("--use_cc", action=argparse.BooleanOptionalAction, default=False,
-        help="use the comprehensive captions of --cc_file instead of templates")
+    add(
+        "--use_cc",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="use the comprehensive captions of --cc_file instead of templates",
+    )
     add("--cc_file", default="cc.json", help="captions: {folder name: {file name: caption with one {}}}")
     add("--learnable_property", default="object", choices=["object", "style"], help="which templates, without --use_cc")
     add("--resolution", type=int, default=None, help="side of the training images in pixels; default: the model's own")
@@ -79,8 +98,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="results", help="folder for the embedding, checkpoints, curves and pictures")
     add("--save_steps", type=int, default=0, help="steps between learned_embeds-steps-N.safetensors; 0: only at the end")
-    add("--checkpointing_steps", type=int, default=500,
-        help="steps between checkpoints, and one at the end; 0: only when interrupted")
+    add(
+        "--checkpointing_steps",
+        type=int,
+        default=500,
+        help="steps between checkpoints, and one at the end; 0: only when interrupted",
+    )
     add("--checkpoints_total_limit", type=int, default=2, help="checkpoints kept, the newest; 0: all")
     add("--resume_from_checkpoint", default=None, metavar="PATH_OR_latest", help="checkpoint file to continue from")
     add("--eval_steps", type=int, default=250, help="steps between evaluations of the fixed set; 0: never")
@@ -126,11 +149,11 @@ def check_training_flags(flags: dict) -> None:
     """What training needs of the shared groups, as far as no file need be opened. Raises InputError."""
     for name in ("train_data_dir", "initializer_token"):
         require(flags, name, flags[name] is not None, "is required")
-    require_at_least_one(flags, "num_vectors", "train_batch_size", "max_train_steps", "num_eval_samples",
-                         "num_validation_images")
+    require_at_least_one(flags, "num_vectors", "train_batch_size", "max_train_steps", "num_eval_samples", "num_validation_images")
     resolution = flags["resolution"]
-    require(flags, "resolution", resolution is None or (resolution >= 8 and resolution % 8 == 0),
-            "must be a positive multiple of 8")
+    require(
+        flags, "resolution", resolution is None or (resolution >= 8 and resolution % 8 == 0), "must be a positive multiple of 8"
+    )
     require(flags, "learning_rate", 0 < flags["learning_rate"] < 1e37, "must be a positive number, for example 5e-3")  # fits fp32
     require(flags, "seed", 0 <= flags["seed"] < 2**63, "must be in [0, 2^63)")
     check_token_flags(flags)
@@ -148,12 +171,24 @@ def check_token_flags(flags: dict) -> None:
     """The placeholder is a word that every prompt reaches, the initializer is one at all. Raises InputError."""
     token = flags["placeholder_token"]
     advice = f"choose a word in angle brackets, for example <{re.sub('[^a-z0-9]', '', token.lower()) or 'sks'}>"
-    require(flags, "placeholder_token", len(token) > 0 and not re.search(r"[\s{}]", token),
-            f"must be one word without spaces or braces ({advice})")
-    require(flags, "placeholder_token", not (token[0].isalnum() or token[-1].isalnum()),
-            f"must not begin or end with a letter or digit, as it would fire inside other words ({advice})")
-    require(flags, "placeholder_token", token == token.lower(),
-            f"must be lower case, as the tokenizer lower-cases every prompt ({advice})")
+    require(
+        flags,
+        "placeholder_token",
+        len(token) > 0 and not re.search(r"[\s{}]", token),
+        f"must be one word without spaces or braces ({advice})",
+    )
+    require(
+        flags,
+        "placeholder_token",
+        not (token[0].isalnum() or token[-1].isalnum()),
+        f"must not begin or end with a letter or digit, as it would fire inside other words ({advice})",
+    )
+    require(
+        flags,
+        "placeholder_token",
+        token == token.lower(),
+        f"must be lower case, as the tokenizer lower-cases every prompt ({advice})",
+    )
     require(flags, "initializer_token", flags["initializer_token"].strip() != "", "must be a word, for example dog")
     for name in ("placeholder_token", "initializer_token", "validation_prompt"):
         require(flags, name, is_text(flags[name] or ""), "must be text in UTF-8")
@@ -172,8 +207,11 @@ def check_run_flags(flags: dict) -> None:
 
 def flags_for(function: Callable, flags: dict) -> dict:
     """The flags that `function` takes: the package's keyword-only parameters are named as the flags that they stand for."""
-    names = [name for name, parameter in inspect.signature(function).parameters.items()
-             if parameter.kind is inspect.Parameter.KEYWORD_ONLY]  # fmt: skip
+    names = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
     return {name: flags[name] for name in names if name in flags}
 
 

@@ -50,10 +50,20 @@ class Inputs:
         return {"images or captions": self.subject.fingerprint, "model weights": model_digest(self.folder, self.variant)}
 
 
-def read_inputs(*, train_data_dir: str | Path, cc_file: str | Path | None = None, use_cc: bool = False,
-                learnable_property: str = "object", pretrained_model_name_or_path: str, revision: str | None = None,
-                variant: str | None = None, placeholder_token: str, initializer_token: str, num_vectors: int = 1,
-                validation_prompt: str | None = None) -> Inputs:  # fmt: skip
+def read_inputs(
+    *,
+    train_data_dir: str | Path,
+    cc_file: str | Path | None = None,
+    use_cc: bool = False,
+    learnable_property: str = "object",
+    pretrained_model_name_or_path: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    placeholder_token: str,
+    initializer_token: str,
+    num_vectors: int = 1,
+    validation_prompt: str | None = None,
+) -> Inputs:
     """Photographs, captions, model folder, tokenizer, prompts and initial token of a run. Raises InputError."""
     subject = load_subject(train_data_dir, cc_file if use_cc else None, learnable_property)
     folder = find_model_folder(pretrained_model_name_or_path, revision, variant)
@@ -65,10 +75,14 @@ def read_inputs(*, train_data_dir: str | Path, cc_file: str | Path | None = None
 
     texts = sorted({text for captions in subject.captions for text in captions})
     return Inputs(
-        subject, folder, variant, initial_token(initializer, num_vectors),
-        choices=[[texts.index(text) for text in captions] for captions in subject.captions], prompts=prompts_of(texts),
+        subject,
+        folder,
+        variant,
+        initial_token(initializer, num_vectors),
+        choices=[[texts.index(text) for text in captions] for captions in subject.captions],
+        prompts=prompts_of(texts),
         validation_prompts=prompts_of([validation_prompt, ""]) if validation_prompt else None,
-    )  # fmt: skip
+    )
 
 
 def load_scheduler(folder: Path):
@@ -153,8 +167,9 @@ class Batch:
         return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
-def noise_batch(latents: torch.Tensor, timesteps: torch.Tensor, prompt_ids: torch.Tensor, scheduler,
-                generator: torch.Generator) -> Batch:
+def noise_batch(
+    latents: torch.Tensor, timesteps: torch.Tensor, prompt_ids: torch.Tensor, scheduler, generator: torch.Generator
+) -> Batch:
     """Sample latents and noise and mix them at `timesteps` (Eq. 1). latents: [B, 2 (mean, std), 4, h, w]."""
     mean, std = latents.unbind(1)
     z = mean + std * torch.randn(mean.shape, generator=generator)
@@ -193,8 +208,11 @@ def evaluation_batches(data: Data, count: int, t_min: int, t_max: int) -> list[B
         image, flip = k % len(data.latents), (k // len(data.latents)) % 2
         rows = data.choices[image]
         caption = rows[int(torch.randint(len(rows), (1,), generator=generator))]
-        batches.append(noise_batch(data.latents[image, flip][None], timesteps[k, None], data.prompts.ids[caption][None],
-                                   data.scheduler, generator))
+        batches.append(
+            noise_batch(
+                data.latents[image, flip][None], timesteps[k, None], data.prompts.ids[caption][None], data.scheduler, generator
+            )
+        )
     return batches
 
 
@@ -247,9 +265,17 @@ class FrozenModel:
         return float(np.mean([error.square().flatten(1).mean(1).item() for error in errors]))
 
 
-def load_model(inputs: Inputs, *, quantization: str, mixed_precision: str, device: torch.device, resolution: int,
-               center_crop: bool = False, candidates_per_forward: int | None = None,
-               compile: bool = False) -> tuple[FrozenModel, Data]:  # fmt: skip
+def load_model(
+    inputs: Inputs,
+    *,
+    quantization: str,
+    mixed_precision: str,
+    device: torch.device,
+    resolution: int,
+    center_crop: bool = False,
+    candidates_per_forward: int | None = None,
+    compile: bool = False,
+) -> tuple[FrozenModel, Data]:
     """Encode the images, free the VAE, then load text encoder and UNet: never more than one of them unquantised.
 
     Raises InputError where the folder is damaged, even where it fits its configuration and yet does not compute.

@@ -80,9 +80,12 @@ def run_script(main: Callable[..., int | None], args) -> int:
     except Exception as error:
         if not out_of_memory(error):
             raise
-        print("error: out of memory; try --candidates_per_forward 1, then a smaller --train_batch_size or --resolution, or "
-              "--mixed_precision bf16. With --resume_from_checkpoint latest a run goes on from its last checkpoint "
-              f"({printable(str(error))[:200]})", file=sys.stderr)
+        print(
+            "error: out of memory; try --candidates_per_forward 1, then a smaller --train_batch_size or --resolution, or "
+            "--mixed_precision bf16. With --resume_from_checkpoint latest a run goes on from its last checkpoint "
+            f"({printable(str(error))[:200]})",
+            file=sys.stderr,
+        )
         return 2
 
 
@@ -96,8 +99,12 @@ def stop_at_once(number: int, frame) -> None:
     """
     for folder in UNFINISHED:
         shutil.rmtree(folder, ignore_errors=True)
-    print("interrupted outside the training steps; the same command with --resume_from_checkpoint latest goes on from the last "
-          "checkpoint, or starts anew where there is none", file=sys.stderr, flush=True)
+    print(
+        "interrupted outside the training steps; the same command with --resume_from_checkpoint latest goes on from the last "
+        "checkpoint, or starts anew where there is none",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(128 + number)
 
 

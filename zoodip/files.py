@@ -103,8 +103,10 @@ def why_unreadable(path: Path, error: Exception) -> str:
 def not_safetensors(path: Path, error: Exception) -> InputError:
     """What to say of a weight file that safetensors cannot read."""
     if is_pickle(path):
-        return InputError(f"{path}: is a pickle under another name, which could run code, and is not read; save the model with "
-                          "save_pretrained(safe_serialization=True)")
+        return InputError(
+            f"{path}: is a pickle under another name, which could run code, and is not read; save the model with "
+            "save_pretrained(safe_serialization=True)"
+        )
     return InputError(f"{path}: is not a whole safetensors file ({error}); download it again")
 
 

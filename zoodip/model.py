@@ -26,22 +26,34 @@ def find_model_folder(name: str, revision: str | None = None, variant: str | Non
     folder = Path(name)
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
-            raise InputError(f"--pretrained_model_name_or_path: there is no folder {name!r}; give one in diffusers "
-                             "format (with model_index.json) or a hub name")
+            raise InputError(
+                f"--pretrained_model_name_or_path: there is no folder {name!r}; give one in diffusers "
+                "format (with model_index.json) or a hub name"
+            )
         folder = download_model(name, revision, variant)
-    for needed in ("model_index.json", "tokenizer", "scheduler/scheduler_config.json", "unet/config.json",
-                   "vae/config.json", "text_encoder/config.json"):
+    for needed in (
+        "model_index.json",
+        "tokenizer",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+    ):
         if not (folder / needed).exists():
-            raise InputError(f"{folder}: {needed} is missing; a Stable Diffusion folder in diffusers format holds "
-                             "model_index.json, tokenizer, scheduler, text_encoder, unet and vae")
+            raise InputError(
+                f"{folder}: {needed} is missing; a Stable Diffusion folder in diffusers format holds "
+                "model_index.json, tokenizer, scheduler, text_encoder, unet and vae"
+            )
     for component in WEIGHT_NAMES:
         find_weights(folder, component, variant)
     if (folder / "text_encoder_2").exists():
         raise InputError(f"{folder}: has two text encoders (SDXL); give a Stable Diffusion 1.x or 2.x")
     channels = read_json(folder / "unet" / "config.json").get("in_channels", 4)
     if channels != read_json(folder / "vae" / "config.json").get("latent_channels", 4):
-        raise InputError(f"{folder}: the UNet takes {channels} channels (an inpainting or depth model?); give a plain "
-                         "text-to-image Stable Diffusion")
+        raise InputError(
+            f"{folder}: the UNet takes {channels} channels (an inpainting or depth model?); give a plain "
+            "text-to-image Stable Diffusion"
+        )
     return folder
 
 
@@ -52,8 +64,12 @@ def download_model(name: str, revision: str | None, variant: str | None) -> Path
     suffix = f".{variant}" if variant else ""
     patterns = ["model_index.json", "tokenizer/*", "scheduler/*"]
     for component, stem in WEIGHT_NAMES.items():
-        patterns += [f"{component}/config.json", f"{component}/{stem}{suffix}.safetensors",
-                     f"{component}/{stem}{suffix}-*-of-*.safetensors", f"{component}/{stem}.safetensors.index{suffix}.json"]
+        patterns += [
+            f"{component}/config.json",
+            f"{component}/{stem}{suffix}.safetensors",
+            f"{component}/{stem}{suffix}-*-of-*.safetensors",
+            f"{component}/{stem}.safetensors.index{suffix}.json",
+        ]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, authorisation, spelling: many classes, one remedy
@@ -80,11 +96,14 @@ def find_weights(folder: Path, component: str, variant: str | None) -> list[Path
             return shards
         raise DamagedModel(folder / component, f"the shards {', '.join(missing)} are missing")
     found = sorted(path.name for path in (folder / component).glob("*") if path.suffix in (".safetensors", ".bin", ".ckpt"))
-    remedy = ("only safetensors is read, never a pickle: save the model with save_pretrained(safe_serialization=True)"
-              if found and not any(name.endswith(".safetensors") for name in found)
-              else "set or drop --variant" if found else "download the folder again")
-    raise InputError(f"{folder / component}: {stem}.safetensors is missing (found: {', '.join(found) or 'nothing'}); "
-                     f"{remedy}")
+    remedy = (
+        "only safetensors is read, never a pickle: save the model with save_pretrained(safe_serialization=True)"
+        if found and not any(name.endswith(".safetensors") for name in found)
+        else "set or drop --variant"
+        if found
+        else "download the folder again"
+    )
+    raise InputError(f"{folder / component}: {stem}.safetensors is missing (found: {', '.join(found) or 'nothing'}); {remedy}")
 
 
 def model_digest(folder: Path, variant: str | None) -> str:
@@ -117,8 +136,15 @@ def native_resolution(folder: Path) -> int:
 # ----------------------------------------------------------------------------------------------------- the modules
 
 
-def load_frozen(folder: Path, component: str, variant: str | None, quantization: str, dtype: torch.dtype,
-                device: torch.device | str, skip: tuple[str, ...] = ()) -> nn.Module:  # fmt: skip
+def load_frozen(
+    folder: Path,
+    component: str,
+    variant: str | None,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    skip: tuple[str, ...] = (),
+) -> nn.Module:
     """UNet, text encoder or VAE of a diffusers folder, frozen, in eval mode, Linear and Conv2d quantised.
 
     Tensors are read, quantised and dropped one by one, so that the 16-bit model never exists whole. A parameter whose
@@ -155,11 +181,15 @@ def load_frozen(folder: Path, component: str, variant: str | None, quantization:
                 continue
             layer = quantized_layer(module, packed, dtype)
         except (AttributeError, KeyError, ValueError) as error:
-            raise InputError(f"{where}: the packed weight of {module_name} does not fit config.json ({error}); "
-                             "write the folder again with --save_quantized") from None
+            raise InputError(
+                f"{where}: the packed weight of {module_name} does not fit config.json ({error}); "
+                "write the folder again with --save_quantized"
+            ) from None
         if quantization != layer.quantization:
-            raise InputError(f"{where}: the weights are packed as {layer.quantization}; use that as --quantization, or the "
-                             "model they were made from")
+            raise InputError(
+                f"{where}: the weights are packed as {layer.quantization}; use that as --quantization, or the "
+                "model they were made from"
+            )
         model.set_submodule(module_name, layer)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
@@ -167,8 +197,9 @@ def load_frozen(folder: Path, component: str, variant: str | None, quantization:
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_text_encoder(folder: Path, variant: str | None, quantization: str, dtype: torch.dtype,
-                      device: torch.device | str) -> nn.Module:  # fmt: skip
+def load_text_encoder(
+    folder: Path, variant: str | None, quantization: str, dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
     """The text encoder without its token-embedding table: `Prompts` brings the rows that it needs."""
     return load_frozen(folder, "text_encoder", variant, quantization, dtype, device, skip=("embeddings.token_embedding.",))
 
@@ -178,8 +209,9 @@ def load_vae_encoder(folder: Path, variant: str | None, device: torch.device | s
     return load_frozen(folder, "vae", variant, "none", torch.float32, device, skip=VAE_DECODER)
 
 
-def load_vae_decoder(folder: Path, variant: str | None, quantization: str, dtype: torch.dtype,
-                     device: torch.device | str) -> nn.Module:  # fmt: skip
+def load_vae_decoder(
+    folder: Path, variant: str | None, quantization: str, dtype: torch.dtype, device: torch.device | str
+) -> nn.Module:
     """The VAE without its encoder, quantised: it draws."""
     return load_frozen(folder, "vae", variant, quantization, dtype, device, skip=VAE_ENCODER)
 
@@ -221,8 +253,10 @@ def module_of(parameter_name: str, model: nn.Module, where: Path) -> nn.Module:
         module = model.get_submodule(module_name)
         module.get_parameter(leaf)
     except AttributeError:
-        raise InputError(f"{where}: the weights hold {parameter_name!r}, which config.json does not describe; configuration and "
-                         "weights are of different models") from None
+        raise InputError(
+            f"{where}: the weights hold {parameter_name!r}, which config.json does not describe; configuration and "
+            "weights are of different models"
+        ) from None
     return module
 
 
@@ -232,8 +266,10 @@ def check_parameter(tensor: torch.Tensor, name: str, module: nn.Module, where: P
     if tensor.shape == (*expected, 1, 1):
         tensor = tensor.view(expected)  # older VAEs keep attention matrices as 1 x 1 convolutions
     if tensor.shape != expected:
-        raise InputError(f"{where}: {name} is {tuple(tensor.shape)}, config.json says {tuple(expected)}; configuration and "
-                         "weights are of different models")
+        raise InputError(
+            f"{where}: {name} is {tuple(tensor.shape)}, config.json says {tuple(expected)}; configuration and "
+            "weights are of different models"
+        )
     if not tensor.is_floating_point() or not torch.isfinite(tensor.sum(dtype=torch.float32)):
         raise DamagedModel(where, f"{name} ({tensor.dtype}) is not finite floating-point numbers")
     return tensor
@@ -244,8 +280,14 @@ def is_quantized(component: str, name: str, module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.Conv2d)) and not (component == "unet" and name in ("conv_in", "conv_out"))
 
 
-def load_pipeline(name: str, quantization: str = "nf4", dtype: torch.dtype = torch.float32,
-                  device: torch.device | str = "cpu", revision: str | None = None, variant: str | None = None):  # fmt: skip
+def load_pipeline(
+    name: str,
+    quantization: str = "nf4",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    variant: str | None = None,
+):
     """A `StableDiffusionPipeline` whose UNet, text encoder and VAE are quantised exactly as in training.
 
     `load_textual_inversion` works on it as on any other. Raises InputError where `name` cannot be loaded.
@@ -259,5 +301,11 @@ def load_pipeline(name: str, quantization: str = "nf4", dtype: torch.dtype = tor
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     with damaged_model(folder / "scheduler"):
         scheduler = PNDMScheduler.from_pretrained(folder / "scheduler")
-    return StableDiffusionPipeline(**components, tokenizer=tokenizer, scheduler=scheduler, safety_checker=None,
-                                   feature_extractor=None, requires_safety_checker=False)  # fmt: skip
+    return StableDiffusionPipeline(
+        **components,
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

@@ -19,17 +19,36 @@ class TokenOutputs:
     settings: the run's, as recorded. t_min, t_max: the timesteps [t_min, t_max) of the fixed evaluation set.
     """
 
-    def __init__(self, trainer, inputs: Inputs, model: FrozenModel, data: Data, settings: dict, *, t_min: int, t_max: int,
-                 eval_steps: int, num_eval_samples: int, validation_prompt: str | None, num_validation_images: int,
-                 validation_guidance: float):  # fmt: skip
+    def __init__(
+        self,
+        trainer,
+        inputs: Inputs,
+        model: FrozenModel,
+        data: Data,
+        settings: dict,
+        *,
+        t_min: int,
+        t_max: int,
+        eval_steps: int,
+        num_eval_samples: int,
+        validation_prompt: str | None,
+        num_validation_images: int,
+        validation_guidance: float,
+    ):
         self.trainer, self.model, self.settings = trainer, model, settings
         self.prediction_type = data.scheduler.config.prediction_type
         self.fixed_set = evaluation_batches(data, num_eval_samples, t_min, t_max) if eval_steps else []
         self.norm_limit = 10 * mean_norm(inputs.initial_token)
         self.prompts, self.drawer = inputs.validation_prompts, None
         if validation_prompt is not None:
-            self.drawer = Drawer(model, inputs.folder, inputs.variant, settings["quantization"], settings["resolution"],
-                                 guidance=validation_guidance)  # fmt: skip
+            self.drawer = Drawer(
+                model,
+                inputs.folder,
+                inputs.variant,
+                settings["quantization"],
+                settings["resolution"],
+                guidance=validation_guidance,
+            )
             self.seeds = [settings["seed"] + i for i in range(num_validation_images)]
 
     def evaluate(self) -> dict[str, float]:
@@ -49,8 +68,10 @@ class TokenOutputs:
         if norm <= self.norm_limit:  # at 10 times its length, bf16 no longer measures a slope
             return None
         self.norm_limit = 2 * norm
-        return (f"the token's norm has grown to {norm:.3g} by step {step}; where the loss no longer falls, start anew with "
-                f"{self.trainer.remedy}, or with --mixed_precision fp32")
+        return (
+            f"the token's norm has grown to {norm:.3g} by step {step}; where the loss no longer falls, start anew with "
+            f"{self.trainer.remedy}, or with --mixed_precision fp32"
+        )
 
     def save(self, folder: Path, step: int, final: bool) -> None:
         """The token as it stands, as an embedding file. Raises InputError."""

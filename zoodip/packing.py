@@ -27,15 +27,24 @@ from zoodip.model import (
 from zoodip.quantize import pack_weight
 
 
-def save_quantized(target: Path, *, pretrained_model_name_or_path: str, quantization: str, revision: str | None = None,
-                   variant: str | None = None) -> Path:  # fmt: skip
+def save_quantized(
+    target: Path,
+    *,
+    pretrained_model_name_or_path: str,
+    quantization: str,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Path:
     """Write a model, packed, to the new folder `target`. Loading either gives the same bits. Raises InputError."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"--save_quantized {str(target)!r}: is for one process, not {os.environ['WORLD_SIZE']}; start it with "
-                         "python, and then train from that folder")
+        raise InputError(
+            f"--save_quantized {str(target)!r}: is for one process, not {os.environ['WORLD_SIZE']}; start it with "
+            "python, and then train from that folder"
+        )
     if target.exists():
-        raise InputError(f"--save_quantized: {str(target)!r} exists; give it as --pretrained_model_name_or_path, or write to "
-                         "a new folder")
+        raise InputError(
+            f"--save_quantized: {str(target)!r} exists; give it as --pretrained_model_name_or_path, or write to a new folder"
+        )
     folder = find_model_folder(pretrained_model_name_or_path, revision, variant)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     UNFINISHED.append(unfinished)
@@ -59,8 +68,7 @@ def save_quantized(target: Path, *, pretrained_model_name_or_path: str, quantiza
     return target
 
 
-def packed_tensors(folder: Path, component: str, variant: str | None,
-                   quantization: str) -> Iterator[tuple[str, torch.Tensor]]:  # fmt: skip
+def packed_tensors(folder: Path, component: str, variant: str | None, quantization: str) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a component with the weights packed: what `load_frozen` makes of them, to be stored.
 
     As they are stay the VAE's encoder, which training uses unpacked, norms, biases, and what is packed already.

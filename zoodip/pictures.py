@@ -21,8 +21,17 @@ class Drawer:
     `steps` and `guidance` are the sampler's. Raises InputError where the folder is damaged.
     """
 
-    def __init__(self, model: FrozenModel, folder: Path, variant: str | None, quantization: str, resolution: int,
-                 steps: int = 50, guidance: float = 7.5, batch_size: int = 1):  # fmt: skip
+    def __init__(
+        self,
+        model: FrozenModel,
+        folder: Path,
+        variant: str | None,
+        quantization: str,
+        resolution: int,
+        steps: int = 50,
+        guidance: float = 7.5,
+        batch_size: int = 1,
+    ):
         from diffusers import PNDMScheduler, StableDiffusionPipeline
 
         weight = model.unet.conv_in.weight
@@ -32,9 +41,15 @@ class Drawer:
         with damaged_model(folder / "scheduler"):
             scheduler = PNDMScheduler.from_pretrained(folder / "scheduler")
         self.pipeline = StableDiffusionPipeline(
-            vae=vae, unet=model.unet, scheduler=scheduler, text_encoder=None, tokenizer=None, safety_checker=None,
-            feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
+            vae=vae,
+            unet=model.unet,
+            scheduler=scheduler,
+            text_encoder=None,
+            tokenizer=None,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
         self.pipeline.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
@@ -44,21 +59,31 @@ class Drawer:
         A seed is the same first noise for every prompt and token. Raises InputError where the model's folder is damaged.
         """
         device = self.pipeline.unet.conv_in.weight.device
-        states = encode_prompts(self.text_encoder, prompts.rows.to(device), prompts.ids.to(device),
-                                theta.detach()[None].to(device))  # [P, L, d]  # fmt: skip
+        states = encode_prompts(
+            self.text_encoder, prompts.rows.to(device), prompts.ids.to(device), theta.detach()[None].to(device)
+        )  # [P, L, d]
         for first in range(0, len(wanted), self.batch_size):
             rows, seeds = zip(*wanted[first : first + self.batch_size], strict=True)
             with damaged_model(self.folder):
                 pictures = self.pipeline(
-                    prompt_embeds=states[list(rows)], negative_prompt_embeds=states[-1:].expand(len(rows), -1, -1),
-                    generator=[torch.Generator().manual_seed(seed) for seed in seeds], num_inference_steps=self.steps,
-                    guidance_scale=self.guidance, height=self.resolution, width=self.resolution,
-                ).images  # fmt: skip
+                    prompt_embeds=states[list(rows)],
+                    negative_prompt_embeds=states[-1:].expand(len(rows), -1, -1),
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                    num_inference_steps=self.steps,
+                    guidance_scale=self.guidance,
+                    height=self.resolution,
+                    width=self.resolution,
+                ).images
             yield from pictures
 
 
-def picture_sheet(blocks: list[tuple[list[Image.Image], str]], columns: int = 1, cell: int = 128, gap: int = 6,
-                  headings: list[str] | None = None) -> Image.Image:  # fmt: skip
+def picture_sheet(
+    blocks: list[tuple[list[Image.Image], str]],
+    columns: int = 1,
+    cell: int = 128,
+    gap: int = 6,
+    headings: list[str] | None = None,
+) -> Image.Image:
     """Pictures in blocks, each a row of squares of `cell` pixels with its caption below, whole; `columns` blocks side by side.
 
     `headings` stand above the squares of the first row of blocks.
@@ -72,7 +97,10 @@ def picture_sheet(blocks: list[tuple[list[Image.Image], str]], columns: int = 1,
     foot = max(len(lines) for lines in captions) * line_height
     head = (line_height + gap) if headings else 0
     columns = min(columns, len(blocks))
-    size = (columns * block_width + (columns + 1) * gap - gap * (columns > 0), head + -(-len(blocks) // columns) * (cell + foot + gap))
+    size = (
+        columns * block_width + (columns + 1) * gap - gap * (columns > 0),
+        head + -(-len(blocks) // columns) * (cell + foot + gap),
+    )
     sheet = Image.new("RGB", (size[0], size[1] - (0 if foot else gap)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, heading in enumerate(headings or []):

@@ -28,8 +28,10 @@ def load_tokenizer(folder: Path, placeholder_token: str, num_vectors: int):
     names = [placeholder_token] + [f"{placeholder_token}_{i}" for i in range(1, num_vectors)]  # as diffusers names them
     taken = [word for name in names for word in (name, name + "</w>") if word in vocabulary]
     if taken:
-        raise InputError(f"--placeholder_token: {taken[0]!r} is already a word of this tokenizer; choose another, for "
-                         f"example <my-{re.sub('[^a-z0-9]', '', placeholder_token.lower()) or 'token'}>")
+        raise InputError(
+            f"--placeholder_token: {taken[0]!r} is already a word of this tokenizer; choose another, for "
+            f"example <my-{re.sub('[^a-z0-9]', '', placeholder_token.lower()) or 'token'}>"
+        )
     tokenizer.add_tokens(placeholder_token)
     return tokenizer
 
@@ -39,8 +41,10 @@ def initializer_ids(tokenizer, initializer_token: str) -> list[int]:
     ids = tokenizer(initializer_token, add_special_tokens=False).input_ids
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     if not ids or special & set(ids):
-        raise InputError(f"--initializer_token: {initializer_token!r} is unknown to this tokenizer; use a plain word "
-                         "for the subject's class, for example dog")
+        raise InputError(
+            f"--initializer_token: {initializer_token!r} is unknown to this tokenizer; use a plain word "
+            "for the subject's class, for example dog"
+        )
     return ids
 
 
@@ -54,8 +58,7 @@ def tokenize(tokenizer, text: str, placeholder_id: int, num_vectors: int, length
     for word in words:
         ids += range(placeholder_id, placeholder_id + num_vectors) if word == placeholder_id else [word]
     if len(ids) > length - 2:
-        raise InputError(f"the caption {text!r:.500} is {len(ids)} tokens long, the text encoder takes {length - 2}; "
-                         "shorten it")
+        raise InputError(f"the caption {text!r:.500} is {len(ids)} tokens long, the text encoder takes {length - 2}; shorten it")
     ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
     return ids + [tokenizer.pad_token_id] * (length - len(ids))
 
@@ -80,8 +83,9 @@ def select_rows(table, ids: Sequence[int], name: str, folder: Path) -> torch.Ten
     """Rows `ids` of an open safetensors slice [vocabulary size, d] -> [len(ids), d] fp32. Raises InputError."""
     shape = table.get_shape()
     if len(shape) != 2 or max(ids) >= shape[0]:
-        raise InputError(f"{name} is {tuple(shape)}, the tokenizer needs row {max(ids)}; tokenizer and weights are of different "
-                         "models")
+        raise InputError(
+            f"{name} is {tuple(shape)}, the tokenizer needs row {max(ids)}; tokenizer and weights are of different models"
+        )
     rows = torch.cat([table[i : i + 1] for i in ids])
     if not rows.is_floating_point() or not torch.isfinite(rows.float()).all():
         raise DamagedModel(folder / "text_encoder", f"{name} ({rows.dtype}) is not finite floating-point numbers")
@@ -96,14 +100,15 @@ class Prompts:
     rows: torch.Tensor  # [R, d] fp32
 
 
-def build_prompts(tokenizer, folder: Path, variant: str | None, texts: list[str], placeholder_token: str,
-                  num_vectors: int) -> Prompts:
+def build_prompts(
+    tokenizer, folder: Path, variant: str | None, texts: list[str], placeholder_token: str, num_vectors: int
+) -> Prompts:
     """Tokenise `texts` (each with {} or the placeholder) and read the rows they need. Raises InputError."""
     placeholder_id = tokenizer.convert_tokens_to_ids(placeholder_token)
     length = config_number(folder / "text_encoder" / "config.json", "max_position_embeddings", 77)
-    ids = torch.tensor([
-        tokenize(tokenizer, text.replace("{}", placeholder_token), placeholder_id, num_vectors, length) for text in texts
-    ])
+    ids = torch.tensor(
+        [tokenize(tokenizer, text.replace("{}", placeholder_token), placeholder_id, num_vectors, length) for text in texts]
+    )
     ordinary = ids[ids < placeholder_id].unique()  # sorted
     vectors = torch.arange(num_vectors) + placeholder_id
     local_ids = torch.searchsorted(torch.cat([ordinary, vectors]), ids)
@@ -115,8 +120,7 @@ def initial_token(rows: torch.Tensor, num_vectors: int) -> torch.Tensor:
     return rows.clone() if len(rows) == num_vectors else rows.mean(0, keepdim=True).repeat(num_vectors, 1)
 
 
-def encode_prompts(text_encoder: nn.Module, rows: torch.Tensor, ids: torch.Tensor,
-                   tokens: torch.Tensor) -> torch.Tensor:
+def encode_prompts(text_encoder: nn.Module, rows: torch.Tensor, ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Text-encoder states of B prompts under each of C candidate tokens.
 
     rows [R, d], ids [B, L] as in `Prompts`, tokens [C, num_vectors, d] -> [C * B, L, d]. A pure function of `tokens`:
@@ -179,6 +183,8 @@ def read_embedding(path: Path, placeholder_token: str) -> tuple[torch.Tensor, di
             raise ValueError(f"it is {tuple(theta.shape)} {theta.dtype}, or NaN or Inf")
     except (SafetensorError, OSError, ValueError) as error:
         reason = why_unreadable(path, error)
-        raise InputError(f"{path}: does not hold the token {placeholder_token} ({reason}); give a learned_embeds.safetensors, or "
-                         "its --placeholder_token") from error
+        raise InputError(
+            f"{path}: does not hold the token {placeholder_token} ({reason}); give a learned_embeds.safetensors, or "
+            "its --placeholder_token"
+        ) from error
     return theta, settings if isinstance(settings, dict) else {}

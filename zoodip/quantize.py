@@ -39,8 +39,12 @@ def pack_weight(weight: torch.Tensor, quantization: str) -> dict[str, torch.Tens
     absmax = torch.cat([state.absmax for _, state in slices])
     offset = absmax.mean()
     quantized_absmax, state = bnb.quantize_blockwise(absmax - offset, blocksize=256)
-    return dict(nf4=torch.cat([packed.flatten() for packed, _ in slices]), absmax=quantized_absmax,
-                absmax_scale=state.absmax, absmax_offset=offset)
+    return dict(
+        nf4=torch.cat([packed.flatten() for packed, _ in slices]),
+        absmax=quantized_absmax,
+        absmax_scale=state.absmax,
+        absmax_offset=offset,
+    )
 
 
 def quantized_layer(layer: nn.Linear | nn.Conv2d, packed: dict[str, torch.Tensor], dtype: torch.dtype) -> QuantizedLayer:
@@ -71,8 +75,11 @@ class QuantizedLayer(nn.Module):
         for name in expected:
             self.register_buffer(name, packed[name])
         convolution = isinstance(layer, nn.Conv2d)
-        self.convolution = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation,
-                                groups=layer.groups) if convolution else None  # fmt: skip
+        self.convolution = (
+            dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups)
+            if convolution
+            else None
+        )
         divisible = columns % 64 == 0 and not (convolution and layer.groups > 1)
         self.rows_at_once = max(1, self.AT_ONCE // columns) if rows * columns > self.AT_ONCE and divisible else rows
 
@@ -150,8 +157,12 @@ class NF4Layer(QuantizedLayer):
     @staticmethod
     def expected_tensors(rows: int, columns: int) -> dict[str, tuple[int, torch.dtype]]:
         blocks = math.ceil(rows * columns / 64)
-        return dict(nf4=(math.ceil(rows * columns / 2), torch.uint8), absmax=(blocks, torch.uint8),
-                    absmax_scale=(math.ceil(blocks / 256), torch.float32), absmax_offset=(1, torch.float32))
+        return dict(
+            nf4=(math.ceil(rows * columns / 2), torch.uint8),
+            absmax=(blocks, torch.uint8),
+            absmax_scale=(math.ceil(blocks / 256), torch.float32),
+            absmax_offset=(1, torch.float32),
+        )
 
     def block_scales(self) -> torch.Tensor:
         """absmax of every block of 64, fp32."""

@@ -53,8 +53,10 @@ def make_accelerator(most_processes: int, *, cpu: bool, report_to: str, output_d
     if accelerator.num_processes > most_processes:
         if most_processes == 1:
             raise InputError(f"this method runs as one process, not {accelerator.num_processes}; start it with python")
-        raise InputError(f"{accelerator.num_processes} processes share only {most_processes} candidates a step; start at "
-                         f"most {most_processes} processes or raise --n")
+        raise InputError(
+            f"{accelerator.num_processes} processes share only {most_processes} candidates a step; start at "
+            f"most {most_processes} processes or raise --n"
+        )
     return accelerator
 
 
@@ -118,16 +120,20 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
             raise ValueError("its contents do not match its checksum")
         return json.loads(metadata["zoodip.checkpoint"]), tensors
     except FileNotFoundError:
-        raise InputError(f"--resume_from_checkpoint: there is no file {str(path)!r}; give a checkpoint-N.safetensors or "
-                         "latest") from None
+        raise InputError(
+            f"--resume_from_checkpoint: there is no file {str(path)!r}; give a checkpoint-N.safetensors or latest"
+        ) from None
     except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
         raise BrokenCheckpoint(path, why_unreadable(path, error)) from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint files of a folder, the newest last."""
-    checkpoints = [path for path in folder.glob("checkpoint-*.safetensors")
-                   if re.fullmatch(r"checkpoint-[0-9]+\.safetensors", path.name) and path.is_file()]  # fmt: skip
+    checkpoints = [
+        path
+        for path in folder.glob("checkpoint-*.safetensors")
+        if re.fullmatch(r"checkpoint-[0-9]+\.safetensors", path.name) and path.is_file()
+    ]
     return sorted(checkpoints, key=checkpoint_step)
 
 
@@ -149,9 +155,23 @@ class Run:
     settings: what decides the result, as recorded; fingerprint: {what: SHA-256} of the inputs. Resuming under others is refused.
     """
 
-    def __init__(self, trainer, generator: torch.Generator, accelerator, settings: dict, fingerprint: dict[str, str], *,
-                 output_dir: str | Path, max_train_steps: int, save_steps: int, checkpointing_steps: int,
-                 checkpoints_total_limit: int, eval_steps: int, validation_steps: int, unit: str = "step"):  # fmt: skip
+    def __init__(
+        self,
+        trainer,
+        generator: torch.Generator,
+        accelerator,
+        settings: dict,
+        fingerprint: dict[str, str],
+        *,
+        output_dir: str | Path,
+        max_train_steps: int,
+        save_steps: int,
+        checkpointing_steps: int,
+        checkpoints_total_limit: int,
+        eval_steps: int,
+        validation_steps: int,
+        unit: str = "step",
+    ):
         self.trainer, self.generator, self.accelerator = trainer, generator, accelerator
         self.settings, self.fingerprint, self.folder = settings, fingerprint, Path(output_dir)
         self.max_train_steps, self.save_steps, self.eval_steps = max_train_steps, save_steps, eval_steps
@@ -188,16 +208,22 @@ class Run:
             saved, ours = header["settings"], self.settings
             different = [f"--{name} was {saved[name]!r}, is {ours[name]!r}" for name in ours if saved[name] != ours[name]]
             if different:
-                raise InputError(f"--resume_from_checkpoint {path}: is of another run ({'; '.join(different)}); use the same "
-                                 "settings, or start anew without --resume_from_checkpoint")
+                raise InputError(
+                    f"--resume_from_checkpoint {path}: is of another run ({'; '.join(different)}); use the same "
+                    "settings, or start anew without --resume_from_checkpoint"
+                )
             for what, digest in self.fingerprint.items():
                 if header["fingerprint"][what] != digest:
-                    raise InputError(f"--resume_from_checkpoint {path}: the {what} have changed since it was saved; restore "
-                                     "them, or start anew without --resume_from_checkpoint")
+                    raise InputError(
+                        f"--resume_from_checkpoint {path}: the {what} have changed since it was saved; restore "
+                        "them, or start anew without --resume_from_checkpoint"
+                    )
             progress = Progress(**header["progress"])
         except (LookupError, TypeError) as error:
-            raise InputError(f"--resume_from_checkpoint {path}: is of another method or version ({error} is missing); start anew "
-                             "without --resume_from_checkpoint") from error
+            raise InputError(
+                f"--resume_from_checkpoint {path}: is of another method or version ({error} is missing); start anew "
+                "without --resume_from_checkpoint"
+            ) from error
         fresh = self.state()[1]
         if {name: kind(tensor) for name, tensor in tensors.items()} != {name: kind(tensor) for name, tensor in fresh.items()}:
             raise BrokenCheckpoint(path, "its tensors are not those of such a run")
@@ -209,8 +235,12 @@ class Run:
         """What a checkpoint holds: (header, tensors). What of the trainer's state is no tensor goes into the header."""
         state = self.trainer.state_dict()
         tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-        header = dict(settings=self.settings, fingerprint=self.fingerprint, progress=vars(self.progress),
-                      state={name: value for name, value in state.items() if name not in tensors})  # fmt: skip
+        header = dict(
+            settings=self.settings,
+            fingerprint=self.fingerprint,
+            progress=vars(self.progress),
+            state={name: value for name, value in state.items() if name not in tensors},
+        )
         return header, {**tensors, "generator": self.generator.get_state()}
 
     def claim(self) -> None:
@@ -219,7 +249,9 @@ class Run:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise InputError(f"--output_dir {str(self.folder)!r} cannot be made ({error.strerror}); choose another") from error
+                raise InputError(
+                    f"--output_dir {str(self.folder)!r} cannot be made ({error.strerror}); choose another"
+                ) from error
             self.lock = lock_folder(self.folder)
             write_atomically(self.folder / ".probe", bytes(4 << 20))  # the size of the largest checkpoints
             (self.folder / ".probe").unlink()
@@ -255,8 +287,14 @@ class Run:
         self.limit_checkpoints()  # one too many is left of a run that was killed between writing and removing
         if self.eval_steps and not progress.curve:
             self.evaluate(outputs)
-        self.bar = tqdm(total=self.max_train_steps, initial=progress.step, unit=self.unit, smoothing=0.05, mininterval=0.5,
-                        disable=not self.is_main)  # fmt: skip
+        self.bar = tqdm(
+            total=self.max_train_steps,
+            initial=progress.step,
+            unit=self.unit,
+            smoothing=0.05,
+            mininterval=0.5,
+            disable=not self.is_main,
+        )
         while progress.step < self.max_train_steps and not stopped:
             started = time.perf_counter()
             yield progress.step + 1
@@ -299,8 +337,10 @@ class Run:
         progress, step = self.progress, self.progress.step
         if progress.skipped_in_a_row >= MOST_SKIPPED:
             self.write_checkpoint()
-            raise InputError(f"the loss was not finite for {MOST_SKIPPED} steps up to step {step}; try --mixed_precision fp32 or "
-                             f"bf16, {self.trainer.remedy}")
+            raise InputError(
+                f"the loss was not finite for {MOST_SKIPPED} steps up to step {step}; try --mixed_precision fp32 or "
+                f"bf16, {self.trainer.remedy}"
+            )
         warning = outputs.check(step)
         if warning and self.is_main:
             self.bar.write(warning, file=sys.stderr)
@@ -361,23 +401,37 @@ class Run:
     def write_record(self) -> None:
         """run.json: what was run, on what, how fast (evaluation and pictures apart) and in how much memory."""
         progress, steps = self.progress, self.progress.step - self.first_step
-        write_json(self.folder / "run.json", dict(
-            settings=self.settings, step=progress.step, unet_forwards=progress.forwards,
-            skipped_steps=progress.skipped, smoothed_loss=progress.smoothed_loss, steps_this_time=steps,
-            seconds_this_time=round(self.seconds, 2), steps_per_second=round(steps / self.seconds, 3) if self.seconds else None,
-            peak_memory_gb=round(peak_memory_gb(self.accelerator.device), 3), processes=self.accelerator.num_processes,
-            **environment(self.accelerator.device),
-        ), indent=2)  # fmt: skip
+        write_json(
+            self.folder / "run.json",
+            dict(
+                settings=self.settings,
+                step=progress.step,
+                unet_forwards=progress.forwards,
+                skipped_steps=progress.skipped,
+                smoothed_loss=progress.smoothed_loss,
+                steps_this_time=steps,
+                seconds_this_time=round(self.seconds, 2),
+                steps_per_second=round(steps / self.seconds, 3) if self.seconds else None,
+                peak_memory_gb=round(peak_memory_gb(self.accelerator.device), 3),
+                processes=self.accelerator.num_processes,
+                **environment(self.accelerator.device),
+            ),
+            indent=2,
+        )
 
     def finish(self) -> int:
         """Say where the run stands -> exit code: 0, or 128 + signal where it was interrupted (and saved)."""
         step, skipped = self.progress.step, self.progress.skipped
         if self.is_main and self.interrupted:
-            print(f"interrupted and saved at step {step}; the same command with --resume_from_checkpoint latest goes on from "
-                  "there", file=sys.stderr)
+            print(
+                f"interrupted and saved at step {step}; the same command with --resume_from_checkpoint latest goes on from there",
+                file=sys.stderr,
+            )
         elif self.is_main:
-            print(f"{self.folder / 'learned_embeds.safetensors'}: {self.settings['placeholder_token']} after {step} {self.unit}s"
-                  + (f" ({skipped} skipped: loss not finite)" if skipped else ""))
+            print(
+                f"{self.folder / 'learned_embeds.safetensors'}: {self.settings['placeholder_token']} after {step} {self.unit}s"
+                + (f" ({skipped} skipped: loss not finite)" if skipped else "")
+            )
         return 128 + (self.stop.number or signal.SIGTERM) if self.interrupted else 0
 
 
@@ -388,8 +442,14 @@ def kind(tensor: torch.Tensor) -> tuple:
 
 def set_aside(folder: Path, placeholder_token: str) -> None:
     """Move an earlier run's results to previous-N. Raises InputError."""
-    patterns = ("learned_embeds*.safetensors", "checkpoint-*.safetensors", "training_log.csv", "run.json",
-                "validation-*.png", f"{file_stem(placeholder_token)}.safetensors")  # fmt: skip
+    patterns = (
+        "learned_embeds*.safetensors",
+        "checkpoint-*.safetensors",
+        "training_log.csv",
+        "run.json",
+        "validation-*.png",
+        f"{file_stem(placeholder_token)}.safetensors",
+    )
     earlier = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if not earlier:
         return

@@ -48,17 +48,23 @@ def find_images(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"--train_data_dir: there is no folder {str(folder)!r}; give a folder of images (dataset/README.md "
-                         "says how to get the paper's)")
+        raise InputError(
+            f"--train_data_dir: there is no folder {str(folder)!r}; give a folder of images (dataset/README.md "
+            "says how to get the paper's)"
+        )
     entries = sorted(folder.iterdir(), key=lambda path: path.name)
-    images = [path for path in entries
-              if path.is_file() and not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES]
+    images = [
+        path for path in entries if path.is_file() and not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES
+    ]
     skipped = [path.name for path in entries if path not in images]
     heic = any(name.lower().endswith((".heic", ".heif")) for name in skipped)
     hint = " (convert HEIC to JPEG to use it)" if heic else ""
     if skipped and images:
-        print(f"{folder}: skipped {len(skipped)} that are not images: {', '.join(skipped[:5])}"
-              f"{' ...' if len(skipped) > 5 else ''}{hint}", file=sys.stderr)
+        print(
+            f"{folder}: skipped {len(skipped)} that are not images: {', '.join(skipped[:5])}"
+            f"{' ...' if len(skipped) > 5 else ''}{hint}",
+            file=sys.stderr,
+        )
     if not images:
         raise InputError(f"--train_data_dir: no images in {str(folder)!r}; put JPEG, PNG or WebP files there{hint}")
     return images
@@ -72,8 +78,10 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if max(image.size) > MAX_IMAGE_SIDE or image.width * image.height > MAX_IMAGE_PIXELS:
-                raise InputError(f"{path}: {image.width} x {image.height} pixels is too large; make its longer side "
-                                 f"at most {MAX_IMAGE_SIDE} and the whole at most {MAX_IMAGE_PIXELS // 10**6} million pixels")
+                raise InputError(
+                    f"{path}: {image.width} x {image.height} pixels is too large; make its longer side "
+                    f"at most {MAX_IMAGE_SIDE} and the whole at most {MAX_IMAGE_PIXELS // 10**6} million pixels"
+                )
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") or image.mode == "F":  # 16-bit greyscale: Pillow's convert() clips it
                 values = np.asarray(image).astype(np.float64)
@@ -117,14 +125,18 @@ def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path]) -
     missing = [path.name for path in images if path.name not in known]
     if missing:
         example = json.dumps({name: {file: "a photo of {} ..." for file in missing}}, ensure_ascii=False)
-        raise InputError(f"--use_cc: {cc_file} has no caption for {len(missing)} of the {len(images)} images of "
-                         f"{name!r}; add {example} with everything in each picture but the subject, or drop --use_cc")
+        raise InputError(
+            f"--use_cc: {cc_file} has no caption for {len(missing)} of the {len(images)} images of "
+            f"{name!r}; add {example} with everything in each picture but the subject, or drop --use_cc"
+        )
     for path in images:
         caption = known[path.name]
         if not isinstance(caption, str) or caption.count("{}") != 1 or not is_text(caption):
             example = json.dumps({name: {path.name: "a photo of {} ..."}}, ensure_ascii=False)
-            raise InputError(f"--use_cc: the caption of {name}/{path.name} in {cc_file} must be a text with exactly "
-                             f"one {{}} for the subject, got {caption!r:.200}; write it like {example}")
+            raise InputError(
+                f"--use_cc: the caption of {name}/{path.name} in {cc_file} must be a text with exactly "
+                f"one {{}} for the subject, got {caption!r:.200}; write it like {example}"
+            )
     return [known[path.name] for path in images]
 
 
