@@ -1,0 +1,206 @@
+"""trainers/gauss_newton.py: its mathematics against dense references, and a run that resumes to the same bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import arguments
+from safetensors.torch import load_file
+
+from trainers import gauss_newton
+from zoodip.errors import InputError, run_script
+
+
+def run(argv: list[str]) -> int:
+    try:
+        return run_script(gauss_newton.main, gauss_newton.parse_args(argv))
+    except SystemExit as exit_:
+        return exit_.code
+
+
+def flags(model, subject, output, **changes) -> list[str]:
+    """A short run on the tiny model: four steps of three forwards."""
+    given = dict(max_train_steps=None, tau=None, nu=None, mu=None, max_forwards=12, basis_size=6, directions=2, eval_steps=2,
+                 rebase_steps=2)  # fmt: skip
+    return arguments(model, subject, output, **{**given, **changes})
+
+
+class Linear:
+    """A world in which predictions are linear in the token: eps(theta) = M theta + b, so that the solution is known."""
+
+    def __init__(self, dim: int = 12, numbers: int = 40):
+        generator = torch.Generator().manual_seed(0)
+        self.matrix = torch.randn(numbers, dim, generator=generator, dtype=torch.float64)
+        self.bias = torch.randn(numbers, generator=generator, dtype=torch.float64)
+        self.target = torch.randn(numbers, generator=generator, dtype=torch.float64)
+        self.token = torch.randn(1, dim, generator=generator)
+
+    def predict(self, tokens: torch.Tensor) -> torch.Tensor:  # [C, 1, D] -> [C, N]
+        return tokens.double().flatten(1) @ self.matrix.T + self.bias
+
+    def learner(self, basis_size: int, **settings) -> gauss_newton.GaussNewton:
+        learner = gauss_newton.GaussNewton(self.token, basis_size=basis_size, **settings)
+        gram = self.matrix.T @ self.matrix
+        learner.rebase(gauss_newton.sensitive_directions(gram, basis_size))
+        return learner
+
+
+def test_matrix_and_gradient_are_those_of_the_dense_problem():
+    """With as many mixtures as basis vectors, A and g are J^T J and J^T r in the basis, whatever the mixtures are."""
+    world = Linear()
+    learner = world.learner(5, directions=5, rho=0.5)
+    mixtures, tokens = learner.candidates(torch.Generator().manual_seed(1))
+    matrix, gradient, loss = gauss_newton.gauss_newton(world.predict(tokens), world.target, mixtures, 0.5)
+    jacobian = world.matrix @ learner.basis
+    residual = world.predict(world.token[None])[0] - world.target
+    # tokens are fp32: differences of length .5 keep six digits
+    torch.testing.assert_close(matrix, jacobian.T @ jacobian, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradient, jacobian.T @ residual, rtol=1e-5, atol=1e-4)
+    assert loss == pytest.approx(residual.square().mean().item(), rel=1e-6)
+
+
+def test_what_few_mixtures_see_is_the_projection():
+    world = Linear()
+    learner = world.learner(6, directions=2, rho=0.5)
+    mixtures, tokens = learner.candidates(torch.Generator().manual_seed(1))
+    matrix, gradient, _ = gauss_newton.gauss_newton(world.predict(tokens), world.target, mixtures, 0.5)
+    jacobian, seen = world.matrix @ learner.basis, mixtures @ mixtures.T
+    residual = world.predict(world.token[None])[0] - world.target
+    torch.testing.assert_close(matrix, seen @ jacobian.T @ jacobian @ seen, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradient, seen @ (jacobian.T @ residual), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("directions, steps, tolerance", [
+    (12, 1, 1e-4),  # what is left is fp32's rounding of the candidates
+    (3, 400, 1e-2),  # a step sees a quarter of the space: the memory still holds a little of the way
+])  # fmt: skip
+def test_a_quadratic_is_solved(directions, steps, tolerance):
+    """The whole space as basis, no clip, hardly any prior: the least-squares solution. It is 4 away from the start."""
+    world = Linear()
+    memory = 1e6 if steps == 1 else 20.0
+    learner = world.learner(12, directions=directions, rho=0.5, prior=1e4, clip=1e4, memory=memory, inflation=1e-6)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        mixtures, tokens = learner.candidates(generator)
+        learner.step(mixtures, world.predict(tokens), world.target)
+    solution = torch.linalg.lstsq(world.matrix, world.target - world.bias).solution
+    torch.testing.assert_close(learner.theta.flatten().double(), solution, rtol=0, atol=tolerance)
+
+
+def test_the_update_is_the_one_written_down():
+    """Two steps against the formulas of the head of the script, written with dense matrices and an explicit inverse."""
+    world = Linear()
+    settings = dict(rho=0.5, inflation=2.0, prior=0.3, clip=0.05, memory=4.0)
+    learner = world.learner(6, directions=3, **settings)
+    length, basis = world.token.norm().item(), learner.basis.clone()
+    generator, reference = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    weights, precision, moment = torch.zeros(6).double(), torch.zeros(6, 6).double(), torch.zeros(6).double()
+    variance = None
+    for t in range(2):
+        mixtures, tokens = learner.candidates(generator)
+        loss = learner.step(mixtures, world.predict(tokens), world.target)
+
+        c = torch.linalg.qr(torch.randn(6, 3, generator=reference, dtype=torch.float64))[0]
+        residual = world.matrix @ (world.token.flatten().double() + basis @ weights) + world.bias - world.target
+        y = (world.matrix @ basis @ c).T
+        variance = residual.square().mean() if variance is None else 0.9 * variance + 0.1 * residual.square().mean()
+        alpha, gamma = 1 / (2.0 * variance), 1 - 1 / (4.0 + t / 2)
+        a = c @ y @ y.T @ c.T
+        precision, moment = gamma * precision + alpha * a, gamma * moment + alpha * (a @ weights - c @ y @ residual)
+        step = torch.inverse(precision + torch.eye(6) / (0.3 * length) ** 2) @ moment - weights
+        weights = weights + step * min(1.0, 0.05 * length / step.norm().item())
+        assert loss == pytest.approx(residual.square().mean().item(), rel=1e-5)
+    torch.testing.assert_close(learner.weights, weights, rtol=1e-4, atol=1e-6)  # the learner's candidates are fp32
+
+
+def test_a_rotated_basis_changes_nothing():
+    """Rebasing to a rotation of the same directions keeps the token, and the solution that the past points to."""
+    world = Linear()
+    learner, generator = world.learner(6, directions=3, rho=0.5, clip=1e4), torch.Generator().manual_seed(4)
+    for _ in range(5):
+        mixtures, tokens = learner.candidates(generator)
+        learner.step(mixtures, world.predict(tokens), world.target)
+    token = learner.theta
+    aim = learner.basis @ torch.linalg.solve(learner.precision, learner.moment - learner.precision @ learner.weights)
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64))[0]
+    learner.rebase(learner.basis @ rotation)
+    torch.testing.assert_close(learner.theta, token)
+    torch.testing.assert_close(learner.basis @ torch.linalg.solve(learner.precision, learner.moment), aim)
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    world = Linear()
+    learner = world.learner(6, directions=3)
+    before = {name: value.clone() for name, value in learner.state_dict().items()}
+    mixtures, tokens = learner.candidates(torch.Generator().manual_seed(6))
+    assert learner.step(mixtures, world.predict(tokens) * torch.nan, world.target) is None
+    for name, value in learner.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_text_sensitivity_is_autograds(tiny_model):
+    """Forward differences of the text encoder against its exact Jacobian, for a token of two vectors and two prompts."""
+    from zoodip.model import load_text_encoder
+    from zoodip.prompts import encode_prompts
+
+    text_encoder = load_text_encoder(tiny_model, None, "nf4", torch.float32, "cpu")
+    generator = torch.Generator().manual_seed(7)
+    rows, theta = 0.5 * torch.randn(5, 32, generator=generator), 0.5 * torch.randn(2, 32, generator=generator)
+    ids = torch.randint(5, (2, 77), generator=generator)
+    ids[0, 3:5] = ids[1, 7:9] = torch.tensor([5, 6])  # the placeholder's two vectors
+    found = gauss_newton.text_sensitivity(text_encoder, rows, ids, theta, delta=1e-3, at_once=10)
+
+    def states(token):
+        return encode_prompts(text_encoder, rows, ids, token[None])
+
+    jacobian = torch.autograd.functional.jacobian(states, theta).flatten(0, 2).flatten(1)  # [2 * 77 * 32, 64]
+    exact = jacobian.T @ jacobian
+    # an error of first order in delta: the states' curvature times .001
+    assert (found - exact).norm() < 0.01 * exact.norm()
+    directions = gauss_newton.sensitive_directions(found, 4)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-10)
+    captured = torch.trace(directions.T @ exact.double() @ directions) / torch.linalg.eigvalsh(exact.double())[-4:].sum()
+    assert captured > 0.999  # of what the best four directions hold
+
+
+def test_sixteen_bit_encoder_is_given_back(tiny_model):
+    from zoodip.model import load_text_encoder
+
+    text_encoder = load_text_encoder(tiny_model, None, "nf4", torch.bfloat16, "cpu")
+    before = {name: value.clone() for name, value in text_encoder.named_parameters() if value.numel()}
+    ids = torch.tensor([[0, 2, 1]])
+    gram = gauss_newton.text_sensitivity(text_encoder, torch.randn(2, 32), ids, torch.randn(1, 32))
+    assert gram.dtype == torch.float32
+    for name, value in text_encoder.named_parameters():
+        assert not value.numel() or (value.dtype == torch.bfloat16 and torch.equal(value, before[name])), name
+
+
+def test_run_and_resume(tiny_model, subject, tmp_path):
+    """An interrupted run goes on to the same bits, over a change of basis; the files are those of every trainer."""
+    assert run(flags(tiny_model, subject, tmp_path / "whole", checkpointing_steps=1, checkpoints_total_limit=0)) == 0
+    for step in (1, 2, 3):
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step}.safetensors"
+        output = tmp_path / f"from-{step}"
+        assert run(flags(tiny_model, subject, output, resume_from_checkpoint=checkpoint)) == 0
+        for name in ("learned_embeds.safetensors", "training_log.csv"):
+            assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (step, name)
+    (token,) = load_file(tmp_path / "whole" / "learned_embeds.safetensors").values()
+    assert token.shape == (1, 32) and token.dtype == torch.float32
+    assert (tmp_path / "whole" / "run.json").is_file()
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(directions=7), "--directions must be at most --basis_size 6"),
+    (dict(max_forwards=2), "--max_forwards must be at least 3"),
+    (dict(rho=0), "--rho must be a positive number"), (dict(memory=1), "--memory must be more than 1"),
+    (dict(t_min=950), "--t_min must be below --t_max"), (dict(basis_size=99), "--basis_size 99 is more than the token's 32"),
+])  # fmt: skip
+def test_wrong_flags_are_one_line(change, says, tiny_model, subject, tmp_path, capsys):
+    assert run(flags(tiny_model, subject, tmp_path / "run", **change)) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_too_large_a_basis_is_refused():
+    with pytest.raises(InputError, match="--basis_size 33 is more"):
+        gauss_newton.GaussNewton(torch.zeros(1, 32), basis_size=33)

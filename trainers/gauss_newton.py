@@ -1,0 +1,339 @@
+#!/usr/bin/env python
+"""Gauss-Newton by forward passes: learn the token in hundreds of forwards where ZOODiP takes thousands.
+
+Every forward of train_zoodip.py returns a whole prediction, and its estimator keeps one number of it, the loss. This trainer
+keeps the prediction: the difference of two is a column of the Jacobian, and from m columns follow the gradient and the
+Gauss-Newton matrix in m directions, both exact. They are accumulated (recursive least squares with a fading memory) in a
+small basis that the text encoder alone gives: the directions of token space in which its states move most. No backward
+pass, and no forward of the UNet beside those of the candidates.
+
+    sample one batch; C = m orthonormal mixtures of the k basis vectors
+    candidates theta and theta + rho B c_j  ->  predictions  ->  Y_j = (eps_j - eps_0) / rho,  r = eps_0 - target
+    P <- gamma P + alpha C Y Y^T C^T        q <- gamma q + alpha (C Y Y^T C^T w - C Y r)
+    w <- w + clip((P + I / prior^2)^-1 q - w)        theta = theta_0 + B w
+
+Run it with the flags of train_zoodip.py, --max_forwards in place of steps:
+
+    python trainers/gauss_newton.py --train_data_dir dataset/dog6 --initializer_token dog --use_cc --max_forwards 1500
+
+It is an experiment beside the paper's method, not part of it; docs/gauss_newton.md says what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from functools import partial
+
+from zoodip import arguments
+from zoodip.arguments import flags_for, require, require_at_least_one, require_positive
+from zoodip.errors import InputError, prepare_process, run_script
+
+METHOD_SETTINGS = "t_min t_max basis_size directions rho inflation prior clip memory rebase_steps".split()
+SETTINGS = [*arguments.SHARED_SETTINGS, *METHOD_SETTINGS]
+RHO = {"fp32": 1e-2, "fp16": 5e-2, "bf16": 0.2}  # the shorter the mantissa, the longer the step that still shows
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = arguments.new_parser("Learn one token embedding for a subject in a few hundred forward passes.")
+    arguments.add_model_flags(parser)
+    arguments.add_token_flags(parser)
+    arguments.add_subject_flags(parser)
+    add = parser.add_argument_group("method").add_argument
+    add("--max_forwards", type=int, default=1500, help="UNet forwards of one image to spend; a step takes directions + 1 of them")
+    add("--basis_size", type=int, default=16, help="k: directions of token space that are searched")
+    add("--directions", type=int, default=8, help="m: mixtures of them that a step measures")
+    add(
+        "--rho",
+        type=float,
+        default=None,
+        help="length of a finite difference; the default is 1e-2 where activations are fp32, 5e-2 fp16, 0.2 bf16",
+    )
+    add("--inflation", type=float, default=3.0, help="how many numbers of a prediction count as one independent observation")
+    add("--prior", type=float, default=0.42, help="expected change of the token along a direction, in lengths of the first token")
+    add("--clip", type=float, default=0.42, help="longest step, in lengths of the first token")
+    add("--memory", type=float, default=20.0, help="steps that the memory spans at first; it grows by one with every second step")
+    add(
+        "--rebase_steps",
+        type=int,
+        nargs="*",
+        default=[22, 60, 110],
+        metavar="STEP",
+        help="after these steps the basis is taken anew, at the token as it stands; none: never",
+    )
+    add("--t_min", type=int, default=500, help="smallest timestep drawn (T_L of Eq. 9)")
+    add("--t_max", type=int, default=900, help="end of the timesteps drawn (T_U), itself not drawn")
+    add("--train_batch_size", type=int, default=1, help="images per step; all candidates share them")
+    add(
+        "--candidates_per_forward",
+        type=int,
+        default=None,
+        help="candidates per UNet forward; default: all at once. Less needs less memory and changes only rounding",
+    )
+    add("--seed", type=int, default=0, help="seed of every random draw")
+    arguments.add_run_flags(parser)
+    parser.set_defaults(output_dir="results/gauss_newton", eval_steps=10, checkpointing_steps=50)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
+    args = arguments.parse(build_parser(), check_flags, argv)
+    args.max_train_steps = args.max_forwards // ((args.directions + 1) * args.train_batch_size)
+    return args
+
+
+def check_flags(flags: dict) -> None:
+    """Refuse what can be refused without opening a file. Raises InputError."""
+    require_at_least_one(flags, "basis_size", "directions", "train_batch_size")
+    per_step = (flags["directions"] + 1) * flags["train_batch_size"]
+    require(flags, "max_forwards", flags["max_forwards"] >= per_step, f"must be at least {per_step}, the forwards of one step")
+    arguments.check_training_flags({**flags, "max_train_steps": 1, "learning_rate": 1.0})
+    arguments.check_timestep_range(flags)
+    most = flags["basis_size"]
+    require(flags, "directions", flags["directions"] <= most, f"must be at most --basis_size {most}")
+    for name, example in (("inflation", "3"), ("prior", "0.42"), ("clip", "0.42")):
+        require_positive(flags, name, example)
+    require(flags, "memory", 1 < flags["memory"] < math.inf, "must be more than 1 step")
+    require(flags, "rebase_steps", all(step >= 1 for step in flags["rebase_steps"]), "must be steps, counted from 1")
+    if flags["rho"] is not None:
+        require_positive(flags, "rho", "1e-2")
+    if flags["candidates_per_forward"] is not None:
+        require_at_least_one(flags, "candidates_per_forward")
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()
+    prepare_process()
+
+import torch
+
+from zoodip.diffusion import Batch, Data, FrozenModel, draw_batch, load_model, read_inputs, uniform_timesteps
+from zoodip.model import native_resolution
+from zoodip.outputs import TokenOutputs
+from zoodip.prompts import encode_prompts
+from zoodip.quantize import default_precision
+from zoodip.run import Run, make_accelerator
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The basis: where the text encoder listens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def text_sensitivity(
+    text_encoder: torch.nn.Module,
+    rows: torch.Tensor,
+    prompt_ids: torch.Tensor,
+    theta: torch.Tensor,
+    delta: float = 1e-2,
+    at_once: int = 64,
+) -> torch.Tensor:
+    """sum over prompts of J J^T [D, D], where J [D, L * d] is the change of a prompt's states with each of the token's D numbers.
+
+    rows and prompt_ids [P, L] as in `Prompts`, theta [V, d], D = V * d. Forward differences of length `delta`, `at_once` of them
+    together: D + 1 passes of the text encoder a prompt. In fp32 whatever the encoder's own precision: 16-bit states differ
+    by rounding alone at such lengths. Memory: one J, D * L * d * 4 bytes (0.18 GB for Stable Diffusion v1.5).
+    """
+    precision = text_encoder.embeddings.position_embedding.weight.dtype
+    text_encoder.to(torch.float32)  # there and back loses nothing
+    try:
+        theta = theta.detach().to(rows.device)
+        dim = theta.numel()
+        gram = torch.zeros(dim, dim, device=rows.device)
+        for ids in prompt_ids.to(rows.device):
+            first = int((ids >= len(rows)).nonzero()[0])  # causal attention: earlier states do not hear the token
+            here = encode_prompts(text_encoder, rows, ids[None], theta[None])[:, first:].flatten(1)  # [1, (L - first) * d]
+            jacobian = torch.empty(dim, here.shape[1], device=rows.device)
+            for start in range(0, dim, at_once):
+                count = min(at_once, dim - start)
+                offsets = torch.zeros(count, dim, device=rows.device)
+                offsets[torch.arange(count), start + torch.arange(count)] = delta
+                there = encode_prompts(text_encoder, rows, ids[None], theta + offsets.view(count, *theta.shape))
+                jacobian[start : start + count] = (there[:, first:].flatten(1) - here) / delta
+            gram += jacobian @ jacobian.T
+    finally:
+        text_encoder.to(precision)
+    return gram.clone()
+
+
+def sensitive_directions(gram: torch.Tensor, basis_size: int) -> torch.Tensor:
+    """The `basis_size` eigenvectors of J J^T [D, D] with the largest eigenvalues -> orthonormal columns [D, k], fp64."""
+    _, vectors = torch.linalg.eigh(gram.double().cpu())  # ascending
+    vectors = vectors[:, -basis_size:].flip(1)
+    largest = vectors.abs().argmax(0)
+    return (vectors * vectors[largest, torch.arange(vectors.shape[1])].sign()).contiguous()  # a sign that no library decides
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recursive least squares in the basis
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def gauss_newton(
+    noise_preds: torch.Tensor, target: torch.Tensor, mixtures: torch.Tensor, rho: float
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(A [k, k], g [k], mean squared residual) of one batch, fp64: Gauss-Newton matrix and half the gradient of the squared error
+    sum |eps - target|^2 in the basis, as far as the mixtures see them.
+
+    noise_preds [m + 1, ...]: predictions at theta and at theta + rho B c_j; target [...]; mixtures C [k, m], orthonormal columns.
+    """
+    flat = noise_preds.flatten(1).double().cpu()
+    slopes = (flat[1:] - flat[0]) / rho  # Y [m, N], rows of the transposed Jacobian
+    residual = flat[0] - target.flatten().double().cpu()
+    matrix = mixtures @ (slopes @ slopes.T) @ mixtures.T
+    gradient = mixtures @ (slopes @ residual)
+    return matrix, gradient, residual.square().mean().item()
+
+
+class GaussNewton:
+    """theta = theta_0 + B w, and the normal equations P w = q of all steps so far, fp64 on the CPU (about 100 KB)."""
+
+    remedy = "a smaller --clip or a larger --inflation"
+
+    def __init__(
+        self,
+        token: torch.Tensor,
+        *,
+        basis_size: int = 16,
+        directions: int = 8,
+        rho: float = 1e-2,
+        inflation: float = 3.0,
+        prior: float = 0.42,
+        clip: float = 0.42,
+        memory: float = 20.0,
+    ):
+        """token [V, d]: where the search starts. The basis is empty until `rebase` gives it. Raises InputError where it is larger
+        than the space."""
+        self.origin = token.detach().clone().double()  # theta_0 [V, d]
+        if basis_size > self.origin.numel():
+            raise InputError(f"--basis_size {basis_size} is more than the token's {self.origin.numel()} numbers; give fewer")
+        length = self.origin.norm().item()
+        self.prior, self.clip = prior * length, clip * length
+        self.num_mixtures, self.rho, self.inflation, self.memory = directions, rho, inflation, memory
+        self.basis = torch.zeros(self.origin.numel(), basis_size, dtype=torch.float64)  # B [D, k]
+        self.weights = torch.zeros(basis_size, dtype=torch.float64)  # w
+        self.precision = torch.zeros(basis_size, basis_size, dtype=torch.float64)  # P
+        self.moment = torch.zeros(basis_size, dtype=torch.float64)  # q
+        self.residual = torch.tensor(0.0, dtype=torch.float64)  # mean squared residual, exponential mean over 10 steps
+        self.steps = torch.tensor(0)
+
+    @property
+    def theta(self) -> torch.Tensor:
+        """The token as it stands, [V, d] fp32."""
+        return (self.origin + (self.basis @ self.weights).view_as(self.origin)).float()
+
+    def rebase(self, basis: torch.Tensor) -> None:
+        """Go on in another basis [D, k] from the token as it stands; of what was learned stays what both bases span."""
+        turn = self.basis.T @ basis  # T [k, k]
+        self.moment = turn.T @ (self.moment - self.precision @ self.weights)
+        self.precision = turn.T @ self.precision @ turn
+        self.origin = self.origin + (self.basis @ self.weights).view_as(self.origin)
+        self.basis, self.weights = basis.clone(), torch.zeros_like(self.weights)
+
+    def candidates(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw the mixtures C [k, m] and place the candidates [m + 1, V, d]: theta, and theta + rho B c_j."""
+        mixtures, _ = torch.linalg.qr(torch.randn(len(self.weights), self.num_mixtures, generator=generator, dtype=torch.float64))
+        offsets = (self.rho * self.basis @ mixtures).T.reshape(-1, *self.origin.shape).float()
+        return mixtures, torch.cat([self.theta[None], self.theta + offsets])
+
+    def step(self, mixtures: torch.Tensor, noise_preds: torch.Tensor, target: torch.Tensor) -> float | None:
+        """Update theta from the candidates' predictions [m + 1, B, 4, h, w] -> the loss at theta.
+
+        None, and no update, where a prediction is not finite.
+        """
+        matrix, gradient, loss = gauss_newton(noise_preds, target, mixtures, self.rho)
+        if not (torch.isfinite(matrix).all() and math.isfinite(loss)):
+            return None
+        self.residual = torch.tensor(loss, dtype=torch.float64) if self.steps == 0 else 0.9 * self.residual + 0.1 * loss
+        certainty = 1 / (self.inflation * self.residual)  # alpha: of one number of a prediction
+        keep = 1 - 1 / (self.memory + self.steps.item() / 2)  # gamma
+        self.precision = keep * self.precision + certainty * matrix
+        self.moment = keep * self.moment + certainty * (matrix @ self.weights - gradient)
+        prior = torch.eye(len(self.weights), dtype=torch.float64) / self.prior**2
+        change = torch.linalg.solve(self.precision + prior, self.moment) - self.weights
+        self.weights = self.weights + change * min(1.0, self.clip / max(change.norm().item(), 1e-30))
+        self.steps = self.steps + 1
+        return loss
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All that the next steps depend on, but the generator."""
+        names = ("origin", "basis", "weights", "precision", "moment", "residual", "steps")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        for name in self.state_dict():
+            setattr(self, name, state[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def shared_predictions(accelerator, model: FrozenModel, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+    """Predictions [C, B, 4, h, w] of all candidates [C, V, d], each process computing its share."""
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    if processes == 1:
+        return model.predict(batch, tokens).clone()
+    predictions = torch.zeros(len(tokens), *batch.target.shape, device=accelerator.device)
+    predictions[rank::processes] = model.predict(batch, tokens[rank::processes])
+    return accelerator.reduce(predictions, reduction="sum")
+
+
+def take_basis(learner: GaussNewton, model: FrozenModel, data: Data) -> None:
+    """A basis at the token as it stands, from three of the training prompts."""
+    ids = data.prompts.ids
+    some = ids[torch.linspace(0, len(ids) - 1, min(3, len(ids))).round().long()]
+    gram = text_sensitivity(model.text_encoder, model.rows, some, learner.theta)
+    learner.rebase(sensitive_directions(gram, len(learner.weights)))
+
+
+def train(
+    run: Run,
+    outputs: TokenOutputs,
+    learner: GaussNewton,
+    model: FrozenModel,
+    data: Data,
+    sample,
+    batch_size: int,
+    generator: torch.Generator,
+    rebase_steps: list[int],
+) -> None:
+    """From where `run` stands to its last step or to a signal. sample(batch size, generator) -> timesteps."""
+    for step in run.steps(outputs):
+        if step == 1 or step - 1 in rebase_steps:
+            take_basis(learner, model, data)
+        batch = draw_batch(data, batch_size, sample, generator)  # what all candidates of a step share
+        mixtures, tokens = learner.candidates(generator)
+        noise_preds = shared_predictions(run.accelerator, model, batch, tokens)  # forward passes, and nothing else
+        loss = learner.step(mixtures, noise_preds, batch.target)
+        run.note(loss, forwards=len(tokens) * batch_size)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check, load, train, save. Returns the exit code; raises InputError."""
+    flags = vars(args)
+    inputs = read_inputs(**flags_for(read_inputs, flags))
+    accelerator = make_accelerator(args.directions + 1, **flags_for(make_accelerator, flags))
+    args.mixed_precision = args.mixed_precision or default_precision(accelerator.device)
+    args.resolution = args.resolution or native_resolution(inputs.folder)
+    args.rho = args.rho or RHO[args.mixed_precision]
+    generator = torch.Generator().manual_seed(args.seed)
+    learner = GaussNewton(inputs.initial_token, **flags_for(GaussNewton, flags))
+    settings = arguments.settings_of(flags, SETTINGS)
+    run = Run(learner, generator, accelerator, settings, inputs.fingerprint(), **flags_for(Run, flags))
+    run.resume(args.resume_from_checkpoint)
+    run.claim()
+    model, data = load_model(inputs, device=accelerator.device, **flags_for(load_model, flags))
+    outputs = TokenOutputs(learner, inputs, model, data, settings, **flags_for(TokenOutputs, flags))
+    sample = partial(uniform_timesteps, low=args.t_min, high=args.t_max)
+    with run:
+        train(run, outputs, learner, model, data, sample, args.train_batch_size, generator, args.rebase_steps)
+    return run.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, ARGS))
