@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import zoodip
+
+from zoodip.model import WEIGHT_NAMES, build_model
 
 CHECK_PROMPT, CHECK_IDS = "a photo of a dog", [320, 1125, 539, 320, 1929]
 
@@ -57,9 +58,13 @@ MODEL_INDEX = dict(
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write it")
-    parser.add_argument("--clip_bpe", type=Path, default=None,
-                        help="OpenAI CLIP's merges (github.com/openai/CLIP, clip/bpe_simple_vocab_16e6.txt.gz), for the real "
-                        "tokenizer; without it every letter is a token")
+    parser.add_argument(
+        "--clip_bpe",
+        type=Path,
+        default=None,
+        help="OpenAI CLIP's merges (github.com/openai/CLIP, clip/bpe_simple_vocab_16e6.txt.gz), for the real "
+        "tokenizer; without it every letter is a token",
+    )
     return parser.parse_args(argv)
 
 
@@ -100,7 +105,7 @@ def check_tokenizer(folder: Path) -> None:
 
 def published_tensors(folder: Path, part: str) -> list[tuple[str, tuple[int, ...], str]]:
     """(published name, shape, kind) of every tensor of a part; kind says how to fill it."""
-    model = zoodip.build_model(folder, part)
+    model = build_model(folder, part)
     tensors = []
     for name, parameter in model.named_parameters():
         owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
@@ -153,7 +158,7 @@ def build_folder(folder: Path, clip_bpe: Path | None = None) -> None:
     for seed, (part, config) in enumerate(dict(text_encoder=TEXT_ENCODER, vae=VAE, unet=UNET).items()):
         (folder / part).mkdir(exist_ok=True)
         (folder / part / "config.json").write_text(json.dumps(config, indent=2))
-        path = folder / part / f"{zoodip.WEIGHT_NAMES[part]}.fp16.safetensors"
+        path = folder / part / f"{WEIGHT_NAMES[part]}.fp16.safetensors"
         write_weights(path, published_tensors(folder, part), seed)
         print(f"{part}: {path.stat().st_size / 1e9:.2f} GB", flush=True)
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2))  # last: its presence says that all is there

@@ -20,10 +20,10 @@ def package_versions() -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def git_commit() -> str | None:
-    """The commit of this code, with "-dirty" where files differ from it; None without git."""
+def git_commit(tree: Path = ROOT) -> str | None:
+    """The commit of a tree, by default of this code, with "-dirty" where files differ from it; None without git."""
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True)
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=tree, capture_output=True, text=True)
     except OSError:  # no git
         return None
     return git.stdout.strip() or None

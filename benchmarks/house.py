@@ -1,0 +1,188 @@
+#!/usr/bin/env python
+"""Is this version slower or larger than another? Time of a step and peak of live bytes, both versions in turn.
+
+    git worktree add ../before COMMIT
+    python benchmarks/house.py --before ../before
+
+Both versions' `train_zoodip.py` run as they are, as processes of their own, on the same models, photographs and flags, with one
+thread, on one core where the system can pin them. Rounds alternate which version comes first. Steps are timed by the
+processor's clock too, which other programs disturb less. Writes benchmarks/house.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from benchmarks.report import FOLDER, write_report
+from benchmarks.sd15_shape import build_folder
+from zoodip.errors import InputError, run_script
+from zoodip.records import ROOT, git_commit, mean_interval, table
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+CLOCKS = ("cpu", "wall")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run in both versions."""
+
+    title: str
+    flags: tuple[str, ...]
+    steps: int  # timed a round; one more is run
+
+
+CASES = {
+    "miniature": Case("The miniature, fp32", ("--initializer_token", "critter", "--tau", "43", "--mixed_precision", "fp32"), 300),
+    "sd15": Case(
+        "Stable Diffusion v1.5's shape, 512 x 512, bf16", ("--initializer_token", "dog", "--mixed_precision", "bf16"), 3
+    ),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--before", type=Path, required=True, help="root of the other version's tree")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each version")
+    parser.add_argument("--core", type=int, default=0, help="processor core that both versions are pinned to (Linux)")
+    parser.add_argument("--folder", type=Path, default=None, help="for the models of SD v1.5's shape; default: a temporary one")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for house.json and .md")
+    return parser.parse_args(argv)
+
+
+# ----------------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True)
+class Versions:
+    """The two trees, and where they run."""
+
+    trees: dict[str, Path]  # before, after
+    folder: Path  # for models and results
+    core: int
+
+    def run(self, command: list[str], version: str) -> None:
+        """Raises InputError, with the end of what it printed, where it does not end well."""
+        pinned = ["taskset", "-c", str(self.core), *command] if shutil.which("taskset") else command
+        ended = subprocess.run(pinned, cwd=self.trees[version], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+        if ended.returncode:
+            raise InputError(f"{version}: code {ended.returncode} from {' '.join(command)}: {ended.stderr[-1000:]}")
+
+    def watch(self, version: str, mode: str, case: str, model: list[str], steps: int) -> dict:
+        """What `watch_script.py` finds of a run of `steps` steps."""
+        found = self.folder / "found.json"
+        flags = [
+            *model,
+            "--train_data_dir",
+            str(self.folder / "photographs"),
+            *CASES[case].flags,
+            "--cpu",
+            "--eval_steps",
+            "0",
+            "--checkpointing_steps",
+            "0",
+            "--max_train_steps",
+            str(steps),
+            "--output_dir",
+            str(self.folder / "results"),
+        ]
+        script = self.trees[version] / "train_zoodip.py"
+        self.run([sys.executable, str(ROOT / "benchmarks" / "watch_script.py"), mode, str(found), str(script), *flags], version)
+        return json.loads(found.read_text())
+
+    def models(self, case: str) -> dict[str, list[str]]:
+        """{mode: flags for the model}. SD v1.5's shape is timed on a packed copy, which loads in seconds."""
+        if case == "miniature":
+            return dict.fromkeys(("bytes", "steps"), ["--pretrained_model_name_or_path", str(ROOT / "miniature" / "model")])
+        whole, packed = self.folder / "sd15", self.folder / "sd15-packed"
+        flags = ["--pretrained_model_name_or_path", str(whole), "--variant", "fp16"]
+        if not (whole / "model_index.json").exists():
+            build_folder(whole)
+        if not packed.exists():
+            self.run(
+                [sys.executable, str(self.trees["before"] / "train_zoodip.py"), *flags, "--save_quantized", str(packed)], "before"
+            )
+        return dict(bytes=flags, steps=["--pretrained_model_name_or_path", str(packed)])
+
+
+def measure(versions: Versions, case: str, rounds: int) -> dict:
+    """{bytes: {version: peak}, rounds: [{version: {clock: median seconds a step}}]}"""
+    models, names = versions.models(case), list(versions.trees)
+    peaks = {name: versions.watch(name, "bytes", case, models["bytes"], 2)["peak"] for name in names}
+    print(f"{case}: live bytes {peaks}", file=sys.stderr, flush=True)
+    found = []
+    for number in range(rounds):
+        seconds = {}
+        for name in names if number % 2 == 0 else reversed(names):
+            times = versions.watch(name, "steps", case, models["steps"], CASES[case].steps + 1)
+            seconds[name] = {clock: median(times[clock]) for clock in CLOCKS}
+        found.append({name: seconds[name] for name in names})
+        print(f"{case} round {number + 1}: {found[-1]}", file=sys.stderr, flush=True)
+    return dict(bytes=peaks, rounds=found)
+
+
+def ratios(found: dict, clock: str) -> list[float]:
+    """After over before, a number for each round."""
+    return [each["after"][clock] / each["before"][clock] for each in found["rounds"]]
+
+
+# ----------------------------------------------------------------------------------------------------- the report
+
+
+def markdown_of(results: dict, rounds: int, core: int) -> str:
+    text = []
+    for case, found in results.items():
+        rows = []
+        for clock, name in (("cpu", "processor seconds"), ("wall", "seconds by the clock")):
+            logarithms = [math.log(ratio) for ratio in ratios(found, clock)]
+            mean, half = mean_interval(logarithms)
+            cells = [" / ".join(f"{each[version][clock]:.4g}" for each in found["rounds"]) for version in ("before", "after")]
+            interval = f"{math.exp(mean):.3f} ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f})"
+            rows.append([f"{name} a step (medians of {CASES[case].steps} steps)", *cells, interval])
+        before, after = found["bytes"]["before"], found["bytes"]["after"]
+        rows.append(["peak of live bytes, loading and 2 steps", f"{before:,}", f"{after:,}", f"{after / before:.5f}"])
+        text.append(f"## {CASES[case].title}\n\n" + table(["", "before", "after", "after / before"], rows) + "\n")
+    text.append(
+        f"n = 2, three candidates in one forward. {rounds} rounds, the versions in turn; of the ratios the geometric mean over the "
+        "rounds with its 95 % interval (Student's t): that interval is the noise. One thread on core "
+        f"{core} of a machine that other programs share, so the seconds are no figures of speed, only their ratio is one."
+    )
+    return "\n".join(text)
+
+
+def main(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (args.folder or Path(temporary)).resolve()
+        photographs = folder / "photographs"
+        photographs.mkdir(parents=True, exist_ok=True)
+        first = min((ROOT / "dataset" / "furmix").glob("*.jpg"))
+        shutil.copy(first, photographs)  # one: encoding is not what is timed
+        versions = Versions(dict(before=args.before.resolve(), after=ROOT), folder, args.core)
+        results = {}
+        for case in args.cases:
+            results[case] = measure(versions, case, args.rounds)
+            commits = {name: git_commit(tree) for name, tree in versions.trees.items()}
+            markdown = markdown_of(results, args.rounds, args.core) + f"\n\nBefore: commit {commits['before']}.\n"
+            write_report(
+                "house",
+                vars(args),
+                dict(commits=commits, **results),
+                markdown,
+                folder=args.output,
+                command="python benchmarks/house.py --before TREE",
+            )
+    print(markdown)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, parse_args()))

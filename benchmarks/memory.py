@@ -1,0 +1,143 @@
+"""How many bytes of tensors live at once: exact, and the same in every run.
+
+    peak_live_bytes(lambda: trainer.step())
+
+torch's profiler reports every allocation and release of a tensor on a CPU, the operators' workspaces included; their running
+sum has a peak. Pages of memory-mapped weight files, which the profiler reports too, belong to the system and are left out.
+`watch_script.py` counts a whole training script's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+STAGE, LAYER = "stage:", "layer:"  # beginnings of the names of profiler ranges
+
+
+@dataclass
+class Allocation:
+    """A piece of memory, and where it was asked for."""
+
+    address: int
+    size: int
+    operator: str  # of torch
+    layer: str | None  # innermost module of `name_layers`
+
+
+@dataclass
+class LiveBytes:
+    """What `count_live_bytes` finds."""
+
+    peak: int = 0
+    stages: dict[str, int] = field(default_factory=dict)  # peak within each `stage`
+    at_peak: list[Allocation] = field(default_factory=list)  # what is alive at the peak
+
+
+def peak_live_bytes(function: Callable[[], object], weight_files: Iterable[Path] = ()) -> int:
+    """Peak bytes of the CPU tensors that `function` makes; `weight_files` are safetensors that it maps."""
+    return count_live_bytes(function, weight_files).peak
+
+
+def count_live_bytes(function: Callable[[], object], weight_files: Iterable[Path] = ()) -> LiveBytes:
+    """Call `function` and follow the sum of its live CPU allocations."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(limit, 10_000))  # the tree of events is as deep as the calls
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            function()
+        return follow(*read_events(recorded, mapped_sizes(weight_files)))
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+@contextmanager
+def stage(name: str):
+    """Name what happens within, for `LiveBytes.stages`. Stages may nest; the innermost counts."""
+    with record_function(STAGE + name):
+        yield
+
+
+def name_layers(model: nn.Module, prefix: str) -> None:
+    """Have allocations in the forwards of `model` know their layer: `prefix`, a dot, the layer's name."""
+    open_ranges = []
+
+    def enter(name: str) -> None:
+        open_ranges.append(record_function(f"{LAYER}{prefix}.{name}"))
+        open_ranges[-1].__enter__()
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda module, args, name=name: enter(name))
+        module.register_forward_hook(lambda *_: open_ranges.pop().__exit__(None, None, None))
+
+
+def mapped_sizes(weight_files: Iterable[Path]) -> set[int]:
+    """The sizes that memory maps of safetensors files are reported with: with and without their header."""
+    sizes = set()
+    for path in weight_files:
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        sizes |= {path.stat().st_size, path.stat().st_size - header - 8}
+    return sizes
+
+
+def read_events(recorded: profile, mapped: set[int]) -> tuple[list[tuple], list[tuple]]:
+    """(allocations and releases as (moment, address, signed size, names of the open ranges), stages as (start, end, name))."""
+    changes, stages = [], []
+
+    def walk(event, path: tuple[str, ...]) -> None:
+        if type(event.extra_fields).__name__ == "_ExtraFields_Allocation":
+            fields = event.extra_fields
+            if fields.device.type == "cpu" and abs(fields.alloc_size) not in mapped:
+                changes.append((event.start_time_ns, fields.ptr, fields.alloc_size, path))
+        if event.name.startswith(STAGE):
+            stages.append((event.start_time_ns, event.end_time_ns, event.name.removeprefix(STAGE)))
+        for child in event.children:
+            walk(child, (*path, event.name))
+
+    for event in recorded.profiler.kineto_results.experimental_event_tree():
+        walk(event, ())
+    return sorted(changes, key=lambda change: change[0]), stages
+
+
+def follow(changes: list[tuple], stages: list[tuple]) -> LiveBytes:
+    """The running sum of allocations and releases in the order of time."""
+    found, live, total = LiveBytes(), {}, 0
+    at_peak: dict[int, tuple] = {}
+    for moment, address, size, path in changes:
+        if size > 0:
+            live[address] = (size, path)
+            total += size
+        elif address in live:  # else it is older than the recording
+            total -= live.pop(address)[0]
+        if total > found.peak:
+            found.peak, at_peak = total, dict(live)
+        within = [(end - start, name) for start, end, name in stages if start <= moment <= end]
+        name = min(within)[1] if within else "outside"
+        found.stages[name] = max(found.stages.get(name, 0), total)
+    for address, (size, path) in at_peak.items():
+        layer = next((name.removeprefix(LAYER) for name in reversed(path) if name.startswith(LAYER)), None)
+        found.at_peak.append(Allocation(address, size, path[-1].removeprefix("aten::") if path else "", layer))
+    return found
+
+
+def largest(found: LiveBytes, names: dict[int, str]) -> dict[str, int]:
+    """What the peak is made of, {what: bytes}, largest first. `names` tells tensors by their address (`tensor_names`)."""
+    items: Counter[str] = Counter()
+    for each in found.at_peak:
+        by_place = f"{each.layer}: {each.operator}" if each.layer else "other"
+        items[names.get(each.address, by_place)] += each.size
+    return dict(items.most_common())
+
+
+def tensor_names(named: Iterable[tuple[str, torch.Tensor]]) -> dict[int, str]:
+    """{address: what} of tensors that live as long as the run."""
+    return {tensor.untyped_storage().data_ptr(): name for name, tensor in named if tensor.numel()}
