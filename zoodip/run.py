@@ -14,11 +14,8 @@ A trainer has `state_dict`, `load_state_dict` and `remedy` (what to try where it
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
-import json
 import math
-import re
 import shutil
 import signal
 import sys
@@ -28,11 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from zoodip.checkpoints import checkpoint_step, kinds, list_checkpoints, read_checkpoint, write_checkpoint
 from zoodip.errors import BrokenCheckpoint, InputError
-from zoodip.files import lock_folder, serialize, why_unreadable, write_atomically, write_image, write_json
+from zoodip.files import lock_folder, write_atomically, write_image, write_json
 from zoodip.prompts import file_stem
 from zoodip.records import environment, peak_memory_gb
 
@@ -89,56 +86,6 @@ class StopSignal:
         self.number = number
         for name in self.previous:
             signal.signal(name, signal.SIG_DFL)
-
-
-# ----------------------------------------------------------------------------------------------------- checkpoints
-
-
-def state_digest(header: str, tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of all that a checkpoint holds: a flipped bit in a number is still a number, and no other check sees it."""
-    digest = hashlib.sha256(header.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def write_checkpoint(path: Path, header: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Tensors and a JSON header with their checksum, as safetensors. Raises InputError."""
-    text = json.dumps(header, sort_keys=True)
-    metadata = {"format": "pt", "zoodip.checkpoint": text, "zoodip.sha256": state_digest(text, tensors)}
-    write_atomically(path, serialize(tensors, metadata))
-
-
-def read_checkpoint(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(header, tensors) of a checkpoint. Raises BrokenCheckpoint, or InputError where there is no such file."""
-    try:
-        with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata()
-            tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # off the memory map
-        if metadata["zoodip.sha256"] != state_digest(metadata["zoodip.checkpoint"], tensors):
-            raise ValueError("its contents do not match its checksum")
-        return json.loads(metadata["zoodip.checkpoint"]), tensors
-    except FileNotFoundError:
-        raise InputError(
-            f"--resume_from_checkpoint: there is no file {str(path)!r}; give a checkpoint-N.safetensors or latest"
-        ) from None
-    except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
-        raise BrokenCheckpoint(path, why_unreadable(path, error)) from error
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint files of a folder, the newest last."""
-    checkpoints = [
-        path
-        for path in folder.glob("checkpoint-*.safetensors")
-        if re.fullmatch(r"checkpoint-[0-9]+\.safetensors", path.name) and path.is_file()
-    ]
-    return sorted(checkpoints, key=checkpoint_step)
-
-
-def checkpoint_step(path: Path) -> int:
-    return int(path.stem.removeprefix("checkpoint-"))
 
 
 def due(step: int, every: int) -> bool:
@@ -225,7 +172,7 @@ class Run:
                 "without --resume_from_checkpoint"
             ) from error
         fresh = self.state()[1]
-        if {name: kind(tensor) for name, tensor in tensors.items()} != {name: kind(tensor) for name, tensor in fresh.items()}:
+        if kinds(tensors) != kinds(fresh):
             raise BrokenCheckpoint(path, "its tensors are not those of such a run")
         self.generator.set_state(tensors.pop("generator"))
         self.trainer.load_state_dict({**tensors, **header.get("state", {})})
@@ -433,11 +380,6 @@ class Run:
                 + (f" ({skipped} skipped: loss not finite)" if skipped else "")
             )
         return 128 + (self.stop.number or signal.SIGTERM) if self.interrupted else 0
-
-
-def kind(tensor: torch.Tensor) -> tuple:
-    """Of a tensor in a checkpoint: what is the same in every checkpoint of a run. The length of a history is not."""
-    return tensor.dtype, tensor.dim(), tuple(tensor.shape[1:])
 
 
 def set_aside(folder: Path, placeholder_token: str) -> None:

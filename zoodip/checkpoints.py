@@ -1,0 +1,66 @@
+"""Checkpoints: a trainer's tensors and a JSON header in one safetensors file, with a checksum over all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from zoodip.errors import BrokenCheckpoint, InputError
+from zoodip.files import serialize, why_unreadable, write_atomically
+
+
+def state_digest(header: str, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of all that a checkpoint holds: a flipped bit in a number is still a number, and no other check sees it."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_checkpoint(path: Path, header: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """Tensors and a JSON header with their checksum, as safetensors. Raises InputError."""
+    text = json.dumps(header, sort_keys=True)
+    metadata = {"format": "pt", "zoodip.checkpoint": text, "zoodip.sha256": state_digest(text, tensors)}
+    write_atomically(path, serialize(tensors, metadata))
+
+
+def read_checkpoint(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(header, tensors) of a checkpoint. Raises BrokenCheckpoint, or InputError where there is no such file."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata()
+            tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # off the memory map
+        if metadata["zoodip.sha256"] != state_digest(metadata["zoodip.checkpoint"], tensors):
+            raise ValueError("its contents do not match its checksum")
+        return json.loads(metadata["zoodip.checkpoint"]), tensors
+    except FileNotFoundError:
+        raise InputError(
+            f"--resume_from_checkpoint: there is no file {str(path)!r}; give a checkpoint-N.safetensors or latest"
+        ) from None
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
+        raise BrokenCheckpoint(path, why_unreadable(path, error)) from error
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint files of a folder, the newest last."""
+    checkpoints = [
+        path
+        for path in folder.glob("checkpoint-*.safetensors")
+        if re.fullmatch(r"checkpoint-[0-9]+\.safetensors", path.name) and path.is_file()
+    ]
+    return sorted(checkpoints, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.stem.removeprefix("checkpoint-"))
+
+
+def kinds(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    """Of each tensor what is the same in every checkpoint of a run: dtype and shape, but for the length of a history."""
+    return {name: (tensor.dtype, tensor.dim(), tuple(tensor.shape[1:])) for name, tensor in tensors.items()}
