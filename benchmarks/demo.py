@@ -3,7 +3,7 @@
 
     python benchmarks/demo.py
 
-Writes benchmarks/demo.json and .md. Memory is sampled on Linux only.
+Writes benchmarks/demo.json and .md. Memory is sampled from outside, fifty times a second.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import ROOT, cli, run_watched, table, write_report
+from benchmarks.report import FOLDER, write_report
+from benchmarks.resident import run_watched
+from zoodip.errors import run_script
+from zoodip.records import ROOT, table
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder for demo.json and .md")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for demo.json and .md")
     parser.add_argument("extra", nargs="*", help="after --: flags handed on to train_zoodip.py")
     return parser.parse_args(argv)
 
@@ -42,11 +45,13 @@ def main(args: argparse.Namespace) -> None:
         ["stepping alone (evaluations and pictures apart)", f"{run['seconds_this_time'] / 60:.2f} min"],
         ["steps", run["steps_this_time"]],
         ["steps/s", f"{run['steps_per_second']:.1f}"],
-        ["peak RSS (anonymous pages)", f"{memory['VmRSS'] / 1e9:.2f} GB ({memory['RssAnon'] / 1e9:.2f} GB)"],
+        ["peak RSS (anonymous pages)", f"{memory['resident'] / 1e9:.2f} GB ({memory['anonymous'] / 1e9:.2f} GB)"],
     ]
     results = dict(wall_seconds=round(seconds, 1), memory=memory, run=run, curve=curve)
-    write_report("demo", args, results, table(["`sh train_zoodip.sh demo`", ""], rows), folder=args.output)
+    text = table(["`sh train_zoodip.sh demo`", ""], rows)
+    write_report("demo", vars(args), results, text, folder=args.output)
+    print(text)
 
 
 if __name__ == "__main__":
-    cli(main, parse_args())
+    sys.exit(run_script(main, parse_args()))

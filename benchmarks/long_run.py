@@ -4,9 +4,10 @@
     python benchmarks/long_run.py                 # 30,000 steps, the paper's number
     python benchmarks/long_run.py --steps 1500    # a minute or two
 
-Samples the process twice a second (Linux) and writes benchmarks/long_run.json and .md. The slopes are straight lines by least
-squares through the means of 40 equal parts of the run, the first tenth left out (allocators and caches fill up then). The means
-of parts and not the samples, which follow each other so closely that their error would come out far too small.
+Samples the process twice a second (not on Windows, which counts no open files) and writes benchmarks/long_run.json and .md. The
+slopes are straight lines by least squares through the means of 40 equal parts of the run, the first tenth left out (allocators
+and caches fill up then). The means of parts and not the samples, which follow each other so closely that their error would
+come out far too small.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, cli, resident_bytes, table, write_report
+import psutil
+
+from benchmarks.report import FOLDER, write_report
+from benchmarks.resident import resident_bytes
+from zoodip.errors import run_script
+from zoodip.records import ROOT, table
 
 PARTS = 40
-TICKS = os.sysconf("SC_CLK_TCK")
 QUANTITIES = {  # name: unit, decimals
     "resident": ("MB", 2), "anonymous": ("MB", 2), "open_files": ("", 3), "wall_ms_per_step": ("ms", 3),
     "cpu_ms_per_step": ("ms", 3),
@@ -37,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30000, help="length of the run")
     parser.add_argument("--checkpointing_steps", type=int, default=500, help="as of train_zoodip.py")
     parser.add_argument("--checkpoints_total_limit", type=int, default=2, help="as of train_zoodip.py")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks", help="folder for long_run.json and .md")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder for long_run.json and .md")
     parser.add_argument("extra", nargs="*", help="after --: flags handed on to train_zoodip.py")
     return parser.parse_args(argv)
 
@@ -45,17 +50,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def sample(pid: int, folder: Path, bar: Path) -> dict | None:
     """One look at the process; None once it is gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        files = len(os.listdir(f"/proc/{pid}/fd"))
-    except OSError:
+        process = psutil.Process(pid)
+        times, files = process.cpu_times(), process.num_fds()
+    except psutil.Error:
         return None
     with open(bar, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 400))
         shown = re.findall(rb"(\d+)/\d+ \[", file.read())
     memory = resident_bytes(pid)
     return dict(
-        seconds=time.monotonic(), step=int(shown[-1]) if shown else 0, open_files=files, resident=memory["VmRSS"] / 1e6,
-        anonymous=memory["RssAnon"] / 1e6, cpu=(int(fields[11]) + int(fields[12])) / TICKS,
+        seconds=time.monotonic(), step=int(shown[-1]) if shown else 0, open_files=files, resident=memory["resident"] / 1e6,
+        anonymous=memory["anonymous"] / 1e6, cpu=times.user + times.system,
         checkpoints=len(list(folder.glob("checkpoint-*.safetensors"))),
         kilobytes=sum(path.stat().st_size for path in folder.glob("[!.]*")) / 1e3,
     )  # fmt: skip
@@ -105,33 +110,49 @@ def run(args: argparse.Namespace, folder: Path) -> tuple[list[dict], dict]:
     return samples, json.loads((folder / "run.json").read_text())
 
 
+def fit(samples: list[dict], steps: int) -> dict:
+    """Parts of the run, the line through each quantity, and the most that there was of files and kilobytes."""
+    # from the first step to the last evaluation: loading before, and the pictures after, are other work
+    stepping = [one for one in samples if 0 < one["step"] < steps]
+    parts = part_means(stepping, steps)
+    if len(parts) < 10:
+        raise SystemExit(f"only {len(parts)} of {PARTS} parts of the run have samples; raise --steps")
+    lines = {name: line([part["step"] for part in parts], [part[name] for part in parts]) for name in QUANTITIES}
+    fits = {name: dict(slope_per_10000_steps=slope, standard_error=error) for name, (slope, error) in lines.items()}
+    most = dict(
+        checkpoints=max(one["checkpoints"] for one in samples),
+        open_files=max(one["open_files"] for one in stepping),
+        kilobytes=round(max(one["kilobytes"] for one in samples)),
+    )
+    return dict(fits=fits, most=most, samples=len(samples), parts=parts)
+
+
+def markdown_of(results: dict, steps: int) -> str:
+    rows = []
+    for name, (unit, digits) in QUANTITIES.items():
+        values, fitted = [part[name] for part in results["parts"]], results["fits"][name]
+        numbers = [f"{value:.{digits}f}" for value in (np.mean(values), min(values), max(values))]
+        slope = f"{fitted['slope_per_10000_steps']:+.{digits}f} +- {fitted['standard_error']:.{digits}f}"
+        rows.append([name.replace("_", " "), f"{numbers[0]} {unit}", *numbers[1:], slope])
+    most, run = results["most"], results["run"]
+    return table(["", "mean", "least part", "largest part", "slope per 10,000 steps +- standard error"], rows) + (
+        f"\n\n{steps} steps in {run['seconds_this_time'] / 60:.1f} min, {results['samples']} samples. At most "
+        f"{most['checkpoints']} checkpoints at a time (one is written before one is removed), {len(results['checkpoints_left'])} "
+        f"left; at most {most['open_files']} open files; the output folder took at most {most['kilobytes']} KB. "
+        f"Steps skipped: {run['skipped_steps']}.\n"
+    )
+
+
 def main(args: argparse.Namespace) -> None:
     """Run, fit, report."""
     with tempfile.TemporaryDirectory() as folder:
         samples, record = run(args, Path(folder))
         left = sorted(path.name for path in Path(folder).glob("checkpoint-*"))
-    # from the first step to the last evaluation: loading before, and the pictures after, are other work
-    stepping = [one for one in samples if 0 < one["step"] < args.steps]
-    parts = part_means(stepping, args.steps)
-    if len(parts) < 10:
-        raise SystemExit(f"only {len(parts)} of {PARTS} parts of the run have samples; raise --steps")
-    slopes = {name: line([part["step"] for part in parts], [part[name] for part in parts]) for name in QUANTITIES}
-    rows = []
-    for name, (unit, digits) in QUANTITIES.items():
-        values, (slope, error) = [part[name] for part in parts], slopes[name]
-        rows.append([name.replace("_", " "), f"{np.mean(values):.{digits}f} {unit}", f"{min(values):.{digits}f}",
-                     f"{max(values):.{digits}f}", f"{slope:+.{digits}f} +- {error:.{digits}f}"])  # fmt: skip
-    most = dict(checkpoints=max(one["checkpoints"] for one in samples), open_files=max(one["open_files"] for one in stepping),
-                kilobytes=round(max(one["kilobytes"] for one in samples)))
-    fits = {name: dict(slope_per_10000_steps=slope, standard_error=error) for name, (slope, error) in slopes.items()}
-    results = dict(fits=fits, most=most, checkpoints_left=left, samples=len(samples), parts=parts, run=record)
-    text = table(["", "mean", "least part", "largest part", "slope per 10,000 steps +- standard error"], rows)
-    text += (f"\n\n{args.steps} steps in {record['seconds_this_time'] / 60:.1f} min, {len(samples)} samples. At most "
-             f"{most['checkpoints']} checkpoints at a time (one is written before one is removed), {len(left)} left; at most "
-             f"{most['open_files']} open files; the output folder took at most {most['kilobytes']} KB. "
-             f"Steps skipped: {record['skipped_steps']}.\n")
-    write_report("long_run", args, results, text, folder=args.output)
+    results = dict(fit(samples, args.steps), checkpoints_left=left, run=record)
+    text = markdown_of(results, args.steps)
+    write_report("long_run", vars(args), results, text, folder=args.output)
+    print(text)
 
 
 if __name__ == "__main__":
-    cli(main, parse_args())
+    sys.exit(run_script(main, parse_args()))

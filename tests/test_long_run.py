@@ -8,10 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
-sys.path.append(str(ROOT / "benchmarks"))
-import long_run  # noqa: E402
+from benchmarks import long_run
+from zoodip.records import ROOT
 
 
 def samples(steps: int, leak: float) -> list[dict]:
@@ -42,8 +41,8 @@ def test_short_run(tmp_path):
 
     The bound is loose because caches still fill up in so short a run (+5.6 MB measured); 30,000 steps say more (README.md).
     """
-    argv = [sys.executable, ROOT / "benchmarks" / "long_run.py", "--steps", "2000", "--output", tmp_path]
-    assert subprocess.run(argv, timeout=3600).returncode == 0
+    argv = [sys.executable, "-m", "benchmarks.long_run", "--steps", "2000", "--output", tmp_path]
+    assert subprocess.run(argv, cwd=ROOT, timeout=3600).returncode == 0
     results = json.loads((tmp_path / "long_run.json").read_text())["results"]
     fits, most = results["fits"], results["most"]
     assert fits["open_files"]["slope_per_10000_steps"] == 0

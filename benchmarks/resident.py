@@ -1,0 +1,56 @@
+"""Resident memory of a process and its descendants, watched from outside."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import psutil
+
+from zoodip.records import ROOT
+
+
+def resident_bytes(pid: int) -> dict[str, int]:
+    """Resident bytes of a process and its descendants, and those of them with no file behind; zeros once they are gone."""
+    total = dict(resident=0, anonymous=0)
+    try:
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return total
+    for process in family:
+        try:
+            memory = process.memory_info()
+        except psutil.NoSuchProcess:
+            continue
+        total["resident"] += memory.rss
+        total["anonymous"] += memory.rss - getattr(memory, "shared", 0)  # Linux tells them apart
+    return total
+
+
+def run_watched(
+    command: list[str], environment: dict[str, str] | None = None, interval: float = 0.02
+) -> tuple[int, str, dict[str, int]]:
+    """Run a command in the repository to its end -> (exit code, what it printed, peaks of `resident_bytes`).
+
+    Samples every `interval` seconds. The peaks need not be of one moment.
+    """
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
+    assert process.stdout is not None
+    peaks = dict(resident=0, anonymous=0)
+    ended, pieces = threading.Event(), []
+
+    def sample() -> None:
+        while not ended.wait(interval):
+            for name, value in resident_bytes(process.pid).items():
+                peaks[name] = max(peaks[name], value)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    while piece := process.stdout.read(4096):
+        pieces.append(piece.decode(errors="replace"))
+        sys.stderr.write(pieces[-1])
+    code = process.wait()
+    ended.set()
+    sampler.join()
+    return code, "".join(pieces), peaks
