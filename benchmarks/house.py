@@ -25,10 +25,10 @@ from statistics import median
 
 from benchmarks.report import FOLDER, write_report
 from benchmarks.sd15_shape import build_folder
-from zoodip.errors import InputError, run_script
+from zoodip.errors import InputError, prepare_environment, run_script
 from zoodip.records import ROOT, git_commit, mean_interval, table
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 CLOCKS = ("cpu", "wall")
 
 
@@ -153,14 +153,15 @@ def markdown_of(results: dict, rounds: int, core: int) -> str:
         rows.append(["peak of live bytes, loading and 2 steps", f"{before:,}", f"{after:,}", f"{after / before:.5f}"])
         text.append(f"## {CASES[case].title}\n\n" + table(["", "before", "after", "after / before"], rows) + "\n")
     text.append(
-        f"n = 2, three candidates in one forward. {rounds} rounds, the versions in turn; of the ratios the geometric mean over the "
-        "rounds with its 95 % interval (Student's t): that interval is the noise. One thread on core "
+        f"n = 2, three candidates in one forward. {rounds} rounds, the versions in turn; of the ratios the geometric mean over "
+        "the rounds with its 95 % interval (Student's t): that interval is the noise. One thread on core "
         f"{core} of a machine that other programs share, so the seconds are no figures of speed, only their ratio is one."
     )
     return "\n".join(text)
 
 
 def main(args: argparse.Namespace) -> None:
+    prepare_environment()  # for the processes of both versions: the watcher imports torch before their scripts can set it
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)).resolve()
         photographs = folder / "photographs"

@@ -108,11 +108,16 @@ def stop_at_once(number: int, frame) -> None:
     os._exit(128 + number)
 
 
-def prepare_process() -> None:
-    """What a training script sets before it imports torch: the environment that torch reads when it starts, and signals."""
+def prepare_environment() -> None:
+    """What torch reads from the environment when it starts, for this process before its import, or for processes to come."""
     # on Linux CPUs: large tensors on huge pages, which saves a tenth of the time (benchmarks/NOTES.md)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # idle threads sleep, not spin: beside another busy program a small model is otherwise three times slower, or stands still
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def prepare_process() -> None:
+    """What a training script sets before it imports torch: environment and signals."""
+    prepare_environment()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_at_once)
