@@ -121,7 +121,7 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from zoodip.diffusion import Batch, Data, FrozenModel, draw_batch, load_model, read_inputs, uniform_timesteps
+from zoodip.diffusion import Batch, Data, FrozenModel, draw_batch, load_model, read_inputs, snr_timesteps, uniform_timesteps
 from zoodip.model import native_resolution
 from zoodip.outputs import TokenOutputs
 from zoodip.packing import save_quantized
@@ -138,15 +138,13 @@ def sample_timesteps(
 ) -> torch.Tensor:
     """[batch_size] timesteps. `puts` is Partial Uniform Timestep Sampling (Eq. 9): uniform over [t_min, t_max).
 
-    `uniform` covers all timesteps. `snr` draws t with probability proportional to log SNR(0) - log SNR(t), so that
-    it grows as the signal-to-noise ratio falls (TextBoost, Park et al., arXiv 2409.08248; Table 5).
+    `uniform` covers all timesteps, `snr` draws one the more often the lower its signal-to-noise ratio (TextBoost; Table 5).
     """
     if kind == "puts":
         return uniform_timesteps(batch_size, generator, t_min, t_max)
     if kind == "uniform":
         return uniform_timesteps(batch_size, generator)
-    log_snr = torch.log(alphas_cumprod / (1 - alphas_cumprod)).double()
-    return torch.multinomial(log_snr.max() - log_snr, batch_size, replacement=True, generator=generator)
+    return snr_timesteps(batch_size, generator, alphas_cumprod)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -94,6 +94,18 @@ def add_subject_flags(parser: argparse.ArgumentParser) -> None:
     add("--center_crop", action="store_true", help="crop the middle square instead of squeezing the image into one")
 
 
+def add_timestep_flags(add: Callable[..., argparse.Action], default: str) -> None:
+    """Which timesteps a trainer draws, and is evaluated at, through the `add_argument` of its own group."""
+    add("--t_min", type=int, default=500, help="smallest timestep drawn by puts, and of the evaluation set (T_L)")
+    add("--t_max", type=int, default=900, help="end of the timesteps drawn by puts, and of that set (T_U), itself not drawn")
+    add(
+        "--timestep_sampling",
+        default=default,
+        choices=["puts", "uniform", "snr"],
+        help="puts: uniform over [t_min, t_max); uniform: over all timesteps; snr: more the lower the SNR (TextBoost)",
+    )
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="results", help="folder for the embedding, checkpoints, curves and pictures")
@@ -154,7 +166,8 @@ def check_training_flags(flags: dict) -> None:
     require(
         flags, "resolution", resolution is None or (resolution >= 8 and resolution % 8 == 0), "must be a positive multiple of 8"
     )
-    require(flags, "learning_rate", 0 < flags["learning_rate"] < 1e37, "must be a positive number, for example 5e-3")  # fits fp32
+    if "learning_rate" in flags:  # evolution has none; the limit: it must fit fp32
+        require(flags, "learning_rate", 0 < flags["learning_rate"] < 1e37, "must be a positive number, for example 5e-3")
     require(flags, "seed", 0 <= flags["seed"] < 2**63, "must be in [0, 2^63)")
     check_token_flags(flags)
     check_run_flags(flags)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from tqdm import tqdm
 
 from zoodip.arguments import NUM_TRAIN_TIMESTEPS
 from zoodip.errors import DamagedModel, InputError, damaged_model
-from zoodip.model import find_model_folder, load_frozen, load_text_encoder, load_vae_encoder, model_digest
+from zoodip.model import find_model_folder, load_text_encoder, load_unet, load_vae_encoder, model_digest
 from zoodip.prompts import (
     Prompts,
     build_prompts,
@@ -26,6 +28,12 @@ from zoodip.prompts import (
 from zoodip.quantize import DTYPES
 from zoodip.subject import Subject, load_subject, open_image, to_square
 from zoodip.thrift import computed_once, modules_before_text, split_feed_forward, tune_malloc
+
+if TYPE_CHECKING:  # diffusers and transformers take seconds to import
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+    from transformers import CLIPTextModel
 
 TimestepSampler = Callable[[int, torch.Generator], torch.Tensor]  # (batch size B, generator) -> timesteps [B]
 
@@ -85,13 +93,13 @@ def read_inputs(
     )
 
 
-def load_scheduler(folder: Path):
+def load_scheduler(folder: Path) -> DDPMScheduler:
     """The noise schedule. Raises InputError where it is none that the method is defined for."""
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     path = folder / "scheduler"
     with damaged_model(path):
-        scheduler = DDPMScheduler.from_pretrained(path)
+        scheduler = cast("DDPMScheduler", DDPMScheduler.from_pretrained(path))
     kind, steps = scheduler.config.prediction_type, len(scheduler.alphas_cumprod)
     if kind not in ("epsilon", "v_prediction"):
         raise InputError(f"{path}: prediction_type is {kind!r}; give a Stable Diffusion 1.x or 2.x (epsilon or v_prediction)")
@@ -102,7 +110,7 @@ def load_scheduler(folder: Path):
 
 
 @torch.no_grad()
-def encode_images(vae: nn.Module, paths: list[Path], resolution: int, center_crop: bool) -> torch.Tensor:
+def encode_images(vae: AutoencoderKL, paths: list[Path], resolution: int, center_crop: bool) -> torch.Tensor:
     """Image files -> [N, 2 (flips), 2 (mean, standard deviation), 4, h, w]: scaled latent distributions, fp32, on the CPU.
 
     The VAE is needed no more after this; every step still samples its own latent (z = vae(x) * scaling_factor, Eq. 1).
@@ -122,12 +130,12 @@ def encode_images(vae: nn.Module, paths: list[Path], resolution: int, center_cro
     return torch.stack(latents)
 
 
-def encoder_moments(vae: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def encoder_moments(vae: AutoencoderKL, hidden: torch.Tensor) -> torch.Tensor:
     """What vae.encode computes, [B, 8, h, w], with at most three activations of full size at a time.
 
     At 512 pixels one is 0.13 GB; the encoder's own forward holds six of them.
     """
-    encoder = vae.encoder
+    encoder: Any = vae.encoder  # its blocks are of several classes with the same parts
     hidden = encoder.conv_in(hidden)
     for block in encoder.down_blocks:
         for resnet in block.resnets:
@@ -151,7 +159,7 @@ class Data:
     latents: torch.Tensor  # [N, 2, 2, 4, h, w] of `encode_images`
     choices: list[list[int]]  # per image, the rows of prompts.ids that describe it
     prompts: Prompts
-    scheduler: object  # DDPMScheduler: the noise schedule
+    scheduler: DDPMScheduler  # the noise schedule
 
 
 @dataclass
@@ -168,7 +176,7 @@ class Batch:
 
 
 def noise_batch(
-    latents: torch.Tensor, timesteps: torch.Tensor, prompt_ids: torch.Tensor, scheduler, generator: torch.Generator
+    latents: torch.Tensor, timesteps: torch.Tensor, prompt_ids: torch.Tensor, scheduler: DDPMScheduler, generator: torch.Generator
 ) -> Batch:
     """Sample latents and noise and mix them at `timesteps` (Eq. 1). latents: [B, 2 (mean, std), 4, h, w]."""
     mean, std = latents.unbind(1)
@@ -182,6 +190,24 @@ def noise_batch(
 def uniform_timesteps(batch_size: int, generator: torch.Generator, low: int = 0, high: int = NUM_TRAIN_TIMESTEPS) -> torch.Tensor:
     """Timesteps [batch_size], uniform over the integers [low, high)."""
     return torch.randint(low, high, (batch_size,), generator=generator)
+
+
+def snr_timesteps(batch_size: int, generator: torch.Generator, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Timesteps [batch_size], t with probability proportional to log SNR(0) - log SNR(t): more where the image is noisier.
+
+    TextBoost's (Park et al., arXiv 2409.08248). alphas_cumprod: [1000], of the noise schedule.
+    """
+    log_snr = torch.log(alphas_cumprod / (1 - alphas_cumprod)).double()
+    return torch.multinomial(log_snr.max() - log_snr, batch_size, replacement=True, generator=generator)
+
+
+def timestep_sampler(data: Data, *, timestep_sampling: str, t_min: int, t_max: int) -> TimestepSampler:
+    """What --timestep_sampling names: "puts" (uniform over [t_min, t_max)), "uniform" (over all), or "snr"."""
+    return {
+        "puts": partial(uniform_timesteps, low=t_min, high=t_max),
+        "uniform": uniform_timesteps,
+        "snr": partial(snr_timesteps, alphas_cumprod=data.scheduler.alphas_cumprod),
+    }[timestep_sampling]
 
 
 def draw_batch(data: Data, batch_size: int, sample_timesteps: TimestepSampler, generator: torch.Generator) -> Batch:
@@ -230,8 +256,8 @@ def merge_batches(batches: list[Batch], size: int) -> list[Batch]:
 class FrozenModel:
     """The quantised modules, and what they predict as a function of the token."""
 
-    unet: nn.Module
-    text_encoder: nn.Module
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
     rows: torch.Tensor  # [R, d], of `Prompts`, on the device
     candidates_per_forward: int | None = None  # all at once where None
 
@@ -291,7 +317,7 @@ def load_model(
     del vae
     dtype = DTYPES[mixed_precision]
     text_encoder = load_text_encoder(folder, variant, quantization, dtype, device)
-    unet = load_frozen(folder, "unet", variant, quantization, dtype, device)
+    unet = load_unet(folder, variant, quantization, dtype, device)
     tune_malloc(32 << 20, 256 << 20)  # while stepping, activations are better kept at hand
     split_feed_forward(unet)
     if compile:

@@ -1,0 +1,317 @@
+#!/usr/bin/env python
+"""GF-TI: textual inversion by evolution, the forward-only baseline of ZOODiP's Table 1.
+
+Implements Fei, Fan, Huang, "Gradient-Free Textual Inversion" (arXiv 2304.05265). CMA-ES (Hansen, arXiv 1604.00772, by the
+package `cma`) searches a vector z of --intrinsic_dim numbers; the token is theta0 + z A, where A is a random matrix scaled to the
+vocabulary's spread, or the vocabulary's principal components. A step is one generation:
+
+    population candidates z  ->  tokens theta0 + z A  ->  one UNet forward each  ->  losses  ->  mean, step size and covariance
+
+    python trainers/gf_ti.py --train_data_dir dataset/dog6 --initializer_token dog                       # as published
+    python trainers/gf_ti.py --train_data_dir dataset/dog6 --initializer_token dog --mode fair
+
+--mode published repeats the authors' script: every candidate has its own pictures, captions and noise (only the timestep is
+shared), the search starts as wide as the vocabulary (alpha 1), and the best of the LAST generation is kept.
+--mode fair gives the method what ZOODiP has: common random numbers, a start at a fifth of that width, and, of the
+distribution's means, the best so far on the fixed evaluation set (whose forwards are counted).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from zoodip import arguments
+from zoodip.arguments import flags_for, require, require_at_least_one, require_positive
+from zoodip.errors import InputError, prepare_process, run_script
+
+METHOD_SETTINGS = (
+    "method mode subspace intrinsic_dim population sigma alpha timestep_sampling t_min t_max num_eval_samples".split()
+)
+SETTINGS = [*arguments.SHARED_SETTINGS, *METHOD_SETTINGS]  # what a checkpoint records; resuming under others is refused
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = arguments.new_parser("Learn one token embedding for a subject by CMA-ES, in forward passes.")
+    arguments.add_model_flags(parser)
+    arguments.add_token_flags(parser)
+    arguments.add_subject_flags(parser)
+    add = parser.add_argument_group("method").add_argument
+    add(
+        "--mode",
+        default="published",
+        choices=["published", "fair"],
+        help="published: every candidate on pictures and noise of its own; fair: all on the same, as ZOODiP has it",
+    )
+    add(
+        "--subspace",
+        default="random",
+        choices=["random", "pca"],
+        help="of the token space: a random projection, or the vocabulary's principal components",
+    )
+    add("--intrinsic_dim", type=int, default=256, help="dimensions of that subspace")
+    add("--population", type=int, default=20, help="candidates per generation, one forward each")
+    add("--sigma", type=float, default=1.0, help="CMA-ES's initial step size")
+    add(
+        "--alpha",
+        type=float,
+        default=None,
+        help="spread of the first generation in units of the vocabulary's; the default is 1, and 0.2 in --mode fair",
+    )
+    add("--train_batch_size", type=int, default=1, help="images that a candidate is judged on")
+    add("--max_train_steps", type=int, default=13000, help="generations")
+    arguments.add_timestep_flags(add, "uniform")
+    add(
+        "--candidates_per_forward",
+        type=int,
+        default=None,
+        help="candidates per UNet forward in --mode fair; default: all at once. Less needs less memory",
+    )
+    add("--seed", type=int, default=0, help="seed of every random draw")
+    arguments.add_run_flags(parser)
+    parser.set_defaults(output_dir="results/gf_ti", method="gf_ti")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
+    args = arguments.parse(build_parser(), check_flags, argv)
+    if args.alpha is None:
+        args.alpha = 0.2 if args.mode == "fair" else 1.0
+    return args
+
+
+def check_flags(flags: dict) -> None:
+    """Refuse what can be refused without opening a file. Raises InputError."""
+    arguments.check_training_flags(flags)
+    arguments.check_timestep_range(flags)
+    require_at_least_one(flags, "intrinsic_dim")
+    require(flags, "population", flags["population"] >= 3, "must be at least 3 (CMA-ES tells the better half from the rest)")
+    require_positive(flags, "sigma", "1")
+    if flags["alpha"] is not None:
+        require_positive(flags, "alpha", "0.2")
+    if flags["candidates_per_forward"] is not None:
+        require_at_least_one(flags, "candidates_per_forward")
+    require(flags, "num_vectors", flags["subspace"] != "pca" or flags["num_vectors"] == 1, "must be 1 with --subspace pca")
+
+
+# torch takes a second to import: --help and wrong arguments are answered before.
+if __name__ == "__main__":
+    ARGS = parse_args()
+    prepare_process()
+
+import math
+import warnings
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from zoodip.diffusion import (
+    Batch,
+    Data,
+    FrozenModel,
+    TimestepSampler,
+    draw_batch,
+    evaluation_batches,
+    load_model,
+    read_inputs,
+    timestep_sampler,
+    uniform_timesteps,
+)
+from zoodip.model import config_number, native_resolution
+from zoodip.outputs import TokenOutputs
+from zoodip.prompts import read_embedding_rows
+from zoodip.quantize import default_precision
+from zoodip.run import Run, due, make_accelerator
+
+CHECK_EVERY = 10  # generations between looks at the fixed set in --mode fair
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The subspace
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def vocabulary(folder: Path, variant: str | None) -> torch.Tensor:
+    """The model's whole token-embedding table, [vocabulary size, d] fp32. Raises InputError."""
+    size = config_number(folder / "text_encoder" / "config.json", "vocab_size", 49408)
+    return read_embedding_rows(folder, variant, range(size))
+
+
+def make_basis(table: torch.Tensor, *, subspace: str, intrinsic_dim: int, num_vectors: int = 1, sigma: float = 1.0,
+               alpha: float = 1.0, seed: int = 0) -> torch.Tensor:  # fmt: skip
+    """A, [intrinsic_dim, V * d]: z ~ N(0, sigma^2) then spreads z A alpha times as wide as the vocabulary `table`.
+
+    random: entries N(0, (alpha s / (sqrt(k) sigma))^2), s the standard deviation of all entries of the table (the authors'
+    script). pca: the k first principal directions, each as long as the vocabulary's standard deviation along it.
+    Raises InputError where the subspace would be larger than the space.
+    """
+    dim = num_vectors * table.shape[1]
+    if intrinsic_dim > dim:
+        raise InputError(f"--intrinsic_dim {intrinsic_dim} is more than the token's {dim} numbers; give at most {dim}")
+    if subspace == "random":
+        generator = torch.Generator().manual_seed(seed)
+        scale = alpha * table.std().item() / (math.sqrt(intrinsic_dim) * sigma)
+        return torch.randn(intrinsic_dim, dim, generator=generator) * scale
+    _, deviations, directions = torch.linalg.svd(table.double() - table.double().mean(0), full_matrices=False)
+    deviations = deviations / math.sqrt(len(table) - 1)
+    return (directions[:intrinsic_dim] * deviations[:intrinsic_dim, None] * (alpha / sigma)).float().contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses of a generation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def candidate_losses(model: FrozenModel, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean squared errors [C], on the CPU, of the predictions under candidate tokens [C, V, d] on one batch."""
+    return (model.predict(batch, tokens) - batch.target.to(model.rows.device)).square().flatten(1).mean(1).cpu()
+
+
+def generation_losses(model: FrozenModel, data: Data, tokens: torch.Tensor, mode: str, batch_size: int, sample: TimestepSampler,
+                      generator: torch.Generator) -> torch.Tensor:  # fmt: skip
+    """Losses [C] of tokens [C, V, d]: all on one batch (fair), or each on its own, at a shared timestep (published)."""
+    if mode == "fair":
+        return candidate_losses(model, draw_batch(data, batch_size, sample, generator), tokens)
+    timestep = int(sample(1, generator))
+    shared = partial(uniform_timesteps, low=timestep, high=timestep + 1)
+    return torch.cat([candidate_losses(model, draw_batch(data, batch_size, shared, generator), token[None]) for token in tokens])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The search
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class GFTI:
+    """theta [V, d], the token that is kept, and the search for it: CMA-ES over z [k], fp64 on the CPU (1 MB for k = 256)."""
+
+    remedy = "a smaller --alpha"
+
+    def __init__(self, token: torch.Tensor, basis: torch.Tensor, *, mode: str = "published", population: int = 20,
+                 sigma: float = 1.0, seed: int = 0):  # fmt: skip
+        """token: theta0 [V, d], where the search starts; basis: A [k, V * d]."""
+        warnings.filterwarnings("ignore", module="cma")  # that a plotting or Gaussian-process package is not there
+        import cma
+
+        self.origin, self.basis, self.mode = token.detach().clone().float(), basis, mode
+        self.theta, self.best = self.origin.clone(), self.origin.clone()
+        self.best_loss: float | None = None  # of `best` on the fixed set
+        self.normal = np.random.default_rng(seed)
+        # seed nan: numpy's global generator is left alone. conditioncov_alleviate: else cma changes its coordinates where the
+        # condition of C passes 1e8, which no noisy search comes near, and a checkpoint would have to hold them
+        options = dict(popsize=population, verbose=-9, seed=math.nan, conditioncov_alleviate=False,
+                       randn=lambda *shape: self.normal.standard_normal(shape))  # fmt: skip
+        self.search = cma.CMAEvolutionStrategy(np.zeros(len(basis)), sigma, options)
+        self.search.timer = cma.utilities.utils.ElapsedWCTime()  # which its first generation makes, and later ones need
+
+    def tokens(self, z: np.ndarray) -> torch.Tensor:
+        """theta0 + z A: [C, k] -> [C, V, d]."""
+        return self.origin + (torch.from_numpy(z).float() @ self.basis).unflatten(-1, self.origin.shape)
+
+    def ask(self) -> torch.Tensor:
+        """A new generation: candidate tokens [C, V, d]."""
+        self.z = self.search.ask()
+        self.candidates = self.tokens(np.asarray(self.z))
+        return self.candidates
+
+    def tell(self, losses: torch.Tensor) -> float | None:
+        """Learn from the generation's losses [C] -> their mean; None, and nothing learned, where none is finite."""
+        finite = torch.isfinite(losses)
+        if not finite.any():
+            return None
+        ranked = losses.double().nan_to_num(1e9, 1e9)  # one that is not finite ranks last
+        self.search.tell(self.z, ranked.tolist())
+        self.theta = self.candidates[int(ranked.argmin())] if self.mode == "published" else self.best
+        return losses[finite].mean().item()
+
+    def mean(self) -> torch.Tensor:
+        """The token at the distribution's mean, [V, d]."""
+        return self.tokens(self.search.mean[None])[0]
+
+    def look(self, loss: float, keep: bool) -> None:
+        """Judge the mean by its loss on the fixed set: theta becomes it where it is the best so far, for good if `keep`."""
+        if self.best_loss is None or loss < self.best_loss:
+            self.theta = self.mean()
+            if keep:
+                self.best, self.best_loss = self.theta, loss
+
+    # What cma 4.5 computes the next generation from: where each array stands in its object.
+    ARRAYS = {"mean": "mean", "pc": "pc", "ps": "adapt_sigma.ps", "C": "sm.C", "B": "sm.B", "D": "sm.D"}
+
+    def state_dict(self) -> dict:
+        """All that the next generations depend on, but the generator of batches."""
+        search = self.search
+        arrays = dict(mean=search.mean, pc=search.pc, ps=search.adapt_sigma.ps, C=search.sm.C, B=search.sm.B, D=search.sm.D)
+        return {
+            "theta": self.theta, "best": self.best, "best_loss": self.best_loss, "basis": self.basis,
+            **{f"cma.{name}": torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()},
+            "cma.sigma": float(search.sigma), "cma.countiter": search.countiter, "cma.count_tell": search.sm.count_tell,
+            "cma.last_update": search.sm.last_update, "normal": self.normal.bit_generator.state,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        search = self.search
+        self.theta, self.best, self.best_loss, self.basis = (state[name] for name in ("theta", "best", "best_loss", "basis"))
+        search.mean, search.pc, search.adapt_sigma.ps = (state[f"cma.{name}"].numpy() for name in ("mean", "pc", "ps"))
+        search.sm.C, search.sm.B, search.sm.D = (state[f"cma.{name}"].numpy() for name in "CBD")
+        search.sm.B = np.asfortranarray(search.sm.B)
+        search.sigma, search.countiter = state["cma.sigma"], state["cma.countiter"]
+        search.sm.count_tell, search.sm.last_update = state["cma.count_tell"], state["cma.last_update"]
+        self.normal.bit_generator.state = state["normal"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run, outputs: TokenOutputs, evolution: GFTI, model: FrozenModel, data: Data, sample: TimestepSampler,
+          fixed_set: list[Batch], batch_size: int, generator: torch.Generator) -> None:  # fmt: skip
+    """From where `run` stands to its last generation or to a signal."""
+    fair = evolution.mode == "fair"
+    if fair and evolution.best_loss is None:
+        evolution.look(model.mean_loss(fixed_set, evolution.theta), keep=True)
+        run.progress.forwards += len(fixed_set)
+    for generation in run.steps(outputs):
+        tokens = evolution.ask()
+        loss = evolution.tell(generation_losses(model, data, tokens, evolution.mode, batch_size, sample, generator))
+        forwards = len(tokens)
+        if fair and (due(generation, CHECK_EVERY) or generation == run.max_train_steps):
+            # not kept where only this run ends here: more generations, from its checkpoint, are those of a longer run
+            evolution.look(model.mean_loss(fixed_set, evolution.mean()), keep=due(generation, CHECK_EVERY))
+            forwards += len(fixed_set)
+        run.note(loss, forwards)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check, load, train, save. Returns the exit code: 0, or 128 + signal where interrupted (and saved). Raises InputError."""
+    flags = vars(args)
+    if find_spec("cma") is None:
+        raise InputError("GF-TI needs the package cma, which is not installed; run pip install cma")
+    inputs = read_inputs(**flags_for(read_inputs, flags))
+    basis = make_basis(vocabulary(inputs.folder, args.variant), **flags_for(make_basis, flags))
+    accelerator = make_accelerator(1, **flags_for(make_accelerator, flags))
+    args.mixed_precision = args.mixed_precision or default_precision(accelerator.device)
+    args.resolution = args.resolution or native_resolution(inputs.folder)
+
+    generator = torch.Generator().manual_seed(args.seed)
+    evolution = GFTI(inputs.initial_token, basis, **flags_for(GFTI, flags))
+    run = Run(evolution, generator, accelerator, arguments.settings_of(flags, SETTINGS), inputs.fingerprint(), unit="generation",
+              **flags_for(Run, flags))  # fmt: skip
+    run.resume(args.resume_from_checkpoint)
+    run.claim()
+    model, data = load_model(inputs, device=accelerator.device, **flags_for(load_model, flags))
+    outputs = TokenOutputs(evolution, inputs, model, data, run.settings, **flags_for(TokenOutputs, flags))
+    fixed_set = evaluation_batches(data, args.num_eval_samples, args.t_min, args.t_max)
+    sample = timestep_sampler(data, **flags_for(timestep_sampler, flags))
+    with run:
+        train(run, outputs, evolution, model, data, sample, fixed_set, args.train_batch_size, generator)
+    return run.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, ARGS))
