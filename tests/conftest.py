@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network would be a mistake
+# one thread for each of pytest's workers, and for the runs they start: read when torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIATURE = ROOT / "miniature" / "model"
@@ -122,11 +127,45 @@ def arguments(model: Path | str, subject: Path | str, output: Path | str, **flag
     return argv
 
 
-def run_cli(argv: list[str]) -> int:
-    """The script's exit code, run in this process."""
+def run_cli(argv: list[str], script=None) -> int:
+    """The exit code of a training script's command line, run in this process: train_zoodip.py's, or of the module given."""
     import train_zoodip
+    from zoodip.errors import run_script
 
+    script = script or train_zoodip
     try:
-        return train_zoodip.cli(train_zoodip.parse_args(argv))
+        return run_script(script.main, script.parse_args(argv))
     except SystemExit as exit_:
         return exit_.code
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def copy(tiny_model, tmp_path) -> Path:
+    """The tiny model in a folder of its own, to break."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["1-vector", "3-vectors"])
+def tiny(request, tiny_model):
+    from tiny import Tiny
+
+    return Tiny(tiny_model, request.param)
+
+
+@pytest.fixture
+def refused(capsys, tiny_model, subject, tmp_path):
+    """Runs a command line and checks that it is refused in the house's manner; returns the line."""
+
+    def check(*, argv: list[str] | None = None, model=tiny_model, data=subject, output_dir=tmp_path / "out", **flags) -> str:
+        code = run_cli(arguments(model, data, output_dir, **flags) if argv is None else argv)
+        captured = capsys.readouterr()
+        assert code == 2, captured.err
+        assert captured.out == "" and "Traceback" not in captured.err
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
+        return captured.err
+
+    return check

@@ -48,13 +48,14 @@ def die_at(change: int | None, folder: str) -> list[str]:
 
 
 def run(request: dict) -> None:
-    import train_zoodip as z
+    import train_zoodip
+    from zoodip.errors import run_script, stop_at_once
 
     place = Path(request["place"])
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     for number in (signal.SIGINT, signal.SIGTERM):  # as the script does at its start
-        signal.signal(number, z.stop_at_once)
+        signal.signal(number, stop_at_once)
     if request.get("powerless"):
         drop_capabilities()
     if "memory" in request:  # bytes beyond what the imports have taken
@@ -62,7 +63,7 @@ def run(request: dict) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (taken + request["memory"],) * 2)
     changes = die_at(request.get("die_at"), request["output"])
     try:
-        code = z.cli(z.parse_args(request["argv"]))
+        code = run_script(train_zoodip.main, train_zoodip.parse_args(request["argv"]))
     except SystemExit as exit_:
         code = exit_.code
     except BaseException:
@@ -93,13 +94,14 @@ def serve() -> None:
     import diffusers
     import transformers
 
-    import train_zoodip
+    import train_zoodip  # noqa: F401
+    from zoodip.errors import quiet_libraries
 
     for name in "AutoencoderKL UNet2DConditionModel DDPMScheduler PNDMScheduler StableDiffusionPipeline".split():
         getattr(diffusers, name)  # imported when first named
     for name in "CLIPTextConfig CLIPTextModel CLIPTokenizer".split():
         getattr(transformers, name)
-    train_zoodip.quiet_libraries()
+    quiet_libraries()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the supervisors
     while line := sys.stdin.readline():
         if os.fork() == 0:

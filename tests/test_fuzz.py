@@ -33,10 +33,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from watching import Watch
 
-import train_zoodip as z
+from zoodip.model import WEIGHT_NAMES
+from zoodip.records import peak_memory_gb
+from zoodip.checkpoints import state_digest
 
 RUN = dict(max_train_steps=2, checkpointing_steps=1, eval_steps=0, num_eval_samples=1)
-PARTS = list(z.WEIGHT_NAMES)
+PARTS = list(WEIGHT_NAMES)
 LIMIT = 120  # seconds: a run takes a third of one, but machines are shared
 
 
@@ -195,7 +197,7 @@ def spoilt(tensor: torch.Tensor, value: float) -> torch.Tensor:
 def signed(path: Path, tensors: dict, header: str) -> None:
     """A checkpoint whose checksum fits: not damaged but made, so that only what it says can be wrong."""
     try:
-        digest = z.state_digest(header, tensors)
+        digest = state_digest(header, tensors)
     except TypeError:  # a dtype that numpy has not
         digest = ""
     path.write_bytes(save(tensors, {"format": "pt", "zoodip.checkpoint": header, "zoodip.sha256": digest}))
@@ -307,7 +309,7 @@ def test_text_file_bytes(outcome, copy_once, data, tmp_path, tiny_model, choice,
 
 
 def weights(part: str) -> str:
-    return f"{part}/{z.WEIGHT_NAMES[part]}.safetensors"
+    return f"{part}/{WEIGHT_NAMES[part]}.safetensors"
 
 
 @cases(45)
@@ -430,7 +432,7 @@ def test_a_model_without_end(outcome, copy, data, tmp_path, part, key):
 @pytest.mark.parametrize("part", PARTS)
 def test_shards(outcome, copy, data, tmp_path, part, kind):
     """A model in two files with an index, one of which is not as it should be."""
-    stem, folder = z.WEIGHT_NAMES[part], copy / part
+    stem, folder = WEIGHT_NAMES[part], copy / part
     tensors = load_file(copy / weights(part))
     (copy / weights(part)).unlink()
     names = sorted(tensors)
@@ -664,7 +666,7 @@ def test_named_images(outcome, tmp_path, tiny_model, name):
 
 
 def peak_memory() -> float:
-    return z.peak_memory_gb(torch.device("cpu"))
+    return peak_memory_gb(torch.device("cpu"))
 
 
 def test_names_of_images(outcome, tmp_path, tiny_model):

@@ -3,23 +3,69 @@
 from __future__ import annotations
 
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import seeded
+from tiny import alphas_cumprod, scheduler_of
 
-import train_zoodip as z
+from train_zoodip import (
+    ESTIMATORS,
+    SubspaceGradient,
+    ZOAdam,
+    candidate_losses,
+    low_variance_directions,
+    sample_timesteps,
+    train,
+    zeroth_order_gradient,
+)
+from zoodip.diffusion import Batch, Data, FrozenModel
+from zoodip.checkpoints import read_checkpoint, write_checkpoint
 
-ESTIMATORS = ["rge", "spsa", "one_point"]
+NAMES = ["rge", "spsa", "one_point"]
+MU = 1e-2
 
 
-def make_args(*flags: str):
-    argv = ["--train_data_dir", "x", "--initializer_token", "dog", "--mu", "1e-2", *flags]
-    return z.parse_args(argv)
+# --- timesteps (Eq. 9, Table 5) ---
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def chi_square(draws: torch.Tensor, probabilities: np.ndarray) -> float:
+    """Pearson's statistic in standard deviations from its mean (dof, 2 dof)."""
+    expected = probabilities * len(draws)
+    counts = np.bincount(draws.numpy(), minlength=len(probabilities))
+    used = expected > 0
+    assert counts[~used].sum() == 0
+    statistic = ((counts[used] - expected[used]) ** 2 / expected[used]).sum()
+    dof = used.sum() - 1
+    return (statistic - dof) / math.sqrt(2 * dof)
+
+
+@pytest.mark.parametrize(("kind", "t_min", "t_max"), [
+    ("puts", 500, 900), ("puts", 0, 1000), ("puts", 700, 707), ("uniform", 500, 900), ("snr", 500, 900)])
+def test_timestep_distribution(kind, t_min, t_max):
+    """A bound off by one, or any preference among timesteps, shows in the statistic."""
+    abar = alphas_cumprod()
+    draws = sample_timesteps(kind, 200000, seeded(), t_min, t_max, torch.from_numpy(abar).float())
+    weights = np.zeros(1000)
+    if kind == "puts":
+        weights[t_min:t_max] = 1
+        assert draws.min() == t_min and draws.max() == t_max - 1
+    elif kind == "uniform":
+        weights[:] = 1
+    else:  # TextBoost: log SNR(0) - log SNR(t), which grows as the signal-to-noise ratio falls
+        log_snr = np.log(abar) - np.log(1 - abar)
+        weights = log_snr[0] - log_snr
+        assert (np.diff(weights) > 0).all()
+    # 5 standard deviations: one seed in a million fails by chance, and the seed is fixed
+    assert chi_square(draws, weights / weights.sum()) < 5
+
+
+def test_timestep_puts_of_one_value():
+    """t_max = t_min + 1 is allowed and leaves a single timestep."""
+    assert set(sample_timesteps("puts", 50, seeded(), 42, 43, None).tolist()) == {42}
 
 
 # --- the gradient estimate (Eq. 3) ---
@@ -41,15 +87,15 @@ class Quadratic:
     def gradient(self) -> torch.Tensor:
         return (self.matrix @ self.theta.flatten() + self.linear).view_as(self.theta)
 
-    def estimate(self, estimator: str, n: int, mu: float, generator: torch.Generator, effective_dim: int):
-        count = z.num_directions(estimator, n)
-        directions = torch.randn(count, *self.theta.shape, generator=generator, dtype=torch.float64)
-        points = self.theta + mu * z.candidate_offsets(estimator, directions)
+    def estimate(self, name: str, n: int, mu: float, generator: torch.Generator, effective_dim: int):
+        estimator = ESTIMATORS[name]
+        directions = torch.randn(estimator.num_directions(n), *self.theta.shape, generator=generator, dtype=torch.float64)
+        points = self.theta + mu * estimator.candidate_offsets(directions)
         losses = torch.stack([self.loss(point) for point in points])
-        return directions, losses, z.zeroth_order_gradient(estimator, directions, losses, mu, effective_dim)
+        return directions, losses, zeroth_order_gradient(estimator.slopes(losses, mu), directions[-n:], effective_dim)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", NAMES)
 @pytest.mark.parametrize("n", [1, 2, 5])
 @pytest.mark.parametrize("effective_dim", [12, 9])
 def test_gradient_equals_a_naive_loop(estimator, n, effective_dim):
@@ -68,11 +114,11 @@ def test_gradient_equals_a_naive_loop(estimator, n, effective_dim):
             p = (problem.loss(problem.theta + mu * u) - problem.loss(problem.theta + mu * directions[i])) / mu
         total += p * u
     expected = total / (n * math.sqrt((effective_dim + n - 1) / n))
-    assert len(losses) == {"rge": n + 1, "spsa": 2 * n, "one_point": n + 1}[estimator]
+    assert len(losses) == ESTIMATORS[estimator].num_candidates(n) == {"rge": n + 1, "spsa": 2 * n, "one_point": n + 1}[estimator]
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)  # fp64, the same differences over mu
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", NAMES)
 def test_expectation_is_the_gradient(estimator):
     """With very many directions (s -> 1) the estimate is the gradient: a wrong sign or multiplier shows."""
     problem = Quadratic(2, 3)
@@ -93,15 +139,15 @@ def test_scale_brings_the_norm_to_the_gradients(estimator, ratio, n):
     assert measured / ratio == pytest.approx(1.0, abs=0.08)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", NAMES)
 def test_candidates_are_new_tensors_around_theta(estimator):
     """theta must not be perturbed in place, and directions belong to their candidates."""
-    zo = z.ZOAdam(torch.randn(2, 8, generator=seeded()), make_args("--estimator", estimator, "--n", "3"))
+    zo = ZOAdam(torch.randn(2, 8, generator=seeded()), estimator=estimator, n=3, mu=MU)
     before = zo.theta.detach().clone()
     directions, candidates = zo.candidates(seeded(1))
     assert torch.equal(zo.theta, before)
     assert candidates.data_ptr() != zo.theta.data_ptr()
-    offsets = (candidates - before) / 1e-2
+    offsets = (candidates - before) / MU
     expected = {"rge": [torch.zeros(2, 8), *directions], "spsa": [*directions, *(-directions)],
                 "one_point": list(directions)}[estimator]
     # fp32 theta of size 1 keeps 1e-7 of it; divided by mu = 1e-2 that is 1e-5
@@ -111,27 +157,27 @@ def test_candidates_are_new_tensors_around_theta(estimator):
 # --- Adam ---
 
 
-def drive(zo: z.ZOAdam, steps: int, seed: int = 5):
+def drive(zo: ZOAdam, steps: int, seed: int = 5):
     """Steps on a bowl; yields (directions, losses, projection before the step, theta after it)."""
     generator, centre = seeded(seed), torch.full_like(zo.theta, 0.3)
     for _ in range(steps):
         directions, candidates = zo.candidates(generator)
         losses = (candidates - centre).square().flatten(1).sum(1)
         projection = zo.subspace.projection
-        assert zo.step(directions, losses)
+        assert zo.step(directions, losses) is not None
         yield directions, losses, projection, zo.theta.detach().clone()
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", NAMES)
 def test_steps_equal_torch_adam_on_the_projected_gradient(estimator):
     """Same class, same numbers: bit for bit. Catches a wrong epsilon, betas, effective dimension or projection."""
-    args = make_args("--estimator", estimator, "--tau", "5", "--nu", "0.2", "--learning_rate", "0.02")
-    zo = z.ZOAdam(torch.zeros(2, 6), args)
+    zo = ZOAdam(torch.zeros(2, 6), estimator=estimator, mu=MU, tau=5, nu=0.2, learning_rate=0.02)
     theta = torch.nn.Parameter(torch.zeros(2, 6))
     adam = torch.optim.Adam([theta], lr=0.02, betas=(0.9, 0.999), eps=1e-3)
     projected_steps = 0
     for directions, losses, projection, reached in drive(zo, 23):
-        gradient = z.zeroth_order_gradient(estimator, directions, losses, args.mu, 12 - len(projection))
+        slopes = ESTIMATORS[estimator].slopes(losses, MU)
+        gradient = zeroth_order_gradient(slopes, directions[-2:], 12 - len(projection))
         flat = gradient.flatten()
         theta.grad = (flat - (flat @ projection.T) @ projection).view(2, 6)
         adam.step()
@@ -142,7 +188,7 @@ def test_steps_equal_torch_adam_on_the_projected_gradient(estimator):
 
 def test_steps_equal_adam_written_out():
     """Adam of the paper in numpy, fp64: bias-corrected moments, epsilon 1e-3 outside the root, constant rate."""
-    zo = z.ZOAdam(torch.zeros(1, 10), make_args("--nu", "0", "--learning_rate", "0.01"))
+    zo = ZOAdam(torch.zeros(1, 10), mu=MU, nu=0.0, learning_rate=0.01)
     theta, m, v = np.zeros(10), np.zeros(10), np.zeros(10)
     for t, (_, _, _, reached) in enumerate(drive(zo, 40), start=1):
         g = zo.theta.grad.double().numpy().ravel()
@@ -155,14 +201,24 @@ def test_steps_equal_adam_written_out():
 
 def test_a_loss_that_is_not_finite_changes_nothing():
     """One NaN in the moments would spoil every later step."""
-    zo = z.ZOAdam(torch.zeros(1, 4), make_args("--tau", "3"))
+    zo = ZOAdam(torch.zeros(1, 4), mu=MU, tau=3)
     directions, _ = zo.candidates(seeded())
-    assert not zo.step(directions, torch.tensor([1.0, math.nan, 1.0]))
-    assert not zo.step(directions, torch.tensor([math.inf, 1.0, 1.0]))
-    assert zo.theta.abs().max() == 0 and not zo.optimizer.state and len(zo.subspace.token_history) == 0
-    assert zo.skipped_in_a_row == 2
-    assert zo.step(directions, torch.tensor([1.0, 1.1, 0.9]))
-    assert zo.skipped_in_a_row == 0 and len(zo.subspace.token_history) == 1
+    before = {name: tensor.clone() for name, tensor in zo.state_dict().items()}
+    assert zo.step(directions, torch.tensor([1.0, math.nan, 1.0])) is None
+    assert zo.step(directions, torch.tensor([math.inf, 1.0, 1.0])) is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in zo.state_dict().items())
+    assert zo.theta.abs().max() == 0 and len(zo.subspace.token_history) == 0
+    assert zo.step(directions, torch.tensor([1.0, 1.1, 0.9])) == 1.0
+    assert len(zo.subspace.token_history) == 1 and zo.theta.abs().max() > 0
+
+
+@pytest.mark.parametrize("estimator", NAMES)
+def test_the_loss_of_a_step(estimator):
+    """At theta where it is evaluated there; else the mean over the candidates, which is it to the order of mu."""
+    zo = ZOAdam(torch.zeros(1, 4), estimator=estimator, n=2, mu=MU)
+    directions, candidates = zo.candidates(seeded())
+    losses = torch.arange(1.0, len(candidates) + 1)
+    assert zo.step(directions, losses) == {"rge": 1.0, "spsa": 2.5, "one_point": 2.0}[estimator]
 
 
 # --- Subspace Gradient (Eqs. 4-8) ---
@@ -202,7 +258,7 @@ def random_walk(tau: int, dim: int) -> np.ndarray:
 def test_low_variance_directions_equal_the_plain_form(history, nu):
     """Off by one in i*, or variances summed from the wrong end, changes the number of rows or the span."""
     history = history.astype(np.float32)
-    found, expected = z.low_variance_directions(torch.from_numpy(history), nu), plain_low_variance(history, nu)
+    found, expected = low_variance_directions(torch.from_numpy(history), nu), plain_low_variance(history, nu)
     assert found.shape == expected.shape and found.dtype == torch.float32
     found = found.numpy().astype(np.float64)
     np.testing.assert_allclose(found @ found.T, np.eye(len(found)), rtol=0, atol=1e-5)  # orthonormal to fp32 storage
@@ -217,7 +273,7 @@ def test_low_variance_directions_equal_the_plain_form(history, nu):
 def test_the_moving_subspace_is_kept():
     """On a trajectory of rank 3 the noise is projected out and the motion is not."""
     history = low_rank()
-    removed = z.low_variance_directions(torch.from_numpy(history), 1e-3).numpy()
+    removed = low_variance_directions(torch.from_numpy(history), 1e-3).numpy()
     assert len(removed) == 30 - 3  # i* = 3: three directions hold 1 - 1e-6 of the variance
     _, _, right = np.linalg.svd(standardise(history), full_matrices=False)
     assert np.abs(right[:3] @ removed.T).max() < 1e-5  # orthogonal to the motion, to fp32 storage
@@ -225,15 +281,15 @@ def test_the_moving_subspace_is_kept():
 
 def test_no_projection_without_nu():
     """nu = 0 must switch Subspace Gradient off entirely."""
-    assert z.low_variance_directions(torch.from_numpy(random_walk(20, 30)), 0.0).shape == (0, 30)
-    assert z.low_variance_directions(torch.from_numpy(low_rank()), 0.0).shape == (0, 40)
+    assert low_variance_directions(torch.from_numpy(random_walk(20, 30)), 0.0).shape == (0, 30)
+    assert low_variance_directions(torch.from_numpy(low_rank()), 0.0).shape == (0, 40)
 
 
 def test_columns_that_never_moved():
     """A zero deviation divides by one, not by zero; such a column holds no variance."""
     history = random_walk(20, 12).astype(np.float32)
     history[:, [2, 7]] = [0.1, -3.7]  # not exactly representable
-    found = z.low_variance_directions(torch.from_numpy(history), 0.05)
+    found = low_variance_directions(torch.from_numpy(history), 0.05)
     assert torch.isfinite(found).all()
     expected = plain_low_variance(history, 0.05)
     assert found.shape == expected.shape
@@ -246,12 +302,12 @@ def test_columns_that_never_moved():
 
 def test_a_token_that_never_moved_projects_nothing():
     """0 / 0 in the explained share must not become a projection or a NaN."""
-    assert z.low_variance_directions(torch.full((6, 9), 0.1), 1e-3).shape == (0, 9)
+    assert low_variance_directions(torch.full((6, 9), 0.1), 1e-3).shape == (0, 9)
 
 
 def test_subspace_bookkeeping():
     """tau unprojected steps, a refresh every tau, a buffer that starts over and holds UPDATED tokens."""
-    zo = z.ZOAdam(torch.zeros(2, 6), make_args("--tau", "5", "--nu", "0.2"))
+    zo = ZOAdam(torch.zeros(2, 6), mu=MU, tau=5, nu=0.2)
     window, previous = [], zo.subspace.projection
     for step, (_, _, _, reached) in enumerate(drive(zo, 17), start=1):
         window.append(reached.flatten())
@@ -261,20 +317,20 @@ def test_subspace_bookkeeping():
             assert projection is previous
         else:
             assert len(zo.subspace.token_history) == 0
-            assert torch.equal(projection, z.low_variance_directions(torch.stack(window), 0.2))
+            assert torch.equal(projection, low_variance_directions(torch.stack(window), 0.2))
             assert 1 <= len(projection) <= 4
             window, previous = [], projection
         if step < 5:
             assert len(projection) == 0
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", NAMES)
 @pytest.mark.parametrize("saved_at", [3, 16, 25])
 def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path, estimator, saved_at):
     """At a real token's size: the memory layout of a restored projection must not change the last bit of a product."""
-    args = make_args("--estimator", estimator, "--tau", "8", "--nu", "0.2", "--mixed_precision", "fp32", "--resolution", "64")
     path, start = tmp_path / "checkpoint-1.safetensors", torch.zeros(2, 384)
-    whole, restored, generator, again = z.ZOAdam(start, args), z.ZOAdam(start, args), seeded(1), seeded(2)
+    whole, restored = (ZOAdam(start, estimator=estimator, mu=MU, tau=8, nu=0.2) for _ in range(2))
+    generator, again = seeded(1), seeded(2)
 
     def step(zo, source):
         directions, candidates = zo.candidates(source)
@@ -282,8 +338,11 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path, estimator, saved_at)
 
     for _ in range(saved_at):
         step(whole, generator)
-    z.save_checkpoint(path, args, {"images": "abc"}, whole, generator, z.Progress(step=saved_at, curve=[]))
-    assert z.load_checkpoint(path, args, {"images": "abc"}, restored, again).step == saved_at
+    write_checkpoint(path, {"step": saved_at}, {**whole.state_dict(), "generator": generator.get_state()})
+    header, tensors = read_checkpoint(path)
+    assert header == {"step": saved_at}
+    again.set_state(tensors.pop("generator"))
+    restored.load_state_dict(tensors)
     for _ in range(30):
         assert torch.equal(whole.theta, restored.theta)
         step(whole, generator)
@@ -293,7 +352,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(tmp_path, estimator, saved_at)
 
 def test_project_removes_exactly_the_projection():
     """g - g P^T P: nothing left along P, all else untouched, the shape kept."""
-    subspace = z.SubspaceGradient(4, 0.3, 12)
+    subspace = SubspaceGradient(4, 0.3, 12)
     gradient = torch.randn(3, 4, generator=seeded())
     assert torch.equal(subspace.project(gradient), gradient)
     subspace.projection = torch.linalg.qr(torch.randn(12, 3, generator=seeded(1)))[0].T.contiguous()
@@ -303,3 +362,96 @@ def test_project_removes_exactly_the_projection():
     removed = (gradient - projected).flatten()
     torch.testing.assert_close(removed, subspace.projection.T @ (subspace.projection @ removed), rtol=0, atol=1e-6)
     torch.testing.assert_close(subspace.project(projected), projected, rtol=0, atol=1e-6)
+
+
+# --- the whole chain, model included ---
+
+
+def test_losses_equal_one_candidate_and_one_image_at_a_time(tiny):
+    """Mean over ALL elements of a candidate's images, and no mixing of candidates with images."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(tiny.folder / "unet")
+    batch, tokens = tiny.batch(3), tiny.tokens(4)
+    losses = tiny.losses(batch, tokens)
+    assert losses.shape == (4,) and losses.dtype == torch.float32
+    for c in range(4):
+        squares = []
+        for b in range(3):
+            states = tiny.stock_states(tiny.texts[b % 2], tokens[c])[None]
+            with torch.no_grad():
+                prediction = unet(batch.noisy_latents[b : b + 1], batch.timesteps[b], states).sample
+            squares.append((prediction - batch.target[b]).double().square().flatten())
+        # fp32 sums in another order: 1e-6 of the loss; candidates differ by more, see the assertion below
+        assert losses[c].item() == pytest.approx(torch.cat(squares).mean().item(), rel=1e-6)
+    assert losses.max() - losses.min() > 1e-5 * losses.mean()
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 9])
+def test_candidates_per_forward_changes_only_rounding(tiny, chunk):
+    """A chunk boundary must not drop, repeat or reorder a candidate; and the forwards must be as large as asked for."""
+    batch, tokens = tiny.batch(2), tiny.tokens(4)
+    model = FrozenModel(tiny.unet, tiny.text_encoder, tiny.prompts.rows, chunk)
+    with torch.no_grad():
+        whole = tiny.losses(batch, tokens)
+    seen = []
+    handle = tiny.unet.conv_out.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    losses = candidate_losses(model, batch, tokens)
+    handle.remove()
+    assert seen == {1: [2] * 4, 2: [4] * 2, 3: [6, 2], 4: [8], 9: [8]}[chunk]  # 4 candidates of 2 images
+    torch.testing.assert_close(losses, whole, rtol=1e-6, atol=0)  # summation order only
+    assert (whole.diff().abs() > 3e-6 * whole.mean()).all()  # so that a wrong order would be seen
+
+
+def test_candidates_share_every_random_draw(tiny):
+    """Common random numbers: equal candidates get equal losses, and evaluating them draws nothing."""
+    model = FrozenModel(tiny.unet, tiny.text_encoder, tiny.prompts.rows)
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    losses = candidate_losses(model, tiny.batch(2), tiny.tokens(1).repeat(3, 1, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert (losses - losses[0]).abs().max() < 1e-6 * losses[0]  # place in the batch: rounding
+    other = candidate_losses(model, tiny.batch(2, seed=4), tiny.tokens(1))
+    assert abs(other[0] - losses[0]) > 1e-3  # while another draw is another loss
+
+
+class Watched(FrozenModel):
+    """Keeps what it is asked to predict."""
+
+    def predict(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+        self.seen = [*getattr(self, "seen", []), (batch, tokens)]
+        return super().predict(batch, tokens)
+
+
+def test_every_estimator_sees_the_same_batches(tiny):
+    """The batch is drawn before the directions, so that step 1 has the same image and noise for all estimators."""
+    data = Data(torch.rand(3, 2, 2, 4, 8, 8, generator=seeded()), [[0], [1], [0, 1]], tiny.prompts, scheduler_of(tiny.folder))
+    sample = partial(sample_timesteps, "puts", t_min=500, t_max=900, alphas_cumprod=data.scheduler.alphas_cumprod)
+    model, forwards = Watched(tiny.unet, tiny.text_encoder, tiny.prompts.rows), []
+    run = SimpleNamespace(steps=lambda outputs: [1], note=lambda loss, **of_step: forwards.append(of_step["forwards"]),
+                          accelerator=SimpleNamespace(num_processes=1, process_index=0))
+    for estimator in NAMES:
+        zo = ZOAdam(tiny.tokens(1)[0], estimator=estimator)
+        train(run, None, zo, model, data, sample, 2, seeded())
+    assert [len(tokens) for _, tokens in model.seen] == forwards == [3, 4, 3]
+    first = model.seen[0][0]
+    for other, _ in model.seen[1:]:
+        assert torch.equal(first.noisy_latents, other.noisy_latents)
+        assert torch.equal(first.prompt_ids, other.prompt_ids)
+
+
+@pytest.mark.parametrize("estimator", ["rge", "spsa", "one_point"])
+def test_the_estimate_points_along_the_true_gradient(tiny, estimator):
+    """The whole chain, model included, against back-propagation."""
+    batch, token, mu = tiny.batch(1), tiny.tokens(1).requires_grad_(), 0.05
+    (gradient,) = torch.autograd.grad(tiny.losses(batch, token)[0], token)
+    n, dim = 800, token.numel()
+    estimator = ESTIMATORS[estimator]
+    directions = torch.randn(estimator.num_directions(n), *token.shape[1:], generator=seeded(5))
+    candidates = token.detach() + mu * estimator.candidate_offsets(directions)
+    model = FrozenModel(tiny.unet, tiny.text_encoder, tiny.prompts.rows, 100)
+    slopes = estimator.slopes(candidate_losses(model, batch, candidates), mu)
+    estimate = zeroth_order_gradient(slopes, directions[-n:], dim)
+    cosine = torch.cosine_similarity(estimate.flatten(), gradient.flatten(), dim=0)
+    # sqrt(n / (n + 2 d)) = .90 is expected of the noisiest (one_point, d = 96); curvature over mu takes a little
+    assert cosine > 0.8

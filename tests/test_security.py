@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 
-import train_zoodip as z
+from zoodip.errors import InputError
+from zoodip.model import WEIGHT_NAMES, find_weights
+from zoodip.prompts import file_stem
 
 RUN = dict(max_train_steps=2, checkpointing_steps=1, eval_steps=0, num_eval_samples=1)
 SECRET = "hf_" + "Zoodip0Secret1Token2" * 2  # of the form of the hub's access tokens
@@ -81,7 +83,7 @@ def test_pickles_by_content(tiny_model, subject, tmp_path, capsys, kind):
     marker = tmp_path / "executed"
     content = pickles(marker)[kind]
     named = kind not in ("protocol 0", "protocol 1")  # these are bare text: no safetensors either, and refused as such
-    for part, stem in z.WEIGHT_NAMES.items():
+    for part, stem in WEIGHT_NAMES.items():
         model = Path(shutil.copytree(tiny_model, tmp_path / part / "model"))
         (model / part / f"{stem}.safetensors").write_bytes(content)
         assert attempt(arguments(model, subject, tmp_path / "out", **RUN)) == 2
@@ -104,9 +106,9 @@ def test_pickles_by_name_are_not_even_opened(tiny_model, subject, tmp_path):
     """*.bin and *.ckpt beside the safetensors files, and pickles of a tokenizer, are left alone."""
     model, marker = Path(shutil.copytree(tiny_model, tmp_path / "model")), tmp_path / "executed"
     content = pickles(marker)["torch"]
-    strange = [model / part / f"{stem}.bin" for part, stem in z.WEIGHT_NAMES.items()]
+    strange = [model / part / f"{stem}.bin" for part, stem in WEIGHT_NAMES.items()]
     strange += [model / "v1-5-pruned.ckpt", model / "tokenizer" / "tokenizer.pkl", model / "scheduler" / "scheduler.bin"]
-    strange += [model / part / "modeling.py" for part in z.WEIGHT_NAMES] + [model / "pipeline.py"]
+    strange += [model / part / "modeling.py" for part in WEIGHT_NAMES] + [model / "pipeline.py"]
     for path in strange:
         path.write_bytes(content if path.suffix != ".py" else f"import os\nos.mkdir({str(marker)!r})\n".encode())
     assert attempt(arguments(model, subject, tmp_path / "out", validation_prompt="{}", num_validation_images=1, **RUN)) == 0
@@ -165,7 +167,7 @@ def test_braces_are_text_all_the_way(tiny_model, subject, tmp_path):
 @given(token=st.text(min_size=1, max_size=30) | st.from_regex(r"<[./\\\\:a-z-]{1,20}>", fullmatch=True))
 def test_names_made_of_tokens(token):
     """Whatever the token, its file is a plain name in the output folder, and none of the script's own."""
-    name = f"{z.file_stem(token)}.safetensors"
+    name = f"{file_stem(token)}.safetensors"
     assert Path(name).name == name and not name.startswith((".", "checkpoint-", "learned_embeds"))
     assert all(c.isascii() and (c.isalnum() or c in "_-.") for c in name) and name.count(".") == 1
 
@@ -180,7 +182,7 @@ def test_tokens_stay_in_the_folder(tiny_model, subject, tmp_path, token):
     assert attempt(arguments(tiny_model, subject, place / "out", placeholder_token=token, **RUN)) == 0
     new = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
     assert all(path.parent == place / "out" or path == place / "out" for path in new)
-    assert f"{z.file_stem(token)}.safetensors" in {path.name for path in new}
+    assert f"{file_stem(token)}.safetensors" in {path.name for path in new}
     with safe_open(place / "out" / "learned_embeds.safetensors", "pt") as handle:
         assert list(handle.keys()) == [token]  # the word itself is as it was given
 
@@ -192,8 +194,8 @@ def test_shard_names_stay_in_the_folder(tiny_model, tmp_path):
     shutil.move(whole, tmp_path / "elsewhere.safetensors")
     for name in ("../../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors"), "..", "/", ""):
         (model / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-        with pytest.raises(z.InputError, match="missing"):
-            z.find_weights(model, "unet", None)
+        with pytest.raises(InputError, match="missing"):
+            find_weights(model, "unet", None)
 
 
 def test_links_in_the_output_folder_are_not_followed(tiny_model, subject, tmp_path):

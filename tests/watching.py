@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load
 
-import train_zoodip as z
+from zoodip.checkpoints import state_digest
 
 EMBEDDING, CHECKPOINT = r"learned_embeds(-steps-\d+)?\.safetensors|sks\.safetensors", r"checkpoint-\d+\.safetensors"
 
@@ -30,7 +30,7 @@ def check_file(path: Path) -> None:
         metadata = json.loads(content[8 : 8 + size])["__metadata__"]
         assert re.fullmatch(f"{EMBEDDING}|{CHECKPOINT}", path.name), path.name
         if re.fullmatch(CHECKPOINT, path.name):
-            assert metadata["zoodip.sha256"] == z.state_digest(metadata["zoodip.checkpoint"], tensors)
+            assert metadata["zoodip.sha256"] == state_digest(metadata["zoodip.checkpoint"], tensors)
         assert all(torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point())
     elif path.suffix == ".json":
         assert json.loads(content)["step"] >= 0

@@ -16,7 +16,9 @@ import torch
 from conftest import ROOT, make_subject
 from PIL import Image
 
-import train_zoodip as z
+from zoodip.errors import InputError
+from zoodip.prompts import build_prompts, load_tokenizer
+from zoodip.subject import OBJECT_TEMPLATES, STYLE_TEMPLATES, find_images, load_captions, load_subject, open_image, to_square
 
 # left to right, top to bottom: red, green / blue, white, each 4 x 2 pixels and so distinguishable in any orientation
 COLOURS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
@@ -50,7 +52,7 @@ def test_exif_orientation(tmp_path, orientation, suffix):
     options = {"jpg": dict(quality=100, subsampling=0), "webp": dict(lossless=True)}.get(suffix, {})
     stored.save(tmp_path / f"x.{suffix}", exif=exif, **options)
     # JPEG: edges between saturated colours ring by some tens; a wrong orientation differs by 255
-    assert difference(z.open_image(tmp_path / f"x.{suffix}"), expected) < (60 if suffix == "jpg" else 1)
+    assert difference(open_image(tmp_path / f"x.{suffix}"), expected) < (60 if suffix == "jpg" else 1)
 
 
 def test_mpo_first_frame(tmp_path):
@@ -59,7 +61,7 @@ def test_mpo_first_frame(tmp_path):
     first.save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=[second])
     with Image.open(tmp_path / "x.jpg") as image:
         assert image.format == "MPO" and image.n_frames == 2
-    assert difference(z.open_image(tmp_path / "x.jpg"), first) < 5  # a flat colour through JPEG
+    assert difference(open_image(tmp_path / "x.jpg"), first) < 5  # a flat colour through JPEG
 
 
 def transparent(mode: str) -> tuple[Image.Image, dict]:
@@ -88,7 +90,7 @@ def test_transparency_becomes_white(tmp_path, mode, suffix):
     image.save(tmp_path / f"x.{suffix}", **options, **(dict(lossless=True) if suffix == "webp" else {}))
     expected = Image.new("RGB", (8, 4), "white")
     expected.paste((100,) * 3 if "L" in mode else (255, 0, 0), (0, 0, 4, 4))
-    assert difference(z.open_image(tmp_path / f"x.{suffix}"), expected) == 0
+    assert difference(open_image(tmp_path / f"x.{suffix}"), expected) == 0
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
@@ -96,14 +98,14 @@ def test_sixteen_bit_grey(tmp_path, suffix):
     """Pillow's own conversion clips every value above 255 to white."""
     values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     Image.fromarray(values).save(tmp_path / f"x.{suffix}")
-    opened = pixels(z.open_image(tmp_path / f"x.{suffix}"))
+    opened = pixels(open_image(tmp_path / f"x.{suffix}"))
     assert np.abs(opened - (values / 257.0)[..., None]).max() <= 0.5  # 65535 / 257 = 255, rounded
 
 
 def test_sixteen_bit_grey_in_the_dark(tmp_path):
     """A 16-bit picture with nothing above 255 of 65535 is black; it is not an 8-bit picture."""
     Image.fromarray(np.full((8, 8), 200, np.uint16)).save(tmp_path / "x.png")
-    assert pixels(z.open_image(tmp_path / "x.png")).max() <= 1
+    assert pixels(open_image(tmp_path / "x.png")).max() <= 1
 
 
 @pytest.mark.parametrize(("mode", "suffix", "colour", "expected"), [
@@ -120,21 +122,21 @@ def test_modes(tmp_path, mode, suffix, colour, expected):
         expected = (10, 20, 30)
     image.save(tmp_path / f"x.{suffix}", **(dict(lossless=True) if suffix == "webp" else {}))
     # a flat colour through JPEG or the CMYK product
-    assert difference(z.open_image(tmp_path / f"x.{suffix}"), Image.new("RGB", (16, 16), expected)) <= 3
+    assert difference(open_image(tmp_path / f"x.{suffix}"), Image.new("RGB", (16, 16), expected)) <= 3
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
 def test_animation_gives_its_first_frame(tmp_path, suffix):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:], duration=50)
-    assert difference(z.open_image(tmp_path / f"x.{suffix}"), frames[0]) <= 5  # WebP is lossy
+    assert difference(open_image(tmp_path / f"x.{suffix}"), frames[0]) <= 5  # WebP is lossy
 
 
 def test_one_pixel(tmp_path):
     """The smallest picture still becomes a training square."""
     Image.new("RGB", (1, 1), (255, 0, 127)).save(tmp_path / "x.png")
     for center_crop in (False, True):
-        square = z.to_square(z.open_image(tmp_path / "x.png"), 16, center_crop)
+        square = to_square(open_image(tmp_path / "x.png"), 16, center_crop)
         assert square.shape == (2, 3, 16, 16)
         expected = torch.tensor([1.0, -1.0, 127 / 127.5 - 1])[None, :, None, None].expand(2, 3, 16, 16)
         torch.testing.assert_close(square, expected, rtol=0, atol=1e-6)  # fp32
@@ -152,8 +154,8 @@ def jpeg() -> bytes:
 def test_unreadable_image_is_named(tmp_path, content):
     """One line with the file's name, not Pillow's traceback."""
     (tmp_path / "broken.jpg").write_bytes(content)
-    with pytest.raises(z.InputError, match=r"broken.jpg: cannot be read as an image .*remove it") as error:
-        z.open_image(tmp_path / "broken.jpg")
+    with pytest.raises(InputError, match=r"broken.jpg: cannot be read as an image .*remove it") as error:
+        open_image(tmp_path / "broken.jpg")
     assert "\n" not in str(error.value)
 
 
@@ -173,8 +175,8 @@ def test_damaged_exif_is_no_traceback(tmp_path):
             UPRIGHT.save(buffer, "JPEG", exif=bytes(damaged[: rng.integers(7, len(whole) + 1)]))
             (tmp_path / "x.jpg").write_bytes(buffer.getvalue())
             try:
-                assert z.open_image(tmp_path / "x.jpg").mode == "RGB"
-            except z.InputError as error:
+                assert open_image(tmp_path / "x.jpg").mode == "RGB"
+            except InputError as error:
                 assert "x.jpg" in str(error)
 
 
@@ -187,8 +189,8 @@ def test_giant_header_is_refused_before_decoding(tmp_path, size):
     content[16:24] = struct.pack(">II", *size)
     content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))  # of the header chunk
     (tmp_path / "huge.png").write_bytes(bytes(content))
-    with pytest.raises(z.InputError, match=r"huge.png: .*(too large|exceeds)"):
-        z.open_image(tmp_path / "huge.png")
+    with pytest.raises(InputError, match=r"huge.png: .*(too large|exceeds)"):
+        open_image(tmp_path / "huge.png")
 
 
 # --- to_square ---
@@ -196,7 +198,7 @@ def test_giant_header_is_refused_before_decoding(tmp_path, size):
 
 def test_square_without_crop_keeps_everything():
     """Without --center_crop the whole picture is squeezed into the square: all four corners are there."""
-    square = z.to_square(UPRIGHT.resize((160, 80), Image.Resampling.NEAREST), 16, False)
+    square = to_square(UPRIGHT.resize((160, 80), Image.Resampling.NEAREST), 16, False)
     corners = square[0][:, [0, 0, -1, -1], [0, -1, 0, -1]].T
     assert torch.equal(corners, torch.from_numpy(COLOURS.reshape(4, 3) / 127.5 - 1).float())
     assert torch.equal(square[1], square[0].flip(-1))
@@ -210,8 +212,8 @@ def test_center_crop_takes_the_middle(size):
     side = min(size)
     left, top = (wide - side) // 2, (high - side) // 2
     image.paste((0, 0, 255), (left, top, left + side, top + side))
-    assert torch.equal(z.to_square(image, 8, True)[0], torch.tensor([-1.0, -1.0, 1.0])[:, None, None].expand(3, 8, 8))
-    assert wide == high or z.to_square(image, 8, False)[0, 0].max() > 0.9  # the margin is in the squeezed one
+    assert torch.equal(to_square(image, 8, True)[0], torch.tensor([-1.0, -1.0, 1.0])[:, None, None].expand(3, 8, 8))
+    assert wide == high or to_square(image, 8, False)[0, 0].max() > 0.9  # the margin is in the squeezed one
 
 
 # --- find_images ---
@@ -227,23 +229,23 @@ def test_find_images(tmp_path, capsys):
     (folder / "nested.jpg").mkdir()
     make_subject(folder / "more")
     expected = ["01.png", "02.png", "Z.PNG"]
-    assert [path.name for path in z.find_images(folder)] == expected
+    assert [path.name for path in find_images(folder)] == expected
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "skipped 5" in line and "notes.txt" in line and "HEIC" not in line
-    assert [path.name for path in z.find_images(f"{folder}/")] == expected
+    assert [path.name for path in find_images(f"{folder}/")] == expected
 
 
 def test_heic_hint(tmp_path, capsys):
     """iPhone pictures: say what to do, also where they are all there is."""
     folder = make_subject(tmp_path / "dog")
     (folder / "a.HEIC").write_bytes(b"x")
-    z.find_images(folder)
+    find_images(folder)
     assert "convert HEIC to JPEG" in capsys.readouterr().err
     only = tmp_path / "only"
     only.mkdir()
     (only / "a.heic").write_bytes(b"x")
-    with pytest.raises(z.InputError, match="no images in .*convert HEIC to JPEG"):
-        z.find_images(only)
+    with pytest.raises(InputError, match="no images in .*convert HEIC to JPEG"):
+        find_images(only)
 
 
 # --- captions ---
@@ -253,7 +255,7 @@ def captions_case(tmp_path: Path, content) -> tuple[Path, Path, list[Path]]:
     folder = make_subject(tmp_path / "my dog", count=2)
     file = tmp_path / "captions.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
-    return file, folder, z.find_images(folder)
+    return file, folder, find_images(folder)
 
 
 GOOD = {"00.png": "a photo of {} on grass", "01.png": "{} asleep"}
@@ -263,7 +265,7 @@ def test_captions_are_found(tmp_path):
     """By folder and file name, in the images' order, whatever the path looks like."""
     file, folder, images = captions_case(tmp_path, {"my dog": GOOD, "cat": {}})
     for path in (folder, f"{folder}/", f"{folder}/../my dog", folder / "."):
-        assert z.load_captions(file, path, images) == list(GOOD.values())
+        assert load_captions(file, path, images) == list(GOOD.values())
 
 
 @pytest.mark.parametrize(("content", "to_add"), [
@@ -278,37 +280,37 @@ def test_bad_captions_print_the_json_to_add(tmp_path, content, to_add):
     file, folder, images = captions_case(tmp_path, content)
     if content is None:
         file.unlink()
-    with pytest.raises(z.InputError, match="captions.json") as error:
-        z.load_captions(file, folder, images)
+    with pytest.raises(InputError, match="captions.json") as error:
+        load_captions(file, folder, images)
     message = str(error.value)
     assert "\n" not in message
     addition, _ = json.JSONDecoder().raw_decode(message[message.index('{"my dog"') :])
     assert sorted(addition["my dog"]) == to_add
     known = content.get("my dog", {}) if isinstance(content, dict) else {}
     file.write_text(json.dumps({"my dog": {**(known if isinstance(known, dict) else {}), **addition["my dog"]}}))
-    assert len(z.load_captions(file, folder, images)) == 2
+    assert len(load_captions(file, folder, images)) == 2
 
 
 @pytest.mark.parametrize("content", ['{"my dog": ', "", b"\xff\xfe\x00".decode("latin-1")])
 def test_broken_caption_file(tmp_path, content):
     """A forgotten comma is found by its line, not by a traceback."""
     file, folder, images = captions_case(tmp_path, content)
-    with pytest.raises(z.InputError, match="captions.json: cannot be read as JSON") as error:
-        z.load_captions(file, folder, images)
+    with pytest.raises(InputError, match="captions.json: cannot be read as JSON") as error:
+        load_captions(file, folder, images)
     assert "\n" not in str(error.value)
     file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(z.InputError, match="cannot be read as JSON"):
-        z.load_captions(file, folder, images)
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        load_captions(file, folder, images)
 
 
 def test_braces_in_a_caption_stay_text(tmp_path, tiny_model):
     """str.format on text from a file could read attributes; only {} is replaced."""
     text = "{} by {0.__class__} {name} }{"
     file, folder, images = captions_case(tmp_path, {"my dog": {**GOOD, "00.png": text}})
-    captions = z.load_captions(file, folder, images)
+    captions = load_captions(file, folder, images)
     assert captions[0] == text
-    tokenizer = z.load_tokenizer(tiny_model, "<sks>", 1)
-    prompts = z.build_prompts(tokenizer, tiny_model, None, captions, "<sks>", 1)
+    tokenizer = load_tokenizer(tiny_model, "<sks>", 1)
+    prompts = build_prompts(tokenizer, tiny_model, None, captions, "<sks>", 1)
     expected = len(tokenizer(text.replace("{}", "<sks>")).input_ids)
     assert (prompts.ids[0] == len(prompts.rows)).sum() == 1  # one token, in the place of {}
     assert expected <= 77
@@ -316,21 +318,21 @@ def test_braces_in_a_caption_stay_text(tmp_path, tiny_model):
 
 def test_templates():
     """One {} in each, as the placeholder has to come exactly once; the lists are those of textual inversion."""
-    for templates, count, different in ((z.OBJECT_TEMPLATES, 27, 27), (z.STYLE_TEMPLATES, 19, 17)):  # two styles come twice
+    for templates, count, different in ((OBJECT_TEMPLATES, 27, 27), (STYLE_TEMPLATES, 19, 17)):  # two styles come twice
         assert (len(templates), len(set(templates))) == (count, different)
         assert all(text.count("{}") == 1 and text.count("{") == 1 and text == text.strip() for text in templates)
-    assert all("style of {}" in text for text in z.STYLE_TEMPLATES)
+    assert all("style of {}" in text for text in STYLE_TEMPLATES)
 
 
 def test_subject_fingerprint(tmp_path):
     """It must change with any pixel or caption, as a checkpoint continues only on the same data."""
     folder = make_subject(tmp_path / "dog")
 
-    def fingerprint(*flags):
-        return z.load_subject(z.parse_args(["--train_data_dir", str(folder), "--initializer_token", "dog", *flags])).fingerprint
+    def fingerprint(learnable_property: str = "object") -> str:
+        return load_subject(folder, None, learnable_property).fingerprint
 
     first = fingerprint()
-    assert fingerprint() == first != fingerprint("--learnable_property", "style")
+    assert fingerprint() == first != fingerprint("style")
     image = Image.open(folder / "01.png").copy()
     image.putpixel((3, 3), tuple(255 - value for value in image.getpixel((3, 3))))
     image.save(folder / "01.png")

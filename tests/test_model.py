@@ -11,50 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import arguments, run_cli
-from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import PARTS, assert_same, from_pretrained, load, rewrite, weights_of
 from torch import nn
 
-import train_zoodip as z
-
-PARTS = ["unet", "vae", "text_encoder"]
-
-
-def weights_of(folder: Path, part: str) -> Path:
-    return folder / part / f"{z.WEIGHT_NAMES[part]}.safetensors"
-
-
-def load(folder, part: str, quantization: str = "none", dtype=torch.float32, variant=None, skip=()):
-    return z.load_frozen(Path(folder), part, variant, quantization, dtype, "cpu", skip)
-
-
-def from_pretrained(folder, part: str):
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
-
-    model_class = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}[part]
-    return model_class.from_pretrained(folder / part)
-
-
-@pytest.fixture
-def copy(tiny_model, tmp_path) -> Path:
-    """A folder of its own, to break."""
-    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
-
-
-def rewrite(folder: Path, part: str, change) -> None:
-    path = weights_of(folder, part)
-    tensors = change(load_file(path))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
-
-
-def assert_same(model: nn.Module, reference: nn.Module) -> None:
-    ours, theirs = dict(model.named_parameters()), dict(reference.named_parameters())
-    assert set(ours) == set(theirs)
-    for name in theirs:
-        assert torch.equal(ours[name], theirs[name]), name
-    for (name, ours), (_, theirs) in zip(model.named_buffers(), reference.named_buffers(), strict=True):
-        assert torch.equal(ours, theirs), name
+from zoodip.errors import InputError
+from zoodip.model import WEIGHT_NAMES, download_model, find_model_folder, load_pipeline
+from zoodip.prompts import build_prompts, encode_prompts, load_tokenizer, read_embedding_rows
+from zoodip.quantize import QuantizedLayer
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -74,7 +38,7 @@ def test_every_linear_and_convolution_is_quantised(tiny_model, part, quantizatio
     if part == "unet":
         del expected["conv_in"], expected["conv_out"]
         assert isinstance(model.conv_in, nn.Conv2d) and isinstance(model.conv_out, nn.Conv2d)
-    found = {name: module for name, module in model.named_modules() if isinstance(module, z.QuantizedLayer)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     assert set(found) == set(expected)
     assert any(isinstance(module, nn.Conv2d) for module in expected.values()) or part == "text_encoder"
     assert all(parameter.dtype == torch.float16 for parameter in model.parameters())  # biases, norms, embeddings
@@ -94,7 +58,7 @@ def test_bytes_of_the_packed_unet(tiny_model, quantization):
     """What is left in 16 bits, or packed badly, shows in bytes per weight: 4 bits and a scale of 32 bits for each 64."""
     model, packed, weights = load(tiny_model, "unet", quantization, torch.float16), 0, 0
     for layer in model.modules():
-        if isinstance(layer, z.QuantizedLayer):
+        if isinstance(layer, QuantizedLayer):
             weights += layer.shape.numel()
             packed += sum(buffer.nbytes for buffer in layer.buffers())
     assert weights > 0.9 * sum(parameter.numel() for parameter in from_pretrained(tiny_model, "unet").parameters())
@@ -159,7 +123,7 @@ def test_old_names(tiny_model, copy, part, change, quantization):
     rewrite(copy, part, change)
     assert_same(load(copy, part, quantization), load(tiny_model, part, quantization))
     if part == "text_encoder":
-        assert torch.equal(z.read_embedding_rows(copy, None, [5, 2]), z.read_embedding_rows(tiny_model, None, [5, 2]))
+        assert torch.equal(read_embedding_rows(copy, None, [5, 2]), read_embedding_rows(tiny_model, None, [5, 2]))
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -170,13 +134,13 @@ def test_fp16_variant(tiny_model, copy, part):
     path.rename(path.with_name(f"{path.stem}.fp16.safetensors"))
     model = load(copy, part, dtype=torch.float16, variant="fp16")
     assert_same(model, from_pretrained(tiny_model, part).half())
-    with pytest.raises(z.InputError, match=rf"{part}: {path.stem}.safetensors is missing .*fp16.*--variant"):
+    with pytest.raises(InputError, match=rf"{part}: {path.stem}.safetensors is missing .*fp16.*--variant"):
         load(copy, part)
 
 
 def shard(folder: Path, part: str, variant: str | None = None) -> list[Path]:
     """Split the weights in two files with an index, under the libraries' own names."""
-    path, stem = weights_of(folder, part), z.WEIGHT_NAMES[part]
+    path, stem = weights_of(folder, part), WEIGHT_NAMES[part]
     tensors = load_file(path)
     path.unlink()
     middle = f".{variant}" if variant else ""
@@ -198,13 +162,13 @@ def test_shards(tiny_model, copy, part, variant):
     shards = shard(copy, part, variant)
     assert_same(load(copy, part, variant=variant), from_pretrained(tiny_model, part))
     if part == "text_encoder":
-        assert z.read_embedding_rows(copy, variant, [3]).shape == (1, 32)
+        assert read_embedding_rows(copy, variant, [3]).shape == (1, 32)
     shards[1].unlink()
-    with pytest.raises(z.InputError, match=f"{part}: the shards {shards[1].name} are missing"):
+    with pytest.raises(InputError, match=f"{part}: the shards {shards[1].name} are missing"):
         load(copy, part, variant=variant)
 
 
-PUBLISHED = [f"{part}/{name}" for part in PARTS for stem in [z.WEIGHT_NAMES[part]] for name in (
+PUBLISHED = [f"{part}/{name}" for part in PARTS for stem in [WEIGHT_NAMES[part]] for name in (
     f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{stem}.bin", f"{stem}.fp16.bin",
     f"{stem}-00001-of-00002.safetensors", f"{stem}.safetensors.index.json",
     f"{stem}.fp16-00001-of-00002.safetensors", f"{stem}.safetensors.index.fp16.json",
@@ -218,11 +182,11 @@ def test_what_is_downloaded(monkeypatch, tmp_path, variant):
 
     asked = {}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **kw: asked.update(kw, name=name) or tmp_path)
-    assert z.download_model("someone/sd", "main", variant) == tmp_path
+    assert download_model("someone/sd", "main", variant) == tmp_path
     assert asked["name"] == "someone/sd" and asked["revision"] == "main"
     got = {name for name in PUBLISHED if any(fnmatch.fnmatch(name, p) for p in asked["allow_patterns"])}
     middle = f".{variant}" if variant else ""
-    needed = {f"{part}/{name}" for part in PARTS for stem in [z.WEIGHT_NAMES[part]] for name in (
+    needed = {f"{part}/{name}" for part in PARTS for stem in [WEIGHT_NAMES[part]] for name in (
         f"{stem}{middle}.safetensors", f"{stem}{middle}-00001-of-00002.safetensors",
         f"{stem}.safetensors.index{middle}.json")}
     assert needed <= got
@@ -245,7 +209,7 @@ def test_what_is_downloaded(monkeypatch, tmp_path, variant):
 def test_configuration_and_weights_that_disagree(copy, part, change, message, quantization):
     """Half a model must not be trained on in silence."""
     rewrite(copy, part, change)
-    with pytest.raises(z.InputError, match=rf"{part}: .*{message}"):
+    with pytest.raises(InputError, match=rf"{part}: .*{message}"):
         load(copy, part, quantization)
 
 
@@ -253,7 +217,7 @@ def test_a_transposed_matrix_is_not_reshaped(copy):
     """Only trailing 1 x 1 axes may differ: the same number of values in another shape is another layer."""
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"  # (16, 32)
     rewrite(copy, "unet", lambda t: {**t, name: t[name].T})
-    with pytest.raises(z.InputError, match=r"to_k.weight is \(32, 16\), config.json says \(16, 32\)"):
+    with pytest.raises(InputError, match=r"to_k.weight is \(32, 16\), config.json says \(16, 32\)"):
         load(copy, "unet")
 
 
@@ -264,11 +228,11 @@ def test_truncated_file(copy, part, size):
     path = weights_of(copy, part)
     content = path.read_bytes()
     path.write_bytes(content[:size])
-    with pytest.raises(z.InputError, match=f"{path.name}.*download"):
+    with pytest.raises(InputError, match=f"{path.name}.*download"):
         load(copy, part)
     if part == "text_encoder":
-        with pytest.raises(z.InputError, match=f"{path.name}.*download"):
-            z.read_embedding_rows(copy, None, [1])
+        with pytest.raises(InputError, match=f"{path.name}.*download"):
+            read_embedding_rows(copy, None, [1])
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -278,8 +242,8 @@ def test_a_pickle_is_never_read(copy, part, tmp_path):
     path.unlink()
     marker = tmp_path / "executed"
     path.with_suffix(".bin").write_bytes(f"cos\nsystem\n(S'touch {marker}'\ntR.".encode())
-    with pytest.raises(z.InputError, match=f"{part}: .*{path.stem}.bin.*only safetensors is read, never a pickle"):
-        z.find_model_folder(str(copy))
+    with pytest.raises(InputError, match=f"{part}: .*{path.stem}.bin.*only safetensors is read, never a pickle"):
+        find_model_folder(str(copy))
     assert not marker.exists()
 
 
@@ -289,8 +253,8 @@ def test_incomplete_folder(copy, missing):
     """Found before anything is loaded, and named."""
     path = copy / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(z.InputError, match=rf"{missing.split('/')[-1]}.* is missing"):
-        z.find_model_folder(str(copy))
+    with pytest.raises(InputError, match=rf"{missing.split('/')[-1]}.* is missing"):
+        find_model_folder(str(copy))
 
 
 @pytest.mark.parametrize("file", ["unet/config.json", "text_encoder/config.json", "vae/config.json",
@@ -300,8 +264,8 @@ def test_broken_json(copy, file):
     if "index" in file:
         weights_of(copy, "unet").unlink()
     (copy / file).write_text('{"a": ')
-    with pytest.raises(z.InputError, match=file.split("/")[-1]):
-        z.find_model_folder(str(copy))
+    with pytest.raises(InputError, match=file.split("/")[-1]):
+        find_model_folder(str(copy))
         load(copy, file.split("/")[0])
 
 
@@ -323,123 +287,23 @@ def test_models_of_another_kind(copy, subject, tmp_path, capsys, kind):
 # --- what is made of it ---
 
 
-def test_embedding_rows(tiny_model):
-    """Rows in the order asked for, repeats included, without reading the table."""
-    table = from_pretrained(tiny_model, "text_encoder").get_input_embeddings().weight
-    ids = [7, 0, 7, len(table) - 1]
-    assert torch.equal(z.read_embedding_rows(tiny_model, None, ids), table[ids])
-
-
-@pytest.mark.parametrize("center_crop", [False, True])
-def test_encode_images(tiny_model, tmp_path, center_crop):
-    """Mean and deviation of the scaled latent of the picture and of its mirror image."""
-    images = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (20 + 9 * i, 31, 3), np.uint8)) for i in range(2)]
-    paths = [tmp_path / f"{i}.png" for i in range(2)]
-    for image, path in zip(images, paths, strict=True):
-        image.save(path)
-    latents = z.encode_images(load(tiny_model, "vae", skip=("decoder.", "post_quant_conv.")), paths, 16, center_crop)
-    assert latents.shape == (2, 2, 2, 4, 8, 8) and latents.dtype == torch.float32
-    vae = from_pretrained(tiny_model, "vae")
-    for i, image in enumerate(images):
-        for flip in range(2):
-            pixels = z.to_square(image, 16, center_crop)[:1]
-            with torch.no_grad():
-                distribution = vae.encode(pixels.flip(-1) if flip else pixels).latent_dist
-            # the same sums in another order, in fp32: values of size 0.1 to 1
-            torch.testing.assert_close(latents[i, flip, 0], distribution.mean[0] * 0.18215, rtol=0, atol=2e-6)
-            torch.testing.assert_close(latents[i, flip, 1], distribution.std[0] * 0.18215, rtol=0, atol=2e-6)
-
-
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_load_pipeline_takes_a_textual_inversion(tiny_model, tmp_path, quantization):
     """The quantised pipeline must draw, and give the learned word the states that training gave it."""
     token = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     save_file({"<sks>": token}, tmp_path / "x.safetensors")
-    pipeline = z.load_pipeline(str(tiny_model), quantization)
+    pipeline = load_pipeline(str(tiny_model), quantization)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_textual_inversion(tmp_path / "x.safetensors")
     states, _ = pipeline.encode_prompt("a photo of <sks>", "cpu", 1, False)
-    tokenizer = z.load_tokenizer(tiny_model, "<sks>", 2)
-    prompts = z.build_prompts(tokenizer, tiny_model, None, ["a photo of {}"], "<sks>", 2)
+    tokenizer = load_tokenizer(tiny_model, "<sks>", 2)
+    prompts = build_prompts(tokenizer, tiny_model, None, ["a photo of {}"], "<sks>", 2)
     encoder = load(tiny_model, "text_encoder", quantization)
     with torch.no_grad():
-        expected = z.encode_prompts(encoder, prompts.rows, prompts.ids, token[None])
+        expected = encode_prompts(encoder, prompts.rows, prompts.ids, token[None])
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)  # fp32, the same sums
     pictures = [pipeline(text, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
                 for text in ("a photo of <sks>", "a photo of dog")]
     assert pictures[0].shape == (1, 16, 16, 3) and not np.array_equal(*pictures)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_packed_folder_is_the_same_model(tiny_model, subject, tmp_path, capsys, monkeypatch, quantization):
-    """--save_quantized, then that folder: the same bits in every part, in less space, in shards as well as in one file."""
-    monkeypatch.chdir(tmp_path)
-    argv = ["--pretrained_model_name_or_path", str(tiny_model), "--quantization", quantization, "--save_quantized", "packed"]
-    assert run_cli(argv) == 0
-    assert "packed: the model with" in capsys.readouterr().out
-    packed = tmp_path / "packed"
-    assert not list(tmp_path.glob(".packed*"))  # nothing unfinished is left
-    for part in PARTS:
-        for dtype in (torch.float32, torch.bfloat16):
-            skip = ("encoder.", "quant_conv.") if part == "vae" else ()
-            from_original, from_packed = (load(folder, part, quantization, dtype, skip=skip) for folder in (tiny_model, packed))
-            assert_same(from_packed, from_original)
-            found = {name for name, module in from_packed.named_modules() if isinstance(module, z.QuantizedLayer)}
-            assert found == {name for name, module in from_original.named_modules() if isinstance(module, z.QuantizedLayer)}
-    encoder = ("decoder.", "post_quant_conv.")
-    assert_same(load(packed, "vae", skip=encoder), load(tiny_model, "vae", skip=encoder))  # which training uses unpacked
-    runs = [tmp_path / "a", tmp_path / "b"]
-    for model, output in zip((tiny_model, packed), runs, strict=True):
-        assert run_cli(arguments(model, subject, output, quantization=quantization)) == 0
-    tokens = [load_file(output / "learned_embeds.safetensors")["<sks>"] for output in runs]
-    assert torch.equal(*tokens)
-    assert run_cli(argv) == 2 and "exists" in capsys.readouterr().err
-    assert run_cli(arguments(packed, subject, tmp_path / "c", quantization="none")) == 2
-    assert f"packed as {quantization}" in capsys.readouterr().err
-    again = [*argv[:1], str(packed), *argv[2:5], "repacked"]  # a packed folder, packed: the same once more
-    assert run_cli(again) == 0
-    for path in packed.rglob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "repacked" / path.relative_to(packed)).read_bytes()
-
-
-def test_packing_and_training_in_one(tiny_model, subject, tmp_path):
-    argv = arguments(tiny_model, subject, tmp_path / "out", save_quantized=tmp_path / "packed")
-    assert run_cli(argv) == 0
-    assert (tmp_path / "packed" / "model_index.json").exists() and (tmp_path / "out" / "learned_embeds.safetensors").exists()
-
-
-def test_shards_keep_packing_small(tmp_path):
-    """Shards hold one another's tensors apart and the index names each once."""
-    tensors = [(f"t{i}", torch.full((5 << 20,), float(i))) for i in range(8)]  # 20 MB each
-    z.write_shards(tmp_path, "model", iter(tensors))
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    assert sorted(index) == [name for name, _ in tensors]
-    assert len(set(index.values())) == 2  # four reach 64 MB
-    for name, tensor in tensors:
-        assert torch.equal(load_file(tmp_path / index[name])[name], tensor)
-
-
-@pytest.mark.parametrize("change", ["missing", "short"])
-def test_a_damaged_packed_folder(tiny_model, tmp_path, capsys, change):
-    packed = tmp_path / "packed"
-    run_cli(["--pretrained_model_name_or_path", str(tiny_model), "--save_quantized", str(packed)])
-    path = next((packed / "unet").glob("*.safetensors"))
-    tensors = load_file(path)
-    name = next(name for name in tensors if name.endswith(".weight.absmax"))
-    tensors[name] = tensors[name][:-1]
-    if change == "missing":
-        del tensors[name]
-    save_file(tensors, path)
-    with pytest.raises(z.InputError, match="does not fit config.json"):
-        load(packed, "unet", "nf4")
-    capsys.readouterr()
-
-
-def test_save_quantized_leaves_nothing_behind_when_it_fails(tiny_model, tmp_path, monkeypatch, capsys):
-    def full(path, content):
-        raise z.InputError(f"{path}: cannot be written (No space left on device); free some space")
-
-    monkeypatch.setattr(z, "write_atomically", full)
-    assert run_cli(["--pretrained_model_name_or_path", str(tiny_model), "--save_quantized", str(tmp_path / "packed")]) == 2
-    assert "free some space" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []

@@ -8,9 +8,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import seeded
 from torch import nn
 
-import train_zoodip as z
+import zoodip.quantize
+from zoodip.model import load_pipeline
+from zoodip.quantize import QuantizedLayer, nf4_cpu_function, pack_weight, quantized_layer
 
 LINEAR = [(96, 864), (7, 5), (64, 64), (3, 200), (320, 77), (1, 1)]  # (out, in); sizes off 64 are where kernels go wrong
 CONVOLUTIONS = [  # (out, in / groups, height, width), options
@@ -26,16 +29,12 @@ CONVOLUTIONS = [  # (out, in / groups, height, width), options
 EXPECTED_ERROR = {"nf4": (0.05, 0.12), "int8": (0.001, 0.015)}
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def make_linear(shape, quantization: str, dtype=torch.float32, bias: bool = True):
     layer = nn.Linear(shape[1], shape[0], bias=bias).requires_grad_(False)
     weight = torch.randn(shape, generator=seeded(1)) / shape[1] ** 0.5
     layer.weight.copy_(weight)
     layer.to(dtype)
-    return layer, weight, z.QuantizedLayer(layer, z.pack_weight(weight, quantization), dtype)
+    return layer, weight, quantized_layer(layer, pack_weight(weight, quantization), dtype)
 
 
 def make_convolution(shape, options: dict, quantization: str, dtype=torch.float32):
@@ -44,7 +43,7 @@ def make_convolution(shape, options: dict, quantization: str, dtype=torch.float3
     weight = torch.randn(shape, generator=seeded(2)) / math.prod(shape[1:]) ** 0.5
     layer.weight.copy_(weight)
     layer.to(dtype)
-    return layer, weight, z.QuantizedLayer(layer, z.pack_weight(weight, quantization), dtype)
+    return layer, weight, quantized_layer(layer, pack_weight(weight, quantization), dtype)
 
 
 NF4 = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
@@ -114,7 +113,7 @@ def check(layer, weight, quantized, inputs, apply):
 def test_a_weight_of_zeros(quantization):
     """0 / 0 in the scale must not become NaN."""
     layer = nn.Linear(70, 5).requires_grad_(False)
-    quantized = z.QuantizedLayer(layer, z.pack_weight(torch.zeros(5, 70), quantization), torch.float32)
+    quantized = quantized_layer(layer, pack_weight(torch.zeros(5, 70), quantization), torch.float32)
     assert torch.equal(quantized.dequantize(), torch.zeros(5, 70))
 
 
@@ -142,22 +141,22 @@ def test_packing_in_slices_is_packing_whole():
     from bitsandbytes import functional as bnb
 
     weight = torch.randn(1100, 4096, generator=seeded())  # 4.5 M: three slices
-    packed = z.pack_weight(weight, "nf4")
+    packed = pack_weight(weight, "nf4")
     whole, state = bnb.quantize_4bit(weight.flatten(), blocksize=64, quant_type="nf4", compress_statistics=True)
     for ours, theirs in ((packed["nf4"], whole.flatten()), (packed["absmax"], state.absmax),
                          (packed["absmax_scale"], state.state2.absmax), (packed["absmax_offset"], state.offset)):
         assert torch.equal(ours, theirs)
-    layer = z.QuantizedLayer(nn.Linear(4096, 1100, device="meta"), packed, torch.float32)
+    layer = quantized_layer(nn.Linear(4096, 1100, device="meta"), packed, torch.float32)
     assert torch.equal(layer.dequantize().flatten(), bnb.dequantize_4bit(whole, state).flatten())
 
 
 def test_the_two_ways_to_hold_scales_agree(monkeypatch):
     """Small layers hold the scales of the packed weight unpacked: the same numbers, not better ones."""
     layer, weight = nn.Linear(4096, 512, device="meta"), torch.randn(512, 4096, generator=seeded())  # 2 M: packed scales
-    whole = z.QuantizedLayer(layer, z.pack_weight(weight, "nf4"), torch.float32)
+    whole = quantized_layer(layer, pack_weight(weight, "nf4"), torch.float32)
     assert whole.absmax.dtype == torch.uint8
-    packed = z.pack_weight(weight[:100], "nf4")  # 0.4 M: unpacked
-    small = z.QuantizedLayer(nn.Linear(4096, 100, device="meta"), packed, torch.float32)
+    packed = pack_weight(weight[:100], "nf4")  # 0.4 M: unpacked
+    small = quantized_layer(nn.Linear(4096, 100, device="meta"), packed, torch.float32)
     assert small.absmax.dtype == torch.float32 and not hasattr(small, "absmax_scale")
     from bitsandbytes import functional as bnb
 
@@ -174,11 +173,11 @@ def test_slices_of_a_large_layer(quantization, bias, monkeypatch):
     for layer, shape in cases:
         layer.requires_grad_(False)
         inputs = torch.randn(shape, generator=seeded())
-        packed = z.pack_weight(layer.weight, quantization)
-        whole = z.QuantizedLayer(layer, packed, torch.float32)
+        packed = pack_weight(layer.weight, quantization)
+        whole = quantized_layer(layer, packed, torch.float32)
         with monkeypatch.context() as patch:
-            patch.setattr(z.QuantizedLayer, "AT_ONCE", 7 * math.prod(layer.weight.shape[1:]))
-            sliced = z.QuantizedLayer(layer, packed, torch.float32)
+            patch.setattr(QuantizedLayer, "AT_ONCE", 7 * math.prod(layer.weight.shape[1:]))
+            sliced = quantized_layer(layer, packed, torch.float32)
         assert sliced.rows_at_once == 7 and whole.rows_at_once == 40
         assert torch.equal(torch.cat([sliced.dequantize(0, 7), sliced.dequantize(7, 40)]), whole.dequantize())
         # sums of up to 576 terms of size 1 / 24, which the kernel may order anew for another number of rows
@@ -187,9 +186,9 @@ def test_slices_of_a_large_layer(quantization, bias, monkeypatch):
 
 def test_layers_that_cannot_be_sliced(monkeypatch):
     """Rows that do not end where a block ends, and groups, are left whole."""
-    monkeypatch.setattr(z.QuantizedLayer, "AT_ONCE", 10)
+    monkeypatch.setattr(QuantizedLayer, "AT_ONCE", 10)
     for layer in (nn.Linear(65, 8), nn.Conv2d(128, 8, 3, groups=2)):
-        quantized = z.QuantizedLayer(layer, z.pack_weight(layer.weight.detach(), "nf4"), torch.float32)
+        quantized = quantized_layer(layer, pack_weight(layer.weight.detach(), "nf4"), torch.float32)
         assert quantized.rows_at_once == 8
 
 
@@ -201,10 +200,10 @@ def test_layers_that_cannot_be_sliced(monkeypatch):
 def test_packed_tensors_that_do_not_fit(change, words):
     """C code reads them by address: what is not as it must be is refused before."""
     layer = nn.Linear(128, 40)
-    packed = z.pack_weight(layer.weight.detach(), "nf4")
+    packed = pack_weight(layer.weight.detach(), "nf4")
     change(packed)
     with pytest.raises(ValueError, match=words):
-        z.QuantizedLayer(layer, packed, torch.float32)
+        quantized_layer(layer, packed, torch.float32)
 
 
 def test_only_the_packed_weight_is_kept():
@@ -258,8 +257,8 @@ def test_the_direct_call_is_the_operator(dtype, shape, monkeypatch):
     """The library's C function, called directly for speed, and its operator: the same bits; where there is none, the operator."""
     _, _, quantized = make_linear(shape, "nf4", dtype)
     direct = quantized.dequantize()
-    assert z.nf4_cpu_function(dtype) is not None, "this bitsandbytes has no such function: the layer falls back to the operator"
-    monkeypatch.setattr(z, "nf4_cpu_function", lambda dtype: None)
+    assert nf4_cpu_function(dtype) is not None, "this bitsandbytes has no such function: the layer falls back to the operator"
+    monkeypatch.setattr(zoodip.quantize, "nf4_cpu_function", lambda dtype: None)
     assert torch.equal(quantized.dequantize(), direct)
 
 
@@ -269,12 +268,12 @@ def test_the_miniature_is_measured_with_the_weights_that_training_packs(tiny_mod
 
     from miniature.quality import round_weights_to_nf4
 
-    plain, packed = StableDiffusionPipeline.from_pretrained(tiny_model), z.load_pipeline(str(tiny_model))
+    plain, packed = StableDiffusionPipeline.from_pretrained(tiny_model), load_pipeline(str(tiny_model))
     rounded = round_weights_to_nf4(plain)
     compared = 0
     for part in ("unet", "text_encoder"):
         for name, layer in getattr(packed, part).named_modules():
-            if isinstance(layer, z.QuantizedLayer):
+            if isinstance(layer, QuantizedLayer):
                 weight = getattr(plain, part).get_submodule(name).weight
                 assert torch.equal(weight, layer.dequantize()), name
                 compared += weight.numel()

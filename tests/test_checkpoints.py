@@ -1,0 +1,110 @@
+"""Checkpoints of other runs and damaged ones: refused in one line, or passed over."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import arguments, make_subject, run_cli
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory):
+    """A finished run of six steps, its subject and its checkpoints at 3 and 6."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    data = make_subject(folder / "dog")
+    assert run_cli(arguments(tiny_model, data, folder / "out", max_train_steps=6, checkpointing_steps=3)) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("flag", "value", "was"), [
+    ("seed", 1, "was 0, is 1"), ("n", 3, "was 2, is 3"), ("tau", 5, "was 4, is 5"), ("mu", 0.02, "was 0.01, is 0.02"),
+    ("learning_rate", 0.01, "was 0.005, is 0.01"), ("estimator", "spsa", "was 'rge', is 'spsa'"),
+    ("quantization", "int8", "was 'nf4', is 'int8'"), ("num_vectors", 2, "was 1, is 2"),
+    ("placeholder_token", "<x>", "was '<sks>', is '<x>'"), ("resolution", 24, "was 16, is 24"),
+    ("learnable_property", "style", "was 'object', is 'style'"), ("mixed_precision", "bf16", "was 'fp32', is 'bf16'"),
+])  # fmt: skip
+def test_checkpoint_of_another_run(trained, refused, flag, value, was):
+    """The difference is named, flag, old and new."""
+    checkpoint = trained / "out" / "checkpoint-6.safetensors"
+    line = refused(data=trained / "dog", resume_from_checkpoint=checkpoint, **{flag: value})
+    assert f"--{flag} {was}" in line and "checkpoint-6" in line
+
+
+def test_checkpoint_of_other_images(trained, tmp_path, refused):
+    folder = shutil.copytree(trained / "dog", tmp_path / "dog")
+    Image.new("RGB", (24, 24)).save(folder / "01.png")
+    line = refused(data=folder, resume_from_checkpoint=trained / "out" / "checkpoint-6.safetensors")
+    assert "images or captions" in line and "changed" in line and "checkpoint-6" in line
+
+
+def test_checkpoint_of_other_weights(trained, tmp_path, tiny_model, refused):
+    """The same folder's name, another model in it: a retrained or a different variant."""
+    model = shutil.copytree(tiny_model, tmp_path / tiny_model.name)
+    path = model / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_out.bias"] += 1
+    save_file(tensors, path, {"format": "pt"})
+    line = refused(model=model, data=trained / "dog", resume_from_checkpoint=trained / "out" / "checkpoint-6.safetensors")
+    assert "model weights" in line and "changed" in line
+
+
+def damage(source, target, kind: str) -> None:
+    content = source.read_bytes()
+    if kind == "truncated":
+        return target.write_bytes(content[:-40])
+    if kind in ("empty", "garbage"):
+        return target.write_bytes(b"" if kind == "empty" else os.urandom(500))
+    with safe_open(source, "pt") as handle:
+        metadata = handle.metadata()
+    tensors = load_file(source)
+    if kind == "nan":
+        tensors["theta"][0, 0] = float("nan")
+    elif kind == "shape":
+        tensors["adam.exp_avg"] = torch.zeros(3)
+    elif kind == "history":
+        tensors["subspace.token_history"] = torch.zeros(2, 5)
+    elif kind == "generator":
+        tensors["generator"] = torch.zeros(5, dtype=torch.uint8)
+    elif kind == "header":
+        metadata = {"format": "pt"}
+    elif kind == "json":
+        metadata["zoodip.checkpoint"] = metadata["zoodip.checkpoint"][:-5]
+    else:
+        del tensors[kind]
+    save_file(tensors, target, metadata)
+
+
+DAMAGES = ["truncated", "empty", "garbage", "nan", "shape", "history", "generator", "header", "json", "theta", "adam.step",
+           "adam.exp_avg_sq", "subspace.projection"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_checkpoint(trained, tmp_path, refused, kind):
+    """Named as such; a run never goes on from half a state."""
+    damage(trained / "out" / "checkpoint-6.safetensors", tmp_path / "checkpoint-6.safetensors", kind)
+    line = refused(data=trained / "dog", resume_from_checkpoint=tmp_path / "checkpoint-6.safetensors")
+    assert "is not a whole checkpoint" in line and "checkpoint-6" in line
+
+
+def test_checkpoint_that_is_not_there(trained, tmp_path, refused):
+    assert "there is no file" in refused(data=trained / "dog", resume_from_checkpoint=tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["truncated", "nan", "generator", "adam.step"])
+def test_latest_passes_over_a_damaged_checkpoint(trained, tmp_path, tiny_model, capsys, kind):
+    """A full disk may leave the newest broken; the one before it is taken, and gives the same result."""
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(trained / "out" / "checkpoint-3.safetensors", out)
+    damage(trained / "out" / "checkpoint-6.safetensors", out / "checkpoint-6.safetensors", kind)
+    argv = arguments(tiny_model, trained / "dog", out, max_train_steps=6, resume_from_checkpoint="latest")
+    assert run_cli(argv) == 0
+    assert "skipped a broken checkpoint" in capsys.readouterr().err
+    ours, theirs = (load_file(folder / "learned_embeds.safetensors")["<sks>"] for folder in (out, trained / "out"))
+    assert torch.equal(ours, theirs)
