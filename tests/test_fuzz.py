@@ -33,9 +33,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from watching import Watch
 
+from zoodip.checkpoints import state_digest
 from zoodip.model import WEIGHT_NAMES
 from zoodip.records import peak_memory_gb
-from zoodip.checkpoints import state_digest
 
 RUN = dict(max_train_steps=2, checkpointing_steps=1, eval_steps=0, num_eval_samples=1)
 PARTS = list(WEIGHT_NAMES)

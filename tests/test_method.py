@@ -22,8 +22,8 @@ from train_zoodip import (
     train,
     zeroth_order_gradient,
 )
-from zoodip.diffusion import Batch, Data, FrozenModel
 from zoodip.checkpoints import read_checkpoint, write_checkpoint
+from zoodip.diffusion import Batch, Data, FrozenModel
 
 NAMES = ["rge", "spsa", "one_point"]
 MU = 1e-2

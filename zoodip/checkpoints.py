@@ -61,6 +61,15 @@ def checkpoint_step(path: Path) -> int:
     return int(path.stem.removeprefix("checkpoint-"))
 
 
-def kinds(tensors: dict[str, torch.Tensor]) -> dict[str, tuple]:
-    """Of each tensor what is the same in every checkpoint of a run: dtype and shape, but for the length of a history."""
-    return {name: (tensor.dtype, tensor.dim(), tuple(tensor.shape[1:])) for name, tensor in tensors.items()}
+def can_follow(tensors: dict[str, torch.Tensor], fresh: dict[str, torch.Tensor]) -> bool:
+    """Whether `tensors` can be the state of a run that began as `fresh`: the same names, dtypes and shapes, finite numbers.
+
+    Only what begins without rows, a history, may have become longer.
+    """
+
+    def same_kind(tensor: torch.Tensor, first: torch.Tensor) -> bool:
+        from_row = 1 if first.dim() and len(first) == 0 else 0
+        return (tensor.dtype, tensor.dim(), tensor.shape[from_row:]) == (first.dtype, first.dim(), first.shape[from_row:])
+
+    same_names = tensors.keys() == fresh.keys()
+    return same_names and all(same_kind(tensors[name], fresh[name]) and tensors[name].isfinite().all() for name in fresh)

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from zoodip.checkpoints import checkpoint_step, kinds, list_checkpoints, read_checkpoint, write_checkpoint
+from zoodip.checkpoints import can_follow, checkpoint_step, list_checkpoints, read_checkpoint, write_checkpoint
 from zoodip.errors import BrokenCheckpoint, InputError
 from zoodip.files import lock_folder, write_atomically, write_image, write_json
 from zoodip.prompts import file_stem
@@ -171,8 +171,7 @@ class Run:
                 f"--resume_from_checkpoint {path}: is of another method or version ({error} is missing); start anew "
                 "without --resume_from_checkpoint"
             ) from error
-        fresh = self.state()[1]
-        if kinds(tensors) != kinds(fresh):
+        if not can_follow(tensors, self.state()[1]):
             raise BrokenCheckpoint(path, "its tensors are not those of such a run")
         self.generator.set_state(tensors.pop("generator"))
         self.trainer.load_state_dict({**tensors, **header.get("state", {})})
@@ -288,6 +287,7 @@ class Run:
                 f"the loss was not finite for {MOST_SKIPPED} steps up to step {step}; try --mixed_precision fp32 or "
                 f"bf16, {self.trainer.remedy}"
             )
+        assert self.bar is not None  # `steps` has made it
         warning = outputs.check(step)
         if warning and self.is_main:
             self.bar.write(warning, file=sys.stderr)
