@@ -66,11 +66,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="IProgress not found")
 
 
-def run_script(main: Callable[..., int | None], args) -> int:
-    """`main(args)` for the command line -> exit code: what the user can mend is one line on stderr and code 2."""
+def run_script(main: Callable[..., int | None], flags) -> int:
+    """`main(flags)` for the command line -> exit code: what the user can mend is one line on stderr and code 2."""
     quiet_libraries()
     try:
-        return main(args) or 0
+        return main(flags) or 0
     except InputError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
