@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from zoodip.arguments import NUM_TRAIN_TIMESTEPS
@@ -100,7 +99,7 @@ def load_scheduler(folder: Path) -> DDPMScheduler:
     path = folder / "scheduler"
     with damaged_model(path):
         scheduler = cast("DDPMScheduler", DDPMScheduler.from_pretrained(path))
-    kind, steps = scheduler.config.prediction_type, len(scheduler.alphas_cumprod)
+    kind, steps = scheduler.config["prediction_type"], len(scheduler.alphas_cumprod)
     if kind not in ("epsilon", "v_prediction"):
         raise InputError(f"{path}: prediction_type is {kind!r}; give a Stable Diffusion 1.x or 2.x (epsilon or v_prediction)")
     between = (scheduler.alphas_cumprod >= 0) & (scheduler.alphas_cumprod < 1)
@@ -118,14 +117,15 @@ def encode_images(vae: AutoencoderKL, paths: list[Path], resolution: int, center
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     device = next(vae.parameters()).device
-    vae.to(memory_format=torch.channels_last)  # the convolutions' own order: otherwise each copies its input and output
+    # the convolutions' own order: otherwise each copies its input and output. (torch's annotations lack this call.)
+    cast(Any, vae).to(memory_format=torch.channels_last)
     latents = []
     for path in tqdm(paths, desc="encoding", unit="image", leave=False):
         flips = []
         for picture in to_square(open_image(path), resolution, center_crop):  # one at a time: they are the largest of the run
             moments = encoder_moments(vae, picture[None].to(device, vae.dtype, memory_format=torch.channels_last))
             distribution = DiagonalGaussianDistribution(moments)
-            flips.append(torch.cat([distribution.mean, distribution.std]).float().cpu() * vae.config.scaling_factor)
+            flips.append(torch.cat([distribution.mean, distribution.std]).float().cpu() * vae.config["scaling_factor"])
         latents.append(torch.stack(flips).contiguous())
     return torch.stack(latents)
 
@@ -176,7 +176,7 @@ class Batch:
 
 
 def noise_batch(
-    latents: torch.Tensor, timesteps: torch.Tensor, prompt_ids: torch.Tensor, scheduler: DDPMScheduler, generator: torch.Generator
+    latents: torch.Tensor, timesteps: torch.Tensor, prompt_ids: torch.Tensor, scheduler, generator: torch.Generator
 ) -> Batch:
     """Sample latents and noise and mix them at `timesteps` (Eq. 1). latents: [B, 2 (mean, std), 4, h, w]."""
     mean, std = latents.unbind(1)

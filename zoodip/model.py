@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -12,6 +13,12 @@ from torch import nn
 from zoodip.errors import DamagedModel, InputError, damaged_model
 from zoodip.files import read_json, read_tensors
 from zoodip.quantize import pack_weight, quantized_layer
+
+if TYPE_CHECKING:  # diffusers and transformers take seconds to import
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from transformers import CLIPTextModel, CLIPTokenizer
 
 MAX_LAYERS = 100  # in a row; a damaged configuration that promises more would keep us building for hours
 WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
@@ -197,23 +204,31 @@ def load_frozen(
     return model.to(device).eval().requires_grad_(False)
 
 
+def load_unet(
+    folder: Path, variant: str | None, quantization: str, dtype: torch.dtype, device: torch.device | str
+) -> UNet2DConditionModel:
+    """The UNet, quantised."""
+    return cast("UNet2DConditionModel", load_frozen(folder, "unet", variant, quantization, dtype, device))
+
+
 def load_text_encoder(
     folder: Path, variant: str | None, quantization: str, dtype: torch.dtype, device: torch.device | str
-) -> nn.Module:
+) -> CLIPTextModel:
     """The text encoder without its token-embedding table: `Prompts` brings the rows that it needs."""
-    return load_frozen(folder, "text_encoder", variant, quantization, dtype, device, skip=("embeddings.token_embedding.",))
+    table = ("embeddings.token_embedding.",)
+    return cast("CLIPTextModel", load_frozen(folder, "text_encoder", variant, quantization, dtype, device, skip=table))
 
 
-def load_vae_encoder(folder: Path, variant: str | None, device: torch.device | str) -> nn.Module:
+def load_vae_encoder(folder: Path, variant: str | None, device: torch.device | str) -> AutoencoderKL:
     """The VAE without its decoder, unquantised, fp32: it encodes the photographs once and is freed."""
-    return load_frozen(folder, "vae", variant, "none", torch.float32, device, skip=VAE_DECODER)
+    return cast("AutoencoderKL", load_frozen(folder, "vae", variant, "none", torch.float32, device, skip=VAE_DECODER))
 
 
 def load_vae_decoder(
     folder: Path, variant: str | None, quantization: str, dtype: torch.dtype, device: torch.device | str
-) -> nn.Module:
+) -> AutoencoderKL:
     """The VAE without its encoder, quantised: it draws."""
-    return load_frozen(folder, "vae", variant, quantization, dtype, device, skip=VAE_ENCODER)
+    return cast("AutoencoderKL", load_frozen(folder, "vae", variant, quantization, dtype, device, skip=VAE_ENCODER))
 
 
 def build_model(folder: Path, component: str) -> nn.Module:
@@ -230,7 +245,8 @@ def build_model(folder: Path, component: str) -> nn.Module:
             from transformers import CLIPTextConfig, CLIPTextModel
 
             return CLIPTextModel(CLIPTextConfig.from_pretrained(folder / component))
-        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         model_class = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[component]
         return model_class.from_config(model_class.load_config(folder / component))
@@ -287,25 +303,37 @@ def load_pipeline(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     variant: str | None = None,
-):
-    """A `StableDiffusionPipeline` whose UNet, text encoder and VAE are quantised exactly as in training.
+) -> StableDiffusionPipeline:
+    """A pipeline whose UNet, text encoder and VAE are quantised exactly as in training.
 
     `load_textual_inversion` works on it as on any other. Raises InputError where `name` cannot be loaded.
     """
-    from diffusers import PNDMScheduler, StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
     folder = find_model_folder(name, revision, variant)
     components = {component: load_frozen(folder, component, variant, quantization, dtype, device) for component in WEIGHT_NAMES}
     with damaged_model(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return assemble_pipeline(folder, **components, tokenizer=tokenizer)
+
+
+def assemble_pipeline(
+    folder: Path,
+    *,
+    unet: nn.Module,
+    vae: nn.Module,
+    text_encoder: nn.Module | None = None,
+    tokenizer: CLIPTokenizer | None = None,
+) -> StableDiffusionPipeline:
+    """A pipeline of loaded parts with the folder's noise schedule and the paper's sampler (PNDM). Raises DamagedModel.
+
+    Without text encoder and tokenizer it draws from embeddings.
+    """
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+
     with damaged_model(folder / "scheduler"):
         scheduler = PNDMScheduler.from_pretrained(folder / "scheduler")
-    return StableDiffusionPipeline(
-        **components,
-        tokenizer=tokenizer,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts: dict[str, Any] = dict(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
+    parts |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return StableDiffusionPipeline(**parts)

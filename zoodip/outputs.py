@@ -36,7 +36,7 @@ class TokenOutputs:
         validation_guidance: float,
     ):
         self.trainer, self.model, self.settings = trainer, model, settings
-        self.prediction_type = data.scheduler.config.prediction_type
+        self.prediction_type = data.scheduler.config["prediction_type"]
         self.fixed_set = evaluation_batches(data, num_eval_samples, t_min, t_max) if eval_steps else []
         self.norm_limit = 10 * mean_norm(inputs.initial_token)
         self.prompts, self.drawer = inputs.validation_prompts, None
@@ -57,6 +57,7 @@ class TokenOutputs:
 
     def draw(self) -> Image.Image:
         """Pictures of the validation prompt side by side: 50 steps, the same noises every time."""
+        assert self.drawer is not None and self.prompts is not None
         pictures = self.drawer.draw(self.prompts, self.trainer.theta, [(0, seed) for seed in self.seeds])
         return picture_sheet([(list(pictures), "")], cell=self.drawer.resolution, gap=0)
 

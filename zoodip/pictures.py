@@ -5,13 +5,14 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from zoodip.diffusion import FrozenModel
 from zoodip.errors import damaged_model
-from zoodip.model import load_vae_decoder
+from zoodip.model import assemble_pipeline, load_vae_decoder
 from zoodip.prompts import Prompts, encode_prompts
 
 
@@ -32,24 +33,11 @@ class Drawer:
         guidance: float = 7.5,
         batch_size: int = 1,
     ):
-        from diffusers import PNDMScheduler, StableDiffusionPipeline
-
         weight = model.unet.conv_in.weight
         self.text_encoder, self.folder, self.resolution = model.text_encoder, folder, resolution
         self.steps, self.guidance, self.batch_size = steps, guidance, batch_size
         vae = load_vae_decoder(folder, variant, quantization, weight.dtype, weight.device)
-        with damaged_model(folder / "scheduler"):
-            scheduler = PNDMScheduler.from_pretrained(folder / "scheduler")
-        self.pipeline = StableDiffusionPipeline(
-            vae=vae,
-            unet=model.unet,
-            scheduler=scheduler,
-            text_encoder=None,
-            tokenizer=None,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        self.pipeline = assemble_pipeline(folder, unet=model.unet, vae=vae)
         self.pipeline.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
@@ -73,7 +61,8 @@ class Drawer:
                     guidance_scale=self.guidance,
                     height=self.resolution,
                     width=self.resolution,
-                ).images
+                    return_dict=False,
+                )[0]
             yield from pictures
 
 
@@ -88,7 +77,7 @@ def picture_sheet(
 
     `headings` stand above the squares of the first row of blocks.
     """
-    font = ImageFont.load_default(max(10, cell // 10))
+    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(max(10, cell // 10)))
     most = max(len(pictures) for pictures, _ in blocks)
     block_width = most * (cell + gap)
     letters = max(8, int(block_width / font.getlength("n")))

@@ -7,18 +7,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from zoodip.errors import DamagedModel, InputError, damaged_model
 from zoodip.files import not_safetensors, serialize, why_unreadable, write_atomically
 from zoodip.model import config_number, find_weights
 from zoodip.records import package_versions
 
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import CLIPTextModel, CLIPTokenizer
 
-def load_tokenizer(folder: Path, placeholder_token: str, num_vectors: int):
+
+def load_tokenizer(folder: Path, placeholder_token: str, num_vectors: int) -> CLIPTokenizer:
     """The model's CLIPTokenizer with the placeholder added. Raises InputError where the token is taken."""
     from transformers import CLIPTokenizer
 
@@ -120,7 +123,7 @@ def initial_token(rows: torch.Tensor, num_vectors: int) -> torch.Tensor:
     return rows.clone() if len(rows) == num_vectors else rows.mean(0, keepdim=True).repeat(num_vectors, 1)
 
 
-def encode_prompts(text_encoder: nn.Module, rows: torch.Tensor, ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def encode_prompts(text_encoder: CLIPTextModel, rows: torch.Tensor, ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Text-encoder states of B prompts under each of C candidate tokens.
 
     rows [R, d], ids [B, L] as in `Prompts`, tokens [C, num_vectors, d] -> [C * B, L, d]. A pure function of `tokens`:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +48,10 @@ def pack_weight(weight: torch.Tensor, quantization: str) -> dict[str, torch.Tens
     )
 
 
-def quantized_layer(layer: nn.Linear | nn.Conv2d, packed: dict[str, torch.Tensor], dtype: torch.dtype) -> QuantizedLayer:
-    """The layer with its weight as `pack_weight` packed it. Raises ValueError where `packed` does not fit the layer."""
+def quantized_layer(layer: nn.Module, packed: dict[str, torch.Tensor], dtype: torch.dtype) -> QuantizedLayer:
+    """A Linear or Conv2d with its weight as `pack_weight` packed it. Raises ValueError where `packed` does not fit the layer."""
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+        raise ValueError(f"{type(layer).__name__} is never packed")
     return (NF4Layer if "nf4" in packed else Int8Layer)(layer, packed, dtype)
 
 
@@ -74,13 +77,11 @@ class QuantizedLayer(nn.Module):
             raise ValueError("its scales are NaN or Inf")
         for name in expected:
             self.register_buffer(name, packed[name])
-        convolution = isinstance(layer, nn.Conv2d)
-        self.convolution = (
-            dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups)
-            if convolution
-            else None
-        )
-        divisible = columns % 64 == 0 and not (convolution and layer.groups > 1)
+        self.convolution: dict[str, Any] | None = None
+        if isinstance(layer, nn.Conv2d):
+            names = ("stride", "padding", "dilation", "groups")
+            self.convolution = {name: getattr(layer, name) for name in names}
+        divisible = columns % 64 == 0 and not (self.convolution and self.convolution["groups"] > 1)
         self.rows_at_once = max(1, self.AT_ONCE // columns) if rows * columns > self.AT_ONCE and divisible else rows
 
     @staticmethod
@@ -94,11 +95,11 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         """Moves go through, casts do not: the scales stay fp32."""
-        kept = dict(self._buffers)
+        kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            if self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
+        for name, moved in list(self.named_buffers(recurse=False)):
+            if moved.dtype != kept[name].dtype:
+                self._buffers[name] = kept[name].to(moved.device)
         return self
 
     def dequantize(self, first: int = 0, last: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -131,6 +132,8 @@ class Int8Layer(QuantizedLayer):
     """8-bit rows, a scale each."""
 
     quantization = "int8"
+    int8: torch.Tensor  # [rows, columns]
+    scale: torch.Tensor  # [rows, 1] fp32
 
     @staticmethod
     def expected_tensors(rows: int, columns: int) -> dict[str, tuple[int, torch.dtype]]:
@@ -144,6 +147,11 @@ class NF4Layer(QuantizedLayer):
     """4-bit NormalFloat, blocks of 64, with the blocks' scales in 8 bits, or in fp32 where the layer is small."""
 
     quantization = "nf4"
+    nf4: torch.Tensor  # two weights a byte, flat
+    absmax: torch.Tensor  # [blocks]: in 8 bits with the three below, or fp32 without them
+    absmax_scale: torch.Tensor
+    absmax_offset: torch.Tensor
+    absmax_code: torch.Tensor
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, packed: dict[str, torch.Tensor], dtype: torch.dtype):
         super().__init__(layer, packed, dtype)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 
 def tune_malloc(mmap_threshold: int, trim_threshold: int) -> None:
@@ -24,7 +28,7 @@ def tune_malloc(mmap_threshold: int, trim_threshold: int) -> None:
         pass
 
 
-def split_feed_forward(unet: nn.Module) -> None:
+def split_feed_forward(unet: UNet2DConditionModel) -> None:
     """Have the feed-forwards at full resolution, the largest activations of a step, take one candidate after another."""
     from diffusers.models.attention import BasicTransformerBlock
 
@@ -33,13 +37,14 @@ def split_feed_forward(unet: nn.Module) -> None:
             module.set_chunk_feed_forward(1, dim=0)
 
 
-def modules_before_text(unet: nn.Module) -> list[nn.Module]:
+def modules_before_text(unet: UNet2DConditionModel) -> list[nn.Module]:
     """The layers of a UNet up to its first cross-attention: what they compute does not depend on the prompt."""
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     if unet._compiled_call_impl is not None:  # hooks that come and go would have it compiled anew every step
         return []
-    modules = [unet.conv_in]
+    modules: list[nn.Module] = [unet.conv_in]
+    block: Any  # one of several classes with the same parts
     for block in unet.down_blocks:
         attentions = getattr(block, "attentions", [])
         if not attentions:
@@ -47,8 +52,10 @@ def modules_before_text(unet: nn.Module) -> list[nn.Module]:
             continue
         modules.append(block.resnets[0])
         first = attentions[0]
-        if isinstance(first, Transformer2DModel) and not first.transformer_blocks[0].only_cross_attention:
-            modules += [first.norm, first.proj_in, first.transformer_blocks[0].norm1, first.transformer_blocks[0].attn1]
+        if isinstance(first, Transformer2DModel):
+            transformer: Any = first.transformer_blocks[0]
+            if not transformer.only_cross_attention:
+                modules += [first.norm, first.proj_in, transformer.norm1, transformer.attn1]
         break
     return modules
 
