@@ -122,7 +122,7 @@ import torch
 from torch import nn
 
 from zoodip.diffusion import Batch, Data, FrozenModel, draw_batch, load_model, read_inputs, snr_timesteps, uniform_timesteps
-from zoodip.model import native_resolution
+from zoodip.model import choose_quantization, native_resolution
 from zoodip.outputs import TokenOutputs
 from zoodip.packing import save_quantized
 from zoodip.quantize import default_precision
@@ -419,6 +419,7 @@ def main(args: argparse.Namespace) -> int:
     if args.save_quantized is not None:
         inputs.folder, inputs.variant = save_quantized(Path(args.save_quantized), **flags_for(save_quantized, flags)), None
         args.pretrained_model_name_or_path, args.variant = str(inputs.folder), None
+    args.quantization = choose_quantization(inputs.folder, inputs.variant, args.quantization)
     args.mixed_precision = args.mixed_precision or default_precision(accelerator.device)
     args.resolution = args.resolution or native_resolution(inputs.folder)
     if args.mu is None:  # bf16 keeps 8 bits: a smaller step drowns in rounding (docs/measurements.md)

@@ -110,7 +110,7 @@ if __name__ == "__main__":
 import torch
 
 from zoodip.diffusion import Batch, Data, FrozenModel, draw_batch, load_model, read_inputs, uniform_timesteps
-from zoodip.model import native_resolution
+from zoodip.model import choose_quantization, native_resolution
 from zoodip.outputs import TokenOutputs
 from zoodip.prompts import encode_prompts
 from zoodip.quantize import default_precision
@@ -318,6 +318,7 @@ def main(args: argparse.Namespace) -> int:
     flags = vars(args)
     inputs = read_inputs(**flags_for(read_inputs, flags))
     accelerator = make_accelerator(args.directions + 1, **flags_for(make_accelerator, flags))
+    args.quantization = choose_quantization(inputs.folder, inputs.variant, args.quantization)
     args.mixed_precision = args.mixed_precision or default_precision(accelerator.device)
     args.resolution = args.resolution or native_resolution(inputs.folder)
     args.rho = args.rho or RHO[args.mixed_precision]

@@ -121,7 +121,7 @@ from zoodip.diffusion import (
     timestep_sampler,
     uniform_timesteps,
 )
-from zoodip.model import config_number, native_resolution
+from zoodip.model import choose_quantization, config_number, native_resolution
 from zoodip.outputs import TokenOutputs
 from zoodip.prompts import read_embedding_rows
 from zoodip.quantize import default_precision
@@ -295,6 +295,7 @@ def main(args: argparse.Namespace) -> int:
     inputs = read_inputs(**flags_for(read_inputs, flags))
     basis = make_basis(vocabulary(inputs.folder, args.variant), **flags_for(make_basis, flags))
     accelerator = make_accelerator(1, **flags_for(make_accelerator, flags))
+    args.quantization = choose_quantization(inputs.folder, inputs.variant, args.quantization)
     args.mixed_precision = args.mixed_precision or default_precision(accelerator.device)
     args.resolution = args.resolution or native_resolution(inputs.folder)
 

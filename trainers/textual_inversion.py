@@ -65,7 +65,7 @@ import torch
 from torch import nn
 
 from zoodip.diffusion import Batch, Data, FrozenModel, TimestepSampler, draw_batch, load_model, read_inputs, timestep_sampler
-from zoodip.model import native_resolution
+from zoodip.model import choose_quantization, native_resolution
 from zoodip.outputs import TokenOutputs
 from zoodip.quantize import default_precision
 from zoodip.run import Run, make_accelerator
@@ -124,6 +124,7 @@ def main(args: argparse.Namespace) -> int:
     flags = vars(args)
     inputs = read_inputs(**flags_for(read_inputs, flags))
     accelerator = make_accelerator(1, **flags_for(make_accelerator, flags))
+    args.quantization = choose_quantization(inputs.folder, inputs.variant, args.quantization)
     args.mixed_precision = args.mixed_precision or default_precision(accelerator.device)
     args.resolution = args.resolution or native_resolution(inputs.folder)
 

@@ -53,9 +53,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.A
     add("--variant", default=None, help="weight file variant, for example fp16 for *.fp16.safetensors")
     add(
         "--quantization",
-        default="nf4",
+        default=None,
         choices=["nf4", "int8", "none"],
-        help="storage of every Linear and Conv2d weight: 4-bit NormalFloat, 8-bit rows, or 16/32-bit",
+        help="storage of every Linear and Conv2d weight: 4-bit NormalFloat, 8-bit rows, or 16/32-bit; the default is nf4, or "
+        "what a folder of --save_quantized is packed in",
     )
     add(
         "--mixed_precision",
@@ -109,7 +110,7 @@ def add_timestep_flags(add: Callable[..., argparse.Action], default: str) -> Non
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="results", help="folder for the embedding, checkpoints, curves and pictures")
-    add("--save_steps", type=int, default=0, help="steps between learned_embeds-steps-N.safetensors; 0: only at the end")
+    add("--save_steps", type=int, default=1000, help="steps between learned_embeds-steps-N.safetensors; 0: only at the end")
     add(
         "--checkpointing_steps",
         type=int,
@@ -120,10 +121,20 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--resume_from_checkpoint", default=None, metavar="PATH_OR_latest", help="checkpoint file to continue from")
     add("--eval_steps", type=int, default=250, help="steps between evaluations of the fixed set; 0: never")
     add("--num_eval_samples", type=int, default=16, help="(image, timestep, noise) triples in the fixed evaluation set")
-    add("--validation_prompt", default=None, help="prompt with the token (or {}) to draw pictures of while training")
-    add("--validation_steps", type=int, default=0, help="steps between those pictures; 0: only at the end")
-    add("--num_validation_images", type=int, default=4, help="pictures a time")
-    add("--validation_guidance", type=float, default=7.5, help="classifier-free guidance scale of those pictures")
+    add(
+        "--final_picture",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="at the end draw before_after.png: the initial word above the learned one, from the same noise",
+    )
+    add(
+        "--validation_prompt",
+        default=None,
+        help="prompt with the token (or {}) for the pictures; without it before_after.png shows 'a photo of a {}'",
+    )
+    add("--validation_steps", type=int, default=0, help="steps between pictures of the prompt; 0: only at the end")
+    add("--num_validation_images", type=int, default=4, help="pictures in a row")
+    add("--validation_guidance", type=float, default=7.5, help="classifier-free guidance scale of the pictures")
     add("--report_to", default="none", choices=["none", "tensorboard", "wandb"], help="experiment tracker")
 
 

@@ -50,7 +50,8 @@ class Inputs:
     initial_token: torch.Tensor  # [V, d]
     choices: list[list[int]]  # per image, the rows of prompts.ids that describe it
     prompts: Prompts
-    validation_prompts: Prompts | None  # the prompt and the empty one
+    picture_prompt: str | None  # of the pictures, with {} or the placeholder
+    picture_prompts: Prompts | None  # that prompt and the empty one
 
     def fingerprint(self) -> dict[str, str]:
         """{what: SHA-256}: a run is resumed only on the same."""
@@ -70,6 +71,7 @@ def read_inputs(
     initializer_token: str,
     num_vectors: int = 1,
     validation_prompt: str | None = None,
+    final_picture: bool = False,
 ) -> Inputs:
     """Photographs, captions, model folder, tokenizer, prompts and initial token of a run. Raises InputError."""
     subject = load_subject(train_data_dir, cc_file if use_cc else None, learnable_property)
@@ -80,6 +82,9 @@ def read_inputs(
     def prompts_of(texts: list[str]) -> Prompts:
         return build_prompts(tokenizer, folder, variant, texts, placeholder_token, num_vectors)
 
+    picture_prompt = validation_prompt
+    if final_picture and validation_prompt is None:
+        picture_prompt = "a photo of a {}" if learnable_property == "object" else "a painting in the style of {}"
     texts = sorted({text for captions in subject.captions for text in captions})
     return Inputs(
         subject,
@@ -88,7 +93,8 @@ def read_inputs(
         initial_token(initializer, num_vectors),
         choices=[[texts.index(text) for text in captions] for captions in subject.captions],
         prompts=prompts_of(texts),
-        validation_prompts=prompts_of([validation_prompt, ""]) if validation_prompt else None,
+        picture_prompt=picture_prompt,
+        picture_prompts=prompts_of([picture_prompt, ""]) if picture_prompt else None,
     )
 
 

@@ -32,6 +32,10 @@ class BrokenCheckpoint(InputError):
         super().__init__(f"--resume_from_checkpoint {path}: is not a whole checkpoint ({fault}); use an older one")
 
 
+class Interrupted(Exception):
+    """The user stops something that can be left out, such as a picture."""
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether there was not enough memory: on a CPU torch says so in a plain RuntimeError."""
     import torch
@@ -44,7 +48,7 @@ def damaged_model(path: Path) -> Iterator[None]:
     """Within: whatever a library raises on a damaged folder becomes one DamagedModel that names `path`."""
     try:
         yield
-    except InputError:
+    except (InputError, Interrupted):
         raise
     except Exception as error:  # each class of each library raises its own
         if out_of_memory(error):

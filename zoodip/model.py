@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from zoodip.errors import DamagedModel, InputError, damaged_model
-from zoodip.files import read_json, read_tensors
+from zoodip.files import not_safetensors, read_json, read_tensors
 from zoodip.quantize import pack_weight, quantized_layer
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # diffusers and transformers take seconds to import
 
 MAX_LAYERS = 100  # in a row; a damaged configuration that promises more would keep us building for hours
 WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+PACKED_NAME = "packed"  # of weights that --save_quantized wrote: under the usual names others would load them, as noise
 VAE_ENCODER, VAE_DECODER = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.")  # names of parameters begin so
 
 
@@ -94,6 +96,9 @@ def find_weights(folder: Path, component: str, variant: str | None) -> list[Path
     index = folder / component / f"{WEIGHT_NAMES[component]}.safetensors.index{f'.{variant}' if variant else ''}.json"
     if whole.is_file():
         return [whole]
+    packed_index = folder / component / f"{PACKED_NAME}.safetensors.index.json"
+    if packed_index.is_file() and not variant:
+        index = packed_index
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
@@ -111,6 +116,31 @@ def find_weights(folder: Path, component: str, variant: str | None) -> list[Path
         else "download the folder again"
     )
     raise InputError(f"{folder / component}: {stem}.safetensors is missing (found: {', '.join(found) or 'nothing'}); {remedy}")
+
+
+def packed_as(folder: Path, variant: str | None) -> str | None:
+    """The quantization in which --save_quantized packed a folder's weights; None where they are not packed."""
+    for path in find_weights(folder, "unet", variant):
+        try:
+            with safe_open(path, framework="pt") as handle:
+                names = list(handle.keys())
+        except (SafetensorError, OSError) as error:
+            raise not_safetensors(path, error) from error
+        for name in names:
+            if name.endswith((".weight.nf4", ".weight.int8")):
+                return name.rpartition(".")[2]
+    return None
+
+
+def choose_quantization(folder: Path, variant: str | None, wanted: str | None) -> str:
+    """--quantization, or by default what the folder is packed in, or nf4. Raises InputError where flag and folder disagree."""
+    packed = packed_as(folder, variant)
+    if wanted and packed and wanted != packed:
+        raise InputError(
+            f"--quantization {wanted}: the weights in {folder} are packed as {packed}; leave the flag out, or give "
+            "the model that they were made from"
+        )
+    return wanted or packed or "nf4"
 
 
 def model_digest(folder: Path, variant: str | None) -> str:
@@ -194,8 +224,8 @@ def load_frozen(
             ) from None
         if quantization != layer.quantization:
             raise InputError(
-                f"{where}: the weights are packed as {layer.quantization}; use that as --quantization, or the "
-                "model they were made from"
+                f"{where}: {module_name} is packed as {layer.quantization}, not {quantization}; write the folder "
+                "again with --save_quantized"
             )
         model.set_submodule(module_name, layer)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -298,19 +328,20 @@ def is_quantized(component: str, name: str, module: nn.Module) -> bool:
 
 def load_pipeline(
     name: str,
-    quantization: str = "nf4",
+    quantization: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     revision: str | None = None,
     variant: str | None = None,
 ) -> StableDiffusionPipeline:
-    """A pipeline whose UNet, text encoder and VAE are quantised exactly as in training.
+    """A pipeline whose UNet, text encoder and VAE are quantised exactly as in training, by default too.
 
     `load_textual_inversion` works on it as on any other. Raises InputError where `name` cannot be loaded.
     """
     from transformers import CLIPTokenizer
 
     folder = find_model_folder(name, revision, variant)
+    quantization = choose_quantization(folder, variant, quantization)
     components = {component: load_frozen(folder, component, variant, quantization, dtype, device) for component in WEIGHT_NAMES}
     with damaged_model(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")

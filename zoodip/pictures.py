@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -39,12 +39,17 @@ class Drawer:
         vae = load_vae_decoder(folder, variant, quantization, weight.dtype, weight.device)
         self.pipeline = assemble_pipeline(folder, unet=model.unet, vae=vae)
         self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.scheduler.set_timesteps(steps)
+        self.forwards = len(self.pipeline.scheduler.timesteps)  # denoising steps of a picture: PNDM takes one more than it is asked for
 
     @torch.no_grad()
-    def draw(self, prompts: Prompts, theta: torch.Tensor, wanted: list[tuple[int, int]]) -> Iterator[Image.Image]:
+    def draw(
+        self, prompts: Prompts, theta: torch.Tensor, wanted: list[tuple[int, int]], after_step: Callable[[], None] | None = None
+    ) -> Iterator[Image.Image]:
         """One picture for each (row of `prompts`, seed), with theta [V, d] as the token. The last prompt is the empty one.
 
-        A seed is the same first noise for every prompt and token. Raises InputError where the model's folder is damaged.
+        A seed is the same first noise for every prompt and token. after_step() is called after every denoising step, and may
+        raise Interrupted. Raises InputError where the model's folder is damaged.
         """
         device = self.pipeline.unet.conv_in.weight.device
         states = encode_prompts(
@@ -61,6 +66,7 @@ class Drawer:
                     guidance_scale=self.guidance,
                     height=self.resolution,
                     width=self.resolution,
+                    callback_on_step_end=None if after_step is None else lambda *state: after_step() or state[-1],
                     return_dict=False,
                 )[0]
             yield from pictures

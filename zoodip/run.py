@@ -1,7 +1,7 @@
 """A run that is recorded, interrupted and resumed exactly, whatever is trained.
 
 A trainer has `state_dict`, `load_state_dict` and `remedy` (what to try where its numbers run away); its outputs have
-`evaluate`, `draw`, `check` and `save`, as `TokenOutputs`. Every training script then tells the same story:
+`evaluate`, `draw`, `check`, `save` and `files`, as `TokenOutputs`. Every training script then tells the same story:
 
     run = Run(trainer, generator, accelerator, settings, fingerprint, ...)
     run.resume(checkpoint), run.claim()            # what is wrong is refused here, before a model is loaded
@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from zoodip.checkpoints import can_follow, checkpoint_step, list_checkpoints, read_checkpoint, write_checkpoint
-from zoodip.errors import BrokenCheckpoint, InputError
+from zoodip.errors import BrokenCheckpoint, InputError, Interrupted
 from zoodip.files import lock_folder, write_atomically, write_image, write_json
 from zoodip.prompts import file_stem
 from zoodip.records import environment, peak_memory_gb
@@ -125,7 +126,7 @@ class Run:
         self.checkpointing_steps, self.checkpoints_total_limit = checkpointing_steps, checkpoints_total_limit
         self.validation_steps, self.unit = validation_steps, unit
         self.progress, self.seconds, self.stop, self.lock, self.bar = Progress(), 0.0, StopSignal(), None, None
-        self.first_step = 0
+        self.first_step, self.produced = 0, {}  # produced: {name: description} of the final files
 
     @property
     def is_main(self) -> bool:
@@ -233,6 +234,8 @@ class Run:
         self.limit_checkpoints()  # one too many is left of a run that was killed between writing and removing
         if self.eval_steps and not progress.curve:
             self.evaluate(outputs)
+        if progress.step and not (self.folder / f"validation-{progress.step}.png").exists():  # stopped before it was drawn
+            stopped = self.draw_if_due(outputs)
         self.bar = tqdm(
             total=self.max_train_steps,
             initial=progress.step,
@@ -247,15 +250,18 @@ class Run:
             self.seconds += time.perf_counter() - started
             stopped = self.stop_requested()
             progress.step += 1
-            self.after_step(outputs, stopped)
+            stopped = self.after_step(outputs, stopped)
         if progress.step == progress.skipped > 0:
             raise InputError("no step had a finite loss; try --mixed_precision fp32 or bf16, or another model")
         self.bar.close()
         if self.is_main:
             outputs.save(self.folder, progress.step, final=True)
-            if outputs.drawer is not None and not self.interrupted:  # after saving: hours must not hang on a picture
-                self.draw(outputs)
             self.write_record()
+            if not self.interrupted:  # after saving: hours must not hang on a picture
+                self.draw(outputs, final=True)
+                if self.stop.number and not self.checkpointing_steps:  # to draw when it is resumed
+                    self.write_checkpoint()
+                self.produced = {name: what for name, what in outputs.files().items() if (self.folder / name).exists()}
         self.accelerator.wait_for_everyone()
 
     def note(self, loss: float | None, forwards: int) -> None:
@@ -278,8 +284,8 @@ class Run:
         flag = torch.tensor([float(requested)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
-    def after_step(self, outputs, stopped: bool) -> None:
-        """What the step that was just done leaves."""
+    def after_step(self, outputs, stopped: bool) -> bool:
+        """What the step that was just done leaves -> whether the run is to stop."""
         progress, step = self.progress, self.progress.step
         if progress.skipped_in_a_row >= MOST_SKIPPED:
             self.write_checkpoint()
@@ -301,14 +307,11 @@ class Run:
             self.evaluate(outputs)
         if due(step, self.save_steps) and self.is_main:
             outputs.save(self.folder, step, final=False)
-        picture = outputs.drawer is not None and due(step, self.validation_steps) and not last and self.is_main
-        if picture and not stopped:
-            self.draw(outputs)
-        # the last of what a step leaves, so that a run killed in between does all of it again; but on Ctrl-C, save before drawing
+        stopped = stopped or self.draw_if_due(outputs)
+        # the last of what a step leaves, so that a run killed in between does all of it again
         if due(step, self.checkpointing_steps) or stopped or (last and self.checkpointing_steps):
             self.write_checkpoint()
-        if picture and stopped:
-            self.draw(outputs)
+        return stopped
 
     def evaluate(self, outputs) -> None:
         """A row of the curve: into training_log.csv and the tracker."""
@@ -324,8 +327,20 @@ class Run:
         logged = {f"eval/{name}": value for name, value in row.items() if name != "step" and value is not None}
         self.accelerator.log(logged, step=row["step"])
 
-    def draw(self, outputs) -> None:
-        write_image(self.folder / f"validation-{self.progress.step}.png", outputs.draw())
+    def draw_if_due(self, outputs) -> bool:
+        """The pictures of this step, if it is one for pictures -> whether the run is to stop. A run that is told to stop draws
+        none, and when it is resumed begins with them."""
+        if not due(self.progress.step, self.validation_steps) or self.progress.step == self.max_train_steps:
+            return False
+        if self.is_main:
+            self.draw(outputs, final=False)
+        return self.stop_requested()
+
+    def draw(self, outputs, final: bool) -> None:
+        """Write the pictures of this step, until a signal comes."""
+        with suppress(Interrupted):
+            for name, picture in outputs.draw(self.progress.step, final, lambda: self.stop.number != 0):
+                write_image(self.folder / name, picture)
 
     def write_checkpoint(self) -> None:
         if self.is_main:
@@ -368,18 +383,23 @@ class Run:
 
     def finish(self) -> int:
         """Say where the run stands -> exit code: 0, or 128 + signal where it was interrupted (and saved)."""
-        step, skipped = self.progress.step, self.progress.skipped
+        step, skipped, signalled = self.progress.step, self.progress.skipped, self.interrupted or self.stop.number != 0
         if self.is_main and self.interrupted:
             print(
                 f"interrupted and saved at step {step}; the same command with --resume_from_checkpoint latest goes on from there",
                 file=sys.stderr,
             )
         elif self.is_main:
-            print(
-                f"{self.folder / 'learned_embeds.safetensors'}: {self.settings['placeholder_token']} after {step} {self.unit}s"
-                + (f" ({skipped} skipped: loss not finite)" if skipped else "")
-            )
-        return 128 + (self.stop.number or signal.SIGTERM) if self.interrupted else 0
+            print(f"{step} {self.unit}s done" + (f" ({skipped} skipped: loss not finite)" if skipped else ""))
+            for name, what in self.produced.items():
+                print(f"{self.folder / name}: {what}")
+            if signalled:
+                print(
+                    "interrupted while drawing; all but the pictures is saved, and the same command with "
+                    "--resume_from_checkpoint latest draws them",
+                    file=sys.stderr,
+                )
+        return 128 + (self.stop.number or signal.SIGTERM) if signalled else 0
 
 
 def set_aside(folder: Path, placeholder_token: str) -> None:
@@ -390,6 +410,7 @@ def set_aside(folder: Path, placeholder_token: str) -> None:
         "training_log.csv",
         "run.json",
         "validation-*.png",
+        "before_after.png",
         f"{file_stem(placeholder_token)}.safetensors",
     )
     earlier = sorted({path for pattern in patterns for path in folder.glob(pattern)})

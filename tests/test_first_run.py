@@ -1,0 +1,218 @@
+"""What a new user does in the first hour and the first week, and what must not happen then: noise, silence, a lost result."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import arguments, run_cli
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+
+def pack(model: Path, target: Path, *more: str) -> int:
+    return run_cli(["--pretrained_model_name_or_path", str(model), "--save_quantized", str(target), *more])
+
+
+def digests(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != ".lock"}  # fmt: skip
+
+
+def one_error(capsys) -> str:
+    """The one line of error of a refused command."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# ----------------------------------------------------------------------------------------------------- packed folders
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_model, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("packed") / "tiny-int8"
+    assert pack(tiny_model, target, "--quantization", "int8") == 0
+    return target
+
+
+def old_names(packed: Path, target: Path) -> Path:
+    """The folder as it was written before packed weights had names of their own."""
+    shutil.copytree(packed, target)
+    for component, stem in {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}.items():
+        for path in (target / component).glob("packed*"):
+            path.write_bytes(path.read_bytes().replace(b"packed-0", stem.encode() + b"-0"))
+            path.rename(path.with_name(path.name.replace("packed", stem)))
+    return target
+
+
+def test_plain_diffusers_stops_at_a_packed_folder_and_names_what_it_lacks(packed):
+    """It used to load, with a warning, weights initialised at random."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    for load in (StableDiffusionPipeline.from_pretrained, lambda folder: UNet2DConditionModel.from_pretrained(folder / "unet"),
+                 lambda folder: AutoencoderKL.from_pretrained(folder / "vae"),
+                 lambda folder: CLIPTextModel.from_pretrained(folder / "text_encoder")):  # fmt: skip
+        with pytest.raises(OSError, match=r"no file named (diffusion_pytorch_model|model|pytorch_model)\."):
+            load(packed)
+    index = json.loads((packed / "model_index.json").read_text())
+    assert index["_zoodip_packed"] == "int8" and "load_pipeline" in index["_zoodip_note"]
+
+
+@pytest.mark.parametrize("names", ["new", "old"])
+def test_what_a_folder_is_packed_in_is_the_default(packed, subject, tmp_path, names):
+    """For training and for drawing; folders with the old names still load."""
+    from zoodip.model import load_pipeline
+
+    model = packed if names == "new" else old_names(packed, tmp_path / "old")
+    assert run_cli(arguments(model, subject, tmp_path / "out", max_train_steps=2, eval_steps=0)) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["quantization"] == "int8"
+    assert load_pipeline(str(model)).unet.down_blocks[0].resnets[0].conv1.quantization == "int8"
+
+
+def test_a_packed_folder_packed_again_stays_what_it_is(packed, tmp_path, capsys):
+    assert pack(packed, tmp_path / "again") == 0
+    assert "with int8 weights" in capsys.readouterr().out
+    assert digests(tmp_path / "again") == digests(packed)
+    assert pack(packed, tmp_path / "other", "--quantization", "nf4") == 2  # it used to say nf4 of a copy in int8
+    assert "packed as int8" in one_error(capsys) and not (tmp_path / "other").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- a refused run
+
+
+@pytest.fixture(scope="module")
+def earlier(tiny_model, subject, tmp_path_factory) -> Path:
+    """An output folder with a run's results."""
+    output = tmp_path_factory.mktemp("earlier") / "out"
+    assert run_cli(arguments(tiny_model, subject, output, max_train_steps=3, eval_steps=0)) == 0
+    return output
+
+
+def test_a_refused_run_leaves_the_last_ones_results_where_they_are(earlier, packed, tiny_model, subject, tmp_path, capsys):
+    """Nothing is moved before the model is loaded and its first loss computed."""
+    before = digests(earlier)
+    assert run_cli(arguments(packed, subject, earlier, quantization="nf4")) == 2
+    assert "--quantization nf4" in one_error(capsys)
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_model, damaged)
+    weights = damaged / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    last = [name for name in tensors if name.startswith("conv_out")][-1]
+    save_file({**tensors, last: torch.full_like(tensors[last], torch.nan)}, weights)
+    assert run_cli(arguments(damaged, subject, earlier)) == 2  # found when the weights are read
+    assert "is not finite" in one_error(capsys)
+
+    config = damaged / "unet" / "config.json"
+    save_file(tensors, weights)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "norm_eps": "small"}))
+    assert run_cli(arguments(damaged, subject, earlier)) == 2  # found when the first loss is computed
+    assert "cannot be loaded" in one_error(capsys)
+    assert digests(earlier) == before
+
+    # and an accepted one moves them
+    assert run_cli(arguments(tiny_model, subject, earlier, max_train_steps=2, eval_steps=0)) == 0
+    assert (earlier / "previous-1" / "learned_embeds.safetensors").read_bytes() == before["learned_embeds.safetensors"]
+
+
+# ----------------------------------------------------------------------------------------------------- pictures
+
+
+PICTURES = dict(num_validation_images=1, final_picture=True)
+
+
+def interrupt_when(path: Path) -> threading.Thread:
+    """Ctrl-C in this process as soon as a file is there."""
+
+    def wait() -> None:
+        while not path.exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_run_leaves_a_picture_and_embeddings_on_the_way_and_says_where(tiny_model, subject, tmp_path, capsys):
+    import train_zoodip
+
+    assert train_zoodip.build_parser().get_default("save_steps") == 1000  # 30,000 steps used to leave nothing before the end
+    assert train_zoodip.build_parser().get_default("final_picture") is True
+    output = tmp_path / "out"
+    assert run_cli(arguments(tiny_model, subject, output, max_train_steps=3, save_steps=2, eval_steps=0, **PICTURES)) == 0
+    said = capsys.readouterr().out
+    for name in ("learned_embeds.safetensors", "sks.safetensors", "before_after.png"):
+        assert f"{output / name}: " in said and (output / name).exists()
+    assert (output / "learned_embeds-steps-2.safetensors").exists()
+    assert "'a photo of a dog' above, with <sks> below" in said
+
+    off = tmp_path / "off"
+    assert run_cli(arguments(tiny_model, subject, off, max_train_steps=1, eval_steps=0, final_picture=False)) == 0
+    assert not list(off.glob("*.png")) and ".png" not in capsys.readouterr().out
+
+
+def test_the_picture_shows_the_initial_word_above_the_learned_one(tiny_model, subject, tmp_path):
+    """Each row against the pictures that a pipeline draws, from the same noise, of the word and of the token in the file."""
+    from zoodip.model import load_pipeline
+
+    output = tmp_path / "out"
+    flags = arguments(tiny_model, subject, output, max_train_steps=3, learning_rate=1.0, eval_steps=0, seed=3, **PICTURES)
+    assert run_cli(flags) == 0
+    pipeline = load_pipeline(str(tiny_model))
+    pipeline.load_textual_inversion(output / "learned_embeds.safetensors")
+    pipeline.set_progress_bar_config(disable=True)
+    sheet = np.asarray(Image.open(output / "before_after.png").convert("RGB"), dtype=float)
+    gap, cell = 6, 256  # 16 pixels are enlarged to 256
+    second_row = np.flatnonzero((sheet[cell + gap :, gap : gap + cell] < 255).any((1, 2)))[-1] + cell + gap
+    for word in ("dog", "<sks>"):
+        picture = pipeline(f"a photo of a {word}", generator=torch.Generator().manual_seed(3), height=16, width=16).images[0]
+        expected = np.asarray(picture.resize((cell, cell), Image.Resampling.LANCZOS), dtype=float)
+        found = [np.abs(sheet[top : top + cell, gap : gap + cell] - expected).mean()
+                 for top in range(0, second_row - cell) if (sheet[top : top + cell].shape[0] == cell)]  # fmt: skip
+        place = int(np.argmin(found))
+        assert found[place] < 1  # of 255: rounding of another order of sums
+        assert (place < cell) == (word == "dog")
+
+
+def test_the_last_pictures_can_be_stopped_and_are_drawn_on_resuming(tiny_model, subject, tmp_path, capsys):
+    """run.json is there before they are; Ctrl-C ends between two denoising steps, and nothing but the pictures is missing."""
+    output = tmp_path / "out"
+    flags = dict(max_train_steps=2, eval_steps=0, checkpointing_steps=0, final_picture=True)
+    interrupt_when(output / "run.json")
+    started = time.monotonic()
+    assert run_cli(arguments(tiny_model, subject, output, num_validation_images=100_000, **flags)) == 130
+    assert time.monotonic() - started < 300  # not the hours of 100,000 pictures
+    said = capsys.readouterr()
+    assert "drawing 'a photo of a {}'" in said.err and "interrupted while drawing" in said.err
+    assert "learned_embeds.safetensors: <sks>" in said.out and "before_after" not in said.out
+    assert not (output / "before_after.png").exists() and (output / "learned_embeds.safetensors").exists()
+
+    again = arguments(tiny_model, subject, output, num_validation_images=1, resume_from_checkpoint="latest", **flags)
+    assert run_cli(again) == 0 and (output / "before_after.png").exists()
+
+
+def test_pictures_on_the_way_that_were_stopped_are_drawn_on_resuming(tiny_model, subject, tmp_path):
+    """The resumed run ends with the same files as one that nobody stopped."""
+    flags = dict(max_train_steps=4, save_steps=2, validation_steps=2, validation_prompt="a photo of {}", eval_steps=0,
+                 checkpointing_steps=2, checkpoints_total_limit=1, final_picture=False)  # fmt: skip
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run_cli(arguments(tiny_model, subject, whole, num_validation_images=2, **flags)) == 0
+    interrupt_when(stopped / "learned_embeds-steps-2.safetensors")
+    assert run_cli(arguments(tiny_model, subject, stopped, num_validation_images=2, **flags)) == 130
+    assert not (stopped / "validation-2.png").exists() and not (stopped / "validation-4.png").exists()
+    assert (
+        run_cli(arguments(tiny_model, subject, stopped, num_validation_images=2, resume_from_checkpoint="latest", **flags)) == 0
+    )
+    results = [{name: content for name, content in digests(folder).items() if name != "run.json"} for folder in (whole, stopped)]
+    assert results[0] == results[1]
