@@ -121,11 +121,9 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from zoodip.diffusion import Batch, Data, FrozenModel, draw_batch, load_model, read_inputs, snr_timesteps, uniform_timesteps
-from zoodip.model import choose_quantization, native_resolution
+from zoodip.diffusion import Batch, Data, FrozenModel, draw_batch, load_model, read_inputs, settle_flags, snr_timesteps, uniform_timesteps
 from zoodip.outputs import TokenOutputs
 from zoodip.packing import save_quantized
-from zoodip.quantize import default_precision
 from zoodip.run import Run, make_accelerator
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -419,9 +417,7 @@ def main(args: argparse.Namespace) -> int:
     if args.save_quantized is not None:
         inputs.folder, inputs.variant = save_quantized(Path(args.save_quantized), **flags_for(save_quantized, flags)), None
         args.pretrained_model_name_or_path, args.variant = str(inputs.folder), None
-    args.quantization = choose_quantization(inputs.folder, inputs.variant, args.quantization)
-    args.mixed_precision = args.mixed_precision or default_precision(accelerator.device)
-    args.resolution = args.resolution or native_resolution(inputs.folder)
+    flags.update(settle_flags(inputs, accelerator.device, **flags_for(settle_flags, flags)))
     if args.mu is None:  # bf16 keeps 8 bits: a smaller step drowns in rounding (docs/measurements.md)
         args.mu = 1e-2 if args.mixed_precision == "bf16" else 1e-3
 

@@ -109,11 +109,9 @@ if __name__ == "__main__":
 
 import torch
 
-from zoodip.diffusion import Batch, Data, FrozenModel, draw_batch, load_model, read_inputs, uniform_timesteps
-from zoodip.model import choose_quantization, native_resolution
+from zoodip.diffusion import Batch, Data, FrozenModel, draw_batch, load_model, read_inputs, settle_flags, uniform_timesteps
 from zoodip.outputs import TokenOutputs
 from zoodip.prompts import encode_prompts
-from zoodip.quantize import default_precision
 from zoodip.run import Run, make_accelerator
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,9 +316,7 @@ def main(args: argparse.Namespace) -> int:
     flags = vars(args)
     inputs = read_inputs(**flags_for(read_inputs, flags))
     accelerator = make_accelerator(args.directions + 1, **flags_for(make_accelerator, flags))
-    args.quantization = choose_quantization(inputs.folder, inputs.variant, args.quantization)
-    args.mixed_precision = args.mixed_precision or default_precision(accelerator.device)
-    args.resolution = args.resolution or native_resolution(inputs.folder)
+    flags.update(settle_flags(inputs, accelerator.device, **flags_for(settle_flags, flags)))
     args.rho = args.rho or RHO[args.mixed_precision]
     generator = torch.Generator().manual_seed(args.seed)
     learner = GaussNewton(inputs.initial_token, **flags_for(GaussNewton, flags))

@@ -118,13 +118,13 @@ from zoodip.diffusion import (
     evaluation_batches,
     load_model,
     read_inputs,
+    settle_flags,
     timestep_sampler,
     uniform_timesteps,
 )
-from zoodip.model import choose_quantization, config_number, native_resolution
+from zoodip.model import config_number
 from zoodip.outputs import TokenOutputs
 from zoodip.prompts import read_embedding_rows
-from zoodip.quantize import default_precision
 from zoodip.run import Run, due, make_accelerator
 
 CHECK_EVERY = 10  # generations between looks at the fixed set in --mode fair
@@ -295,9 +295,7 @@ def main(args: argparse.Namespace) -> int:
     inputs = read_inputs(**flags_for(read_inputs, flags))
     basis = make_basis(vocabulary(inputs.folder, args.variant), **flags_for(make_basis, flags))
     accelerator = make_accelerator(1, **flags_for(make_accelerator, flags))
-    args.quantization = choose_quantization(inputs.folder, inputs.variant, args.quantization)
-    args.mixed_precision = args.mixed_precision or default_precision(accelerator.device)
-    args.resolution = args.resolution or native_resolution(inputs.folder)
+    flags.update(settle_flags(inputs, accelerator.device, **flags_for(settle_flags, flags)))
 
     generator = torch.Generator().manual_seed(args.seed)
     evolution = GFTI(inputs.initial_token, basis, **flags_for(GFTI, flags))

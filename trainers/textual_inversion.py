@@ -64,10 +64,8 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from zoodip.diffusion import Batch, Data, FrozenModel, TimestepSampler, draw_batch, load_model, read_inputs, timestep_sampler
-from zoodip.model import choose_quantization, native_resolution
+from zoodip.diffusion import Batch, Data, FrozenModel, TimestepSampler, draw_batch, load_model, read_inputs, settle_flags, timestep_sampler
 from zoodip.outputs import TokenOutputs
-from zoodip.quantize import default_precision
 from zoodip.run import Run, make_accelerator
 
 LOSS_SCALE = 1024.0  # a power of two: exact in fp32 and bf16, and keeps fp16 gradients from vanishing
@@ -124,9 +122,7 @@ def main(args: argparse.Namespace) -> int:
     flags = vars(args)
     inputs = read_inputs(**flags_for(read_inputs, flags))
     accelerator = make_accelerator(1, **flags_for(make_accelerator, flags))
-    args.quantization = choose_quantization(inputs.folder, inputs.variant, args.quantization)
-    args.mixed_precision = args.mixed_precision or default_precision(accelerator.device)
-    args.resolution = args.resolution or native_resolution(inputs.folder)
+    flags.update(settle_flags(inputs, accelerator.device, **flags_for(settle_flags, flags)))
 
     generator = torch.Generator().manual_seed(args.seed)
     inversion = TextualInversion(inputs.initial_token, **flags_for(TextualInversion, flags))

@@ -76,8 +76,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.A
 def add_token_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("token").add_argument
     add("--placeholder_token", default="<sks>", help="the new word, in <...>, lower case")
-    add("--initializer_token", default=None, help="word(s) whose embedding the token starts from: the subject's class")
-    add("--num_vectors", type=int, default=1, help="embedding vectors of the token, all of them trained")
+    add("--initializer_token", default=None, help="word(s) whose embedding the token starts from: the subject's class; or an embedding file to continue")
+    add("--num_vectors", type=int, default=1, help="embedding vectors of the token, all of them trained; of an embedding file its own")
 
 
 def add_subject_flags(parser: argparse.ArgumentParser) -> None:
@@ -239,10 +239,17 @@ def flags_for(function: Callable, flags: dict) -> dict:
     return {name: flags[name] for name in names if name in flags}
 
 
+def is_embedding_file(initializer_token: str) -> bool:
+    """Whether --initializer_token is a file and no word. Its name decides, so that one that is not there is missed."""
+    return initializer_token.lower().endswith((".safetensors", ".pt", ".bin"))
+
+
 def settings_of(flags: dict, names: Iterable[str]) -> dict:
-    """The flags `names`, to be recorded; of a local model only the folder's name, which gives nothing away."""
+    """The flags `names`, to be recorded; of a local model or file only its name, which gives nothing away."""
     settings = {name: flags[name] for name in names}
     model = Path(flags["pretrained_model_name_or_path"])
     if model.is_dir():
         settings["pretrained_model_name_or_path"] = model.resolve().name
+    if is_embedding_file(settings.get("initializer_token", "")):
+        settings["initializer_token"] = Path(settings["initializer_token"]).name
     return settings

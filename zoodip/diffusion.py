@@ -12,19 +12,26 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from zoodip.arguments import NUM_TRAIN_TIMESTEPS
+from zoodip.arguments import NUM_TRAIN_TIMESTEPS, is_embedding_file
 from zoodip.errors import DamagedModel, InputError, damaged_model
-from zoodip.model import find_model_folder, load_text_encoder, load_unet, load_vae_encoder, model_digest
+from zoodip.model import (
+    choose_quantization,
+    find_model_folder,
+    load_text_encoder,
+    load_unet,
+    load_vae_encoder,
+    model_digest,
+    native_resolution,
+)
 from zoodip.prompts import (
     Prompts,
     build_prompts,
     encode_prompts,
     initial_token,
-    initializer_ids,
     load_tokenizer,
-    read_embedding_rows,
+    warn_of_an_ordinary_word,
 )
-from zoodip.quantize import DTYPES
+from zoodip.quantize import DTYPES, default_precision
 from zoodip.subject import Subject, load_subject, open_image, to_square
 from zoodip.thrift import computed_once, modules_before_text, split_feed_forward, tune_malloc
 
@@ -64,6 +71,7 @@ def read_inputs(
     cc_file: str | Path | None = None,
     use_cc: bool = False,
     learnable_property: str = "object",
+    center_crop: bool = False,
     pretrained_model_name_or_path: str,
     revision: str | None = None,
     variant: str | None = None,
@@ -74,13 +82,15 @@ def read_inputs(
     final_picture: bool = False,
 ) -> Inputs:
     """Photographs, captions, model folder, tokenizer, prompts and initial token of a run. Raises InputError."""
-    subject = load_subject(train_data_dir, cc_file if use_cc else None, learnable_property)
+    class_word = None if is_embedding_file(initializer_token) else initializer_token
+    subject = load_subject(train_data_dir, cc_file if use_cc else None, learnable_property, class_word, center_crop)
     folder = find_model_folder(pretrained_model_name_or_path, revision, variant)
     tokenizer = load_tokenizer(folder, placeholder_token, num_vectors)
-    initializer = read_embedding_rows(folder, variant, initializer_ids(tokenizer, initializer_token))
+    warn_of_an_ordinary_word(tokenizer, placeholder_token)
+    token = initial_token(tokenizer, folder, variant, initializer_token, num_vectors)
 
     def prompts_of(texts: list[str]) -> Prompts:
-        return build_prompts(tokenizer, folder, variant, texts, placeholder_token, num_vectors)
+        return build_prompts(tokenizer, folder, variant, texts, placeholder_token, len(token))
 
     picture_prompt = validation_prompt
     if final_picture and validation_prompt is None:
@@ -90,11 +100,26 @@ def read_inputs(
         subject,
         folder,
         variant,
-        initial_token(initializer, num_vectors),
+        token,
         choices=[[texts.index(text) for text in captions] for captions in subject.captions],
         prompts=prompts_of(texts),
         picture_prompt=picture_prompt,
         picture_prompts=prompts_of([picture_prompt, ""]) if picture_prompt else None,
+    )
+
+
+def settle_flags(
+    inputs: Inputs, device: torch.device, *, quantization: str | None, mixed_precision: str | None, resolution: int | None
+) -> dict:
+    """The flags whose default depends on the model's folder, the device or the initializer, as they are from here on.
+
+    Raises InputError where --quantization contradicts a packed folder.
+    """
+    return dict(
+        quantization=choose_quantization(inputs.folder, inputs.variant, quantization),
+        mixed_precision=mixed_precision or default_precision(device),
+        resolution=resolution or native_resolution(inputs.folder),
+        num_vectors=len(inputs.initial_token),
     )
 
 
