@@ -142,9 +142,11 @@ def open_image(path: str | Path) -> Image.Image:
 
 def to_square(image: Image.Image, resolution: int, center_crop: bool) -> torch.Tensor:
     """RGB image -> [2, 3, resolution, resolution] in [-1, 1]: the picture and its mirror image."""
-    size = (resolution, resolution)
-    bicubic = Image.Resampling.BICUBIC
-    image = ImageOps.fit(image, size, bicubic) if center_crop else image.resize(size, bicubic)
+    if center_crop:  # not by ImageOps.fit, which lets pixels from outside the square into its edges
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    image = image.resize((resolution, resolution), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
     return torch.stack([pixels, pixels.flip(-1)])
 
