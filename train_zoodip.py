@@ -121,7 +121,17 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from zoodip.diffusion import Batch, Data, FrozenModel, draw_batch, load_model, read_inputs, settle_flags, snr_timesteps, uniform_timesteps
+from zoodip.diffusion import (
+    Batch,
+    Data,
+    FrozenModel,
+    draw_batch,
+    load_model,
+    read_inputs,
+    settle_flags,
+    snr_timesteps,
+    uniform_timesteps,
+)
 from zoodip.outputs import TokenOutputs
 from zoodip.packing import save_quantized
 from zoodip.run import Run, make_accelerator

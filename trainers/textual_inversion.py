@@ -64,7 +64,17 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from zoodip.diffusion import Batch, Data, FrozenModel, TimestepSampler, draw_batch, load_model, read_inputs, settle_flags, timestep_sampler
+from zoodip.diffusion import (
+    Batch,
+    Data,
+    FrozenModel,
+    TimestepSampler,
+    draw_batch,
+    load_model,
+    read_inputs,
+    settle_flags,
+    timestep_sampler,
+)
 from zoodip.outputs import TokenOutputs
 from zoodip.run import Run, make_accelerator
 

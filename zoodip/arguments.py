@@ -76,8 +76,17 @@ def add_model_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.A
 def add_token_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("token").add_argument
     add("--placeholder_token", default="<sks>", help="the new word, in <...>, lower case")
-    add("--initializer_token", default=None, help="word(s) whose embedding the token starts from: the subject's class; or an embedding file to continue")
-    add("--num_vectors", type=int, default=1, help="embedding vectors of the token, all of them trained; of an embedding file its own")
+    add(
+        "--initializer_token",
+        default=None,
+        help="word(s) whose embedding the token starts from: the subject's class; or an embedding file to continue",
+    )
+    add(
+        "--num_vectors",
+        type=int,
+        default=1,
+        help="embedding vectors of the token, all of them trained; of an embedding file its own",
+    )
 
 
 def add_subject_flags(parser: argparse.ArgumentParser) -> None:

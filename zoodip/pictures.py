@@ -40,7 +40,9 @@ class Drawer:
         self.pipeline = assemble_pipeline(folder, unet=model.unet, vae=vae)
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.scheduler.set_timesteps(steps)
-        self.forwards = len(self.pipeline.scheduler.timesteps)  # denoising steps of a picture: PNDM takes one more than it is asked for
+        self.forwards = len(
+            self.pipeline.scheduler.timesteps
+        )  # denoising steps of a picture: PNDM takes one more than it is asked for
 
     @torch.no_grad()
     def draw(

@@ -120,9 +120,7 @@ def build_prompts(
     return Prompts(local_ids, read_embedding_rows(folder, variant, ordinary.tolist()))
 
 
-def initial_token(
-    tokenizer, folder: Path, variant: str | None, initializer_token: str, num_vectors: int
-) -> torch.Tensor:
+def initial_token(tokenizer, folder: Path, variant: str | None, initializer_token: str, num_vectors: int) -> torch.Tensor:
     """theta [V, d] where training starts: the initializer's embeddings, one each or their mean, or those in an embedding file.
 
     A file has as many vectors as it has: num_vectors must be that or 1. Raises InputError.
@@ -134,8 +132,8 @@ def initial_token(
     width = read_embedding_rows(folder, variant, [0]).shape[1]
     if theta.shape[1] != width:
         raise InputError(
-            f"--initializer_token {initializer_token}: its vectors have {theta.shape[1]} numbers, this model's words {width}; give "
-            "an embedding of the same kind of model"
+            f"--initializer_token {initializer_token}: its vectors have {theta.shape[1]} numbers, this model's words {width}; "
+            "give an embedding of the same kind of model"
         )
     if num_vectors not in (1, len(theta)):
         raise InputError(f"--num_vectors {num_vectors}: {initializer_token} holds {len(theta)}; leave the flag out")
@@ -172,8 +170,8 @@ def warn_of_an_ordinary_word(tokenizer, placeholder_token: str) -> None:
     stem = file_stem(placeholder_token)
     if f"{stem}</w>" in tokenizer.get_vocab() and stem != "sks":  # one that nobody writes, which is why it became the custom
         print(
-            f"--placeholder_token {placeholder_token}: in AUTOMATIC1111 and Forge the file's name is the word, so {stem}.safetensors "
-            f"would be meant by every prompt with the ordinary word {stem!r}; choose for example <my-{stem}>",
+            f"--placeholder_token {placeholder_token}: in AUTOMATIC1111 and Forge the file's name is the word, so "
+            f"{stem}.safetensors would be meant by every prompt with the ordinary word {stem!r}; choose for example <my-{stem}>",
             file=sys.stderr,
         )
 
