@@ -216,3 +216,50 @@ def test_pictures_on_the_way_that_were_stopped_are_drawn_on_resuming(tiny_model,
     )
     results = [{name: content for name, content in digests(folder).items() if name != "run.json"} for folder in (whole, stopped)]
     assert results[0] == results[1]
+
+
+# ----------------------------------------------------------------------------------------------------- downloads
+
+
+def published(*variants: str) -> list[str]:
+    """The files of a model on a hub, its weights in these variants."""
+    from zoodip.model import WEIGHT_NAMES
+
+    names = ["model_index.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json"]
+    for component, stem in WEIGHT_NAMES.items():
+        names += [f"{component}/config.json", *(f"{component}/{stem}{variant}.safetensors" for variant in variants)]
+    return names
+
+
+@pytest.mark.parametrize(("variants", "chosen"), [(("", ".fp16"), "fp16"), (("",), None), ((".fp16",), "fp16")])
+def test_of_a_hub_model_the_half_precision_files_are_taken(monkeypatch, tmp_path, variants, chosen):
+    """It used to download 4.3 GB in fp32 to pack them in 4 bits. Who names a variant gets that."""
+    import huggingface_hub
+
+    from zoodip.model import hub_variant
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, revision=None: published(*variants))
+    assert hub_variant("someone/sd") == chosen
+    assert hub_variant(str(tmp_path)) is None  # of a folder what is asked for
+
+
+def test_half_precision_files_in_the_cache_are_found_without_network(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    from zoodip.model import hub_variant
+
+    def offline(self, name, revision=None):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert hub_variant("someone/sd") is None
+    repository = tmp_path / "models--someone--sd"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    for name in published(".fp16"):
+        path = repository / "snapshots" / ("0" * 40) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert hub_variant("someone/sd") == "fp16"

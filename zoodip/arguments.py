@@ -47,10 +47,21 @@ def add_model_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.A
         "--pretrained_model_name_or_path",
         default=DEFAULT_MODEL,
         metavar="PATH_OR_NAME",
-        help="folder in diffusers format, or hub name, of a Stable Diffusion 1.x or 2.x",
+        help="folder in diffusers format, hub name, or .safetensors file, of a Stable Diffusion 1.x or 2.x",
+    )
+    add(
+        "--model_config",
+        default=None,
+        metavar="PATH_OR_NAME",
+        help="of a .safetensors file: folder in diffusers format, or hub name, with its configurations and tokenizer; "
+        "the default is the published model of its kind",
     )
     add("--revision", default=None, help="branch, tag or commit of the hub repository")
-    add("--variant", default=None, help="weight file variant, for example fp16 for *.fp16.safetensors")
+    add(
+        "--variant",
+        default=None,
+        help="weight file variant, for example fp16 for *.fp16.safetensors; the default for a hub model, where it has that",
+    )
     add(
         "--quantization",
         default=None,
@@ -257,8 +268,8 @@ def settings_of(flags: dict, names: Iterable[str]) -> dict:
     """The flags `names`, to be recorded; of a local model or file only its name, which gives nothing away."""
     settings = {name: flags[name] for name in names}
     model = Path(flags["pretrained_model_name_or_path"])
-    if model.is_dir():
-        settings["pretrained_model_name_or_path"] = model.resolve().name
+    if model.exists():
+        settings["pretrained_model_name_or_path"] = model.resolve().name if model.is_dir() else model.name
     if is_embedding_file(settings.get("initializer_token", "")):
         settings["initializer_token"] = Path(settings["initializer_token"]).name
     return settings

@@ -17,6 +17,7 @@ from zoodip.errors import DamagedModel, InputError, damaged_model
 from zoodip.model import (
     choose_quantization,
     find_model_folder,
+    hub_variant,
     load_text_encoder,
     load_unet,
     load_vae_encoder,
@@ -68,6 +69,7 @@ def read_inputs(
     pretrained_model_name_or_path: str,
     revision: str | None = None,
     variant: str | None = None,
+    model_config: str | None = None,
     placeholder_token: str,
     initializer_token: str,
     num_vectors: int = 1,
@@ -77,7 +79,8 @@ def read_inputs(
     """Photographs, captions, model folder, tokenizer, prompts and initial token of a run. Raises InputError."""
     class_word = None if is_embedding_file(initializer_token) else initializer_token
     subject = load_subject(train_data_dir, cc_file if use_cc else None, learnable_property, class_word, center_crop)
-    folder = find_model_folder(pretrained_model_name_or_path, revision, variant)
+    variant = variant or hub_variant(pretrained_model_name_or_path, revision)
+    folder = find_model_folder(pretrained_model_name_or_path, revision, variant, model_config)
     tokenizer = load_tokenizer(folder, placeholder_token, num_vectors)
     warn_of_an_ordinary_word(tokenizer, placeholder_token)
     token = initial_token(tokenizer, folder, variant, initializer_token, num_vectors)
@@ -113,6 +116,7 @@ def settle_flags(
         mixed_precision=mixed_precision or default_precision(device),
         resolution=resolution or native_resolution(inputs.folder),
         num_vectors=len(inputs.initial_token),
+        variant=inputs.variant,
     )
 
 

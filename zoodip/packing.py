@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from zoodip.errors import UNFINISHED, InputError
-from zoodip.files import read_json, read_tensors, serialize, write_atomically, write_json
+from zoodip.files import read_json, serialize, write_atomically, write_json
 from zoodip.model import (
     PACKED_NAME,
     VAE_ENCODER,
@@ -20,8 +20,9 @@ from zoodip.model import (
     build_model,
     check_parameter,
     choose_quantization,
+    component_tensors,
     find_model_folder,
-    find_weights,
+    hub_variant,
     is_quantized,
     modern_name,
     module_of,
@@ -36,6 +37,7 @@ def save_quantized(
     quantization: str | None,
     revision: str | None = None,
     variant: str | None = None,
+    model_config: str | None = None,
 ) -> Path:
     """Write a model, packed, to the new folder `target`. Loading either gives the same bits. Raises InputError.
 
@@ -51,7 +53,8 @@ def save_quantized(
         raise InputError(
             f"--save_quantized: {str(target)!r} exists; give it as --pretrained_model_name_or_path, or write to a new folder"
         )
-    folder = find_model_folder(pretrained_model_name_or_path, revision, variant)
+    variant = variant or hub_variant(pretrained_model_name_or_path, revision)
+    folder = find_model_folder(pretrained_model_name_or_path, revision, variant, model_config)
     quantization = choose_quantization(folder, variant, quantization)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     UNFINISHED.append(unfinished)
@@ -82,7 +85,7 @@ def packed_tensors(folder: Path, component: str, variant: str | None, quantizati
     As they are stay the VAE's encoder, which training uses unpacked, norms, biases, and what is packed already.
     """
     model, where = build_model(folder, component), folder / component
-    for name, tensor in read_tensors(find_weights(folder, component, variant)):
+    for name, tensor in component_tensors(folder, component, variant):
         modern = modern_name(name, component)
         module_name, _, leaf = modern.rpartition(".")
         if module_name.endswith(".weight") or leaf == "position_ids":  # packed already, or a constant of older files

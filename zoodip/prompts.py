@@ -76,7 +76,7 @@ def read_embedding_rows(folder: Path, variant: str | None, ids: Sequence[int]) -
     for path in find_weights(folder, "text_encoder", variant):
         try:
             with safe_open(path, framework="pt") as handle:
-                names = [name for name in handle.keys() if name.endswith("embeddings.token_embedding.weight")]
+                names = [name for name in handle.keys() if name.endswith("token_embedding.weight")]
                 if names:
                     return select_rows(handle.get_slice(names[0]), ids, f"{path}: {names[0]}", folder)
         except (SafetensorError, OSError) as error:
