@@ -9,7 +9,10 @@ sum has a peak. Pages of memory-mapped weight files, which the profiler reports 
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -64,6 +67,40 @@ def stage(name: str):
     """Name what happens within, for `LiveBytes.stages`. Stages may nest; the innermost counts."""
     with record_function(STAGE + name):
         yield
+
+
+class Stages:
+    """Seconds and peak memory of each stage of a process, which is a `stage` of the live bytes too."""
+
+    def __init__(self, device: str):
+        self.device, self.found = device, {}
+        self.baseline = peak_counters(device)
+
+    @contextmanager
+    def __call__(self, name: str):
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # begin VmHWM anew
+        started = time.perf_counter()
+        with stage(name):
+            yield
+        above = {
+            what: value - (self.baseline[what] if what == "rss" else 0) for what, value in peak_counters(self.device).items()
+        }
+        self.found[name] = dict(above, seconds=time.perf_counter() - started)
+
+
+def peak_counters(device: str) -> dict[str, int]:
+    """Peak bytes since the process or the stage began: resident on a CPU (Linux); the allocator's, and nvidia-smi's, on CUDA."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+        rows = [row.split(",") for row in subprocess.run(query, capture_output=True, text=True).stdout.splitlines()]
+        used = sum(int(size) << 20 for pid, size in rows if pid.strip() == str(os.getpid()))
+        return dict(allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved(), nvidia_smi=used)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return dict(rss=next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
 
 
 def name_layers(model: nn.Module, prefix: str) -> None:

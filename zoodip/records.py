@@ -47,7 +47,7 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform == "win32":
-        import psutil  # comes with accelerate
+        import psutil
 
         return psutil.Process().memory_info().peak_wset / 1e9
     import resource

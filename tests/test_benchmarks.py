@@ -1,0 +1,105 @@
+"""What the measurements stand on: bytes counted exactly, steps timed from outside, and the trainer's own step."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, arguments, run_cli
+from torch import nn
+
+from benchmarks.memory import count_live_bytes, largest, name_layers, peak_live_bytes, stage, tensor_names
+from benchmarks.methods import METHODS, Task, ThisProject
+from benchmarks.resident import run_watched
+from benchmarks.speed_memory_tables import time_table
+from zoodip.prompts import read_embedding
+
+
+def test_live_bytes_are_exact():
+    def work() -> None:
+        first = torch.empty(1000)  # 4,000 bytes
+        second = torch.empty(2000)  # 12,000 with the first: the peak
+        del first
+        torch.empty(500, dtype=torch.float64)  # 8,000 + 4,000: not above it
+        del second
+        torch.empty(2500)
+
+    assert peak_live_bytes(work) == 12_000
+
+
+def test_live_bytes_by_stage_and_layer():
+    layer = nn.Linear(10, 100)
+    name_layers(layer, "model")
+    inputs = torch.ones(3, 10)
+    kept = []
+
+    def work() -> None:
+        with stage("load"):
+            kept.append(torch.empty(50))
+        with stage("train"), torch.no_grad():
+            layer(inputs)
+
+    found = count_live_bytes(work)
+    assert found.peak == found.stages["train"] == 200 + 1200  # [3, 100] in fp32
+    assert found.stages["load"] == 200
+    assert largest(found, tensor_names([("kept", kept[0])])) == {"model.: addmm": 1200, "kept": 200}
+
+
+def test_resident_memory_is_seen():
+    """100 MB that a process touches are found, and no file is behind them."""
+    code, _, peaks = run_watched([sys.executable, "-c", "import time; held = b'x' * 100_000_000; time.sleep(0.5)"])
+    assert code == 0
+    assert peaks["resident"] > peaks["anonymous"] > 100_000_000
+
+
+@pytest.mark.parametrize("mode", ["bytes", "steps"])
+def test_watched_script(tiny_model, subject, tmp_path, mode):
+    """A real run seen from outside: a time for every step but the last; a peak of at least the run's own packed weights."""
+    argv = arguments(tiny_model, subject, tmp_path / "out", max_train_steps=5, eval_steps=0)
+    command = [sys.executable, "-m", "benchmarks.watch_script", mode, str(tmp_path / "found.json"), "train_zoodip.py", *argv]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (tmp_path / "out" / "learned_embeds.safetensors").exists()
+    if mode == "steps":
+        assert len(found["wall"]) == len(found["cpu"]) == 4 and min(found["wall"]) > 0
+    else:
+        assert 150_000 < found["peak"] < 50_000_000  # 0.3 M weights in 4 bits, and the activations of 16 pixels
+
+
+@pytest.fixture
+def task(tiny_model, subject) -> Task:
+    return Task(tiny_model, None, subject, "dog", "fp32", torch.device("cpu"), tau=4)
+
+
+def test_the_step_measured_is_the_trainer_s(task, tiny_model, subject, tmp_path):
+    """The same token, bit for bit, as `train_zoodip.py` leaves."""
+    argv = arguments(tiny_model, subject, tmp_path, max_train_steps=6, eval_steps=0, mu=1e-3, nu=1e-3)
+    assert run_cli(argv) == 0
+    method = ThisProject(task)
+    method.load()
+    for _ in range(6):
+        method.step()
+    assert torch.equal(method.zo.theta.detach(), read_embedding(tmp_path / "learned_embeds.safetensors", "<sks>")[0])
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("zoodip", "zoodip_compiled")])
+def test_every_method_steps(task, name):
+    """Each loads the same model; what trains a token moves it."""
+    method = METHODS[name](task)
+    method.load()
+    token = {"ti": "table", "authors": "token"}.get(name.partition("_")[0])
+    before = getattr(method, token).detach().clone() if token else None
+    method.step()
+    if before is not None:
+        moved = getattr(method, token).detach()
+        assert torch.isfinite(moved).all() and not torch.equal(moved, before)
+
+
+def test_time_table_compares_round_by_round():
+    """Ratios are medians over the rounds of ratios, not ratios of medians."""
+    text = time_table({"zoodip": [2.0, 4.0, 9.0], "floor": [1.0, 4.0, 3.0], "floor_as_loaded": [4.0, 4.0, 4.0]})
+    ours = next(line for line in text.splitlines() if line.startswith("| ZOODiP")).split(" | ")
+    assert ours[1] == "4" and ours[3:6] == ["2.00", "1.00", "1.00"]  # 2, 1, 3 over the floor; 0.5, 1, 2.25 over the other

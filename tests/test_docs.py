@@ -1,0 +1,157 @@
+"""What the README and docs/ say is so: flags with their defaults, links, commands, dependencies, figures of the results."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+
+import train_zoodip
+from zoodip.records import ROOT, mean_interval
+
+TRAINERS = sorted(path.stem for path in (ROOT / "trainers").glob("*.py") if path.stem != "__init__")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
+NAMES = {"PIL": "pillow"}  # what is imported under another name than it is installed under
+COMMANDS = ("pip install -r requirements.txt && sh train_zoodip.sh demo", "pip install -r requirements.txt && python -m pytest")
+
+
+# ----------------------------------------------------------------------------------------------------- flags
+
+
+def load_flags():
+    """The module docs/flags.py."""
+    spec = importlib.util.spec_from_file_location("docs_flags", ROOT / "docs/flags.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_of_flags_are_what_help_says():
+    flags = load_flags()
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        assert page.read_text() == flags.fill(page.read_text()), f"{page.name}: run python docs/flags.py"
+
+
+def test_every_flag_is_described():
+    """ZOODiP's all in docs/flags.md; of another trainer those of its own, in any page."""
+    described = re.findall(r"^\| `(--\w+)`", (ROOT / "docs/flags.md").read_text(), re.MULTILINE)
+    expected = [action.option_strings[0] for action in train_zoodip.build_parser()._actions if action.dest != "help"]
+    assert sorted(described) == sorted(expected)
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    for trainer in TRAINERS:
+        assert f"<!-- flags of trainers.{trainer}: method -->" in pages
+
+
+# ----------------------------------------------------------------------------------------------------- pages
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """Every relative link and picture exists, and every anchor is a heading, named as GitHub names it."""
+    for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text()):
+        target = "".join(target)
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), f"{target} is not there"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, f"{target}: no such heading"
+
+
+def test_readme_is_short_and_gives_the_two_commands():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 170
+    for command in COMMANDS:
+        assert lines.count(command) == 1  # alone on its line
+        assert f'"{command}"' in (ROOT / ".ci/run").read_text()
+
+
+# ----------------------------------------------------------------------------------------------------- dependencies
+
+
+def requirements() -> dict[str, Requirement]:
+    """The pins of requirements.txt by name."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith(("#", "-e "))]
+    assert all(len(each.specifier) == 1 and str(each.specifier).startswith("==") for each in found)
+    return {each.name: each for each in found}
+
+
+def declared() -> dict[str, Requirement]:
+    """The ranges of pyproject.toml, with those of its extras, by name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    return {each.name: each for each in map(Requirement, lines) if each.name != "zoodip"}
+
+
+def test_pins_and_ranges_name_the_same_packages_and_agree():
+    pins, ranges = requirements(), declared()
+    assert pins.keys() == ranges.keys()
+    for name, pin in pins.items():
+        assert ranges[name].specifier.contains(next(iter(pin.specifier)).version), name
+        assert ranges[name].extras == pin.extras
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of the modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(str(node.module).split(".")[0])
+    return found
+
+
+def test_what_is_imported_is_declared():
+    files = [path for folder in (".", "*") for path in ROOT.glob(f"{folder}/*.py")]
+    ours = {path.stem for path in files} | {path.parent.name for path in files}
+    names = {name for path in files for name in imported(path)} - ours - set(sys.stdlib_module_names)
+    assert {"torch", "PIL"} <= names
+    assert {NAMES.get(name, name) for name in names} - declared().keys() <= {"packaging"}  # which pytest brings
+
+
+# ----------------------------------------------------------------------------------------------------- figures
+
+
+def test_results_in_the_readme_are_those_of_the_record():
+    """Its table of results, and its figures of time and memory, computed anew from the records."""
+    readme = (ROOT / "README.md").read_text()
+    table = json.loads((ROOT / "reproduction/twelve_breeds/results.json").read_text())["1"]
+    names = {
+        "class word (untrained)": "| the ordinary word, before training |",
+        "ZOODiP": "| **ZOODiP**, 1,000 steps of 3 forward passes |",
+        "TI, ZOODiP's weights, captions, timesteps": "| textual inversion with gradients, same 4-bit model and captions |",
+    }
+
+    def values(name: str, key: str) -> np.ndarray:
+        return np.array([run[key] for run in sorted(table[name], key=lambda run: run["spec"]["subject"])])
+
+    start, ours, gradients = (values(name, "loss") for name in names)
+    assert len(start) == len(ours) == len(gradients) == 12
+    mean, half_width = mean_interval(list(100 * (start - ours) / (start - gradients)))
+    gaps = ("0 %", f"**{mean:.1f} ± {half_width:.1f} %**", "100 %")
+    for name, gap in zip(names, gaps, strict=True):
+        loss, clip, right = (values(name, key).mean() for key in ("loss", "CLIP-I", "attributes"))
+        expected = f"{names[name]} {loss:.4f} | {gap} | {clip:.3f} | {100 * right:.0f} % |".replace("| 0.", "| .")
+        assert expected in readme.splitlines()
+
+    sd15 = json.loads((ROOT / "benchmarks/speed_memory.json").read_text())["results"]["sd15 bf16"]
+    seconds = {name: float(np.median(times)) for name, times in sd15["time"].items()}
+    gigabytes = {name: max(sd15["memory"][name]["bytes"]["peaks"].values()) / 1e9 for name in ("zoodip", "authors")}
+    text = " ".join(readme.split())
+    assert f"a step takes {seconds['zoodip']:.1f} seconds and the whole run needs {gigabytes['zoodip']:.2f} GB" in text
+    assert f"INT8 weights takes {seconds['authors']:.1f} seconds and {gigabytes['authors']:.1f} GB" in text
+    assert f"on the same 4-bit model {seconds['ti']:.1f} seconds" in text
