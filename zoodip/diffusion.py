@@ -24,7 +24,7 @@ from zoodip.model import (
     model_digest,
     native_resolution,
 )
-from zoodip.prompts import Prompts, build_prompts, encode_prompts, initial_token, load_tokenizer, warn_of_an_ordinary_word
+from zoodip.prompts import Prompts, build_prompts, encode_prompts, load_tokenizer, warn_of_an_ordinary_word
 from zoodip.quantize import DTYPES, default_precision
 from zoodip.subject import Subject, load_subject, open_image, to_square
 from zoodip.thrift import computed_once, modules_before_text, split_feed_forward, tune_malloc
@@ -83,7 +83,7 @@ def read_inputs(
     folder = find_model_folder(pretrained_model_name_or_path, revision, variant, model_config)
     tokenizer = load_tokenizer(folder, placeholder_token, num_vectors)
     warn_of_an_ordinary_word(tokenizer, placeholder_token)
-    token = initial_token(tokenizer, folder, variant, initializer_token, num_vectors)
+    token = starting_token(tokenizer, folder, variant, initializer_token, num_vectors)
 
     def prompts_of(texts: list[str]) -> Prompts:
         return build_prompts(tokenizer, folder, variant, texts, placeholder_token, len(token))

@@ -120,14 +120,14 @@ def build_prompts(
     return Prompts(local_ids, read_embedding_rows(folder, variant, ordinary.tolist()))
 
 
-def initial_token(tokenizer, folder: Path, variant: str | None, initializer_token: str, num_vectors: int) -> torch.Tensor:
+def starting_token(tokenizer, folder: Path, variant: str | None, initializer_token: str, num_vectors: int) -> torch.Tensor:
     """theta [V, d] where training starts: the initializer's embeddings, one each or their mean, or those in an embedding file.
 
     A file has as many vectors as it has: num_vectors must be that or 1. Raises InputError.
     """
     if not is_embedding_file(initializer_token):
         rows = read_embedding_rows(folder, variant, initializer_ids(tokenizer, initializer_token))
-        return mean_or_each(rows, num_vectors)
+        return initial_token(rows, num_vectors)
     theta, _ = read_embedding(Path(initializer_token), None)
     width = read_embedding_rows(folder, variant, [0]).shape[1]
     if theta.shape[1] != width:
@@ -140,7 +140,7 @@ def initial_token(tokenizer, folder: Path, variant: str | None, initializer_toke
     return theta.float()
 
 
-def mean_or_each(rows: torch.Tensor, num_vectors: int) -> torch.Tensor:
+def initial_token(rows: torch.Tensor, num_vectors: int) -> torch.Tensor:
     """Embeddings of the initializer's tokens [tokens, d] -> theta [num_vectors, d]: one each, or their mean."""
     return rows.clone() if len(rows) == num_vectors else rows.mean(0, keepdim=True).repeat(num_vectors, 1)
 
