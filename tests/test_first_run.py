@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import arguments, run_cli
+from conftest import ROOT, arguments, run_cli
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -263,3 +265,77 @@ def test_half_precision_files_in_the_cache_are_found_without_network(monkeypatch
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     assert hub_variant("someone/sd") == "fp16"
+
+
+# ----------------------------------------------------------------------------------------------------- flags in combination
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (dict(cc_file="mine.json"), "--cc_file mine.json has no effect without --use_cc"),
+    (dict(use_cc=True, learnable_property="style"), "--learnable_property style has no effect with --use_cc"),
+    (dict(timestep_sampling="uniform", t_min=100), "--t_min 100 moves the evaluation set only"),
+    (dict(timestep_sampling="snr", t_max=800), "--t_max 800 moves the evaluation set only"),
+    (dict(num_validation_images=2), "--num_validation_images 2 has no effect"),
+    (dict(validation_guidance=3), "--validation_guidance 3.0 has no effect"),
+    (dict(revision="main"), "--revision main has no effect"),
+    (dict(model_config="x"), "--model_config x has no effect"),
+])  # fmt: skip
+def test_flags_that_do_nothing_say_so(tiny_model, capsys, flags, said):
+    import train_zoodip
+
+    train_zoodip.parse_args(arguments(tiny_model, "x", "y", **flags))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+
+
+@pytest.mark.parametrize("flags", [
+    dict(), dict(use_cc=True, cc_file="mine.json"), dict(learnable_property="style"), dict(t_min=100, t_max=800),
+    dict(num_validation_images=2, validation_guidance=3, final_picture=True),
+    dict(num_validation_images=2, validation_guidance=3, validation_prompt="{}"),
+])  # fmt: skip
+def test_flags_that_work_are_not_spoken_of(tiny_model, capsys, flags):
+    import train_zoodip
+
+    train_zoodip.parse_args(arguments(tiny_model, "x", "y", **flags))
+    assert capsys.readouterr().err == ""
+
+
+def test_captions_that_are_not_used_are_spoken_of(tmp_path, subject, capsys):
+    from zoodip.subject import load_subject
+
+    folder = Path(shutil.copytree(subject, tmp_path / "mine"))
+    (folder / "00.txt").write_text("a dog")
+    load_subject(folder, None)
+    assert "the 1 captions beside the photographs have no effect without --use_cc" in capsys.readouterr().err
+
+
+def test_accelerate_launch_that_starts_one_process_instead_of_two_is_spoken_of(tiny_model, subject, tmp_path):
+    """It used to train in one process in silence."""
+    argv = arguments(tiny_model, subject, tmp_path / "out", max_train_steps=1, eval_steps=0)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train_zoodip.py", *argv]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert "asked for 2 processes and started 1" in result.stderr and "torchrun --nproc_per_node 2" in result.stderr
+
+
+# ----------------------------------------------------------------------------------------------------- TensorBoard
+
+
+def test_pictures_arrive_in_tensorboard_and_runs_are_kept_apart(tiny_model, subject, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = tmp_path / "out"
+    flags = dict(max_train_steps=3, eval_steps=3, report_to="tensorboard", num_validation_images=1, final_picture=True,
+                 validation_prompt="a photo of {}", validation_steps=2)  # fmt: skip
+    for _ in range(2):
+        assert run_cli(arguments(tiny_model, subject, output, **flags)) == 0
+    for folder in (output, output / "previous-1"):  # the second run's, and the first one's, moved aside with its other results
+        steps: dict[str, list[int]] = {}
+        for path in (folder / "zoodip").rglob("events.out.tfevents*"):
+            log = EventAccumulator(str(path)).Reload()
+            for tag in log.Tags()["images"]:
+                steps.setdefault(tag, []).extend(event.step for event in log.Images(tag))
+            for tag in log.Tags()["scalars"]:
+                if "eval_loss" in tag:
+                    assert [event.step for event in log.Scalars(tag)] == [0, 3]  # of one run
+        assert steps == {"validation": [2, 3], "before_after": [3]}

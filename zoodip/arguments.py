@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import os
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from zoodip.errors import InputError
@@ -159,13 +161,43 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, check, argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line (`sys.argv` when `argv` is None); where `check(flags)` raises InputError, exit in one line."""
+    """Read the command line (`sys.argv` when `argv` is None); where `check(flags)` raises InputError, exit in one line.
+
+    Says which flags have no effect in their combination.
+    """
     flags = parser.parse_args(argv)
     try:
         check(vars(flags))
     except InputError as error:
         parser.error(str(error))
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        given = {name: value for name, value in vars(flags).items() if value != parser.get_default(name)}
+        for line in without_effect(vars(flags), given):
+            print(line, file=sys.stderr)
     return flags
+
+
+def without_effect(flags: dict, given: dict) -> Iterator[str]:
+    """A line for each flag that was `given` (one that differs from its default) and does nothing in this combination."""
+    if flags.get("train_data_dir") is None:
+        return
+    if "cc_file" in given and not flags["use_cc"]:
+        yield f"--cc_file {given['cc_file']} has no effect without --use_cc"
+    if "learnable_property" in given and flags["use_cc"]:
+        yield f"--learnable_property {given['learnable_property']} has no effect with --use_cc: it chooses among templates"
+    sampling = flags.get("timestep_sampling", "puts")
+    for name in ("t_min", "t_max"):
+        if name in given and sampling != "puts":
+            yield f"--{name} {given[name]} moves the evaluation set only: --timestep_sampling is {sampling}"
+    if flags["validation_prompt"] is None and not flags["final_picture"]:
+        for name in ("num_validation_images", "validation_guidance"):
+            if name in given:
+                yield f"--{name} {given[name]} has no effect: with --no-final_picture only a --validation_prompt is drawn"
+    model = Path(flags["pretrained_model_name_or_path"])
+    if "revision" in given and model.exists():
+        yield f"--revision {given['revision']} has no effect: {model} is on this machine, not on the hub"
+    if "model_config" in given and not model.is_file():
+        yield f"--model_config {given['model_config']} has no effect: it is for a model in one .safetensors file"
 
 
 def require(flags: dict, name: str, condition: bool, rule: str) -> None:

@@ -24,7 +24,7 @@ from zoodip.model import (
     model_digest,
     native_resolution,
 )
-from zoodip.prompts import Prompts, build_prompts, encode_prompts, load_tokenizer, warn_of_an_ordinary_word
+from zoodip.prompts import Prompts, build_prompts, encode_prompts, load_tokenizer, starting_token, warn_of_an_ordinary_word
 from zoodip.quantize import DTYPES, default_precision
 from zoodip.subject import Subject, load_subject, open_image, to_square
 from zoodip.thrift import computed_once, modules_before_text, split_feed_forward, tune_malloc

@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import shutil
 import signal
 import sys
@@ -25,6 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -34,6 +36,7 @@ from zoodip.files import lock_folder, write_atomically, write_image, write_json
 from zoodip.prompts import file_stem
 from zoodip.records import environment, peak_memory_gb
 
+TRACKER = "zoodip"  # the project in W&B, and TensorBoard's folder in the output folder
 MOST_SKIPPED = 20  # steps in a row whose loss is not finite
 
 
@@ -48,6 +51,13 @@ def make_accelerator(most_processes: int, *, cpu: bool, report_to: str, output_d
     accelerator = Accelerator(cpu=cpu, log_with=None if report_to == "none" else report_to, project_dir=output_dir)
     if compile and accelerator.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         raise InputError("--compile needs a C++ compiler (g++ or clang++); install one, or leave the flag out")
+    asked = launched_for()
+    if asked > accelerator.num_processes and accelerator.is_main_process:
+        print(
+            f"accelerate launch was asked for {asked} processes and started {accelerator.num_processes}: on CPUs start them with "
+            f"torchrun --nproc_per_node {asked} -- {sys.argv[0]} --cpu ...",
+            file=sys.stderr,
+        )
     if accelerator.num_processes > most_processes:
         if most_processes == 1:
             raise InputError(f"this method runs as one process, not {accelerator.num_processes}; start it with python")
@@ -56,6 +66,18 @@ def make_accelerator(most_processes: int, *, cpu: bool, report_to: str, output_d
             f"most {most_processes} processes or raise --n"
         )
     return accelerator
+
+
+def launched_for() -> int:
+    """The number of processes that `accelerate launch` was asked for; 1 where this process is not its child."""
+    import psutil
+
+    try:
+        command = " ".join(psutil.Process().parent().cmdline())
+    except (psutil.Error, AttributeError):  # gone, or not ours to ask
+        return 1
+    asked = re.search(r"accelerate\S* (?:launch )?.*--num[_-]processes[= ](\d+)", command)
+    return int(asked[1]) if asked else 1
 
 
 @dataclass
@@ -215,7 +237,7 @@ class Run:
         """Before a fresh run, an earlier one's results are set aside."""
         if self.is_main and self.progress.step == 0:
             set_aside(self.folder, self.settings["placeholder_token"])
-        self.accelerator.init_trackers("zoodip", {name: value for name, value in self.settings.items() if value is not None})
+        self.accelerator.init_trackers(TRACKER, {name: value for name, value in self.settings.items() if value is not None})
         self.stop.__enter__()
         return self
 
@@ -341,6 +363,11 @@ class Run:
         with suppress(Interrupted):
             for name, picture in outputs.draw(self.progress.step, final, lambda: self.stop.number != 0):
                 write_image(self.folder / name, picture)
+                for tracker in self.accelerator.trackers:
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images(
+                        {Path(name).stem.partition("-")[0]: np.asarray(picture)[None]}, self.progress.step, **layout
+                    )
 
     def write_checkpoint(self) -> None:
         if self.is_main:
@@ -411,6 +438,7 @@ def set_aside(folder: Path, placeholder_token: str) -> None:
         "run.json",
         "validation-*.png",
         "before_after.png",
+        TRACKER,
         f"{file_stem(placeholder_token)}.safetensors",
     )
     earlier = sorted({path for pattern in patterns for path in folder.glob(pattern)})

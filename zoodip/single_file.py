@@ -2,8 +2,8 @@
 
 Such a file has the weights of all components under the names of the original code (LDM), and neither configuration nor tokenizer.
 diffusers converts a file that is in memory. Here its own functions are given stand-ins instead of tensors and so tell which
-tensor, or which of its rows, becomes which parameter; the tensors are then read one by one as they are packed. X
-small temporary folder: configurations, tokenizer, and for each component the table of names.
+tensor, or which of its rows, becomes which parameter; the tensors are then read one by one as they are packed. The result
+is a small temporary folder: configurations, tokenizer, and for each component the table of names.
 """
 
 from __future__ import annotations

@@ -227,6 +227,9 @@ def load_subject(
     if cc_file is not None:
         captions = [[caption] for caption in load_captions(cc_file, folder, paths, class_word)]
     else:
+        beside = sum(path.with_suffix(".txt").is_file() for path in paths)
+        if beside:
+            print(f"{folder}: the {beside} captions beside the photographs have no effect without --use_cc", file=sys.stderr)
         captions = [OBJECT_TEMPLATES if learnable_property == "object" else STYLE_TEMPLATES] * len(paths)
     digest = hashlib.sha256(json.dumps(captions).encode())
     squeezed = []
