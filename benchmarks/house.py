@@ -131,33 +131,38 @@ def measure(versions: Versions, case: str, rounds: int) -> dict:
     return dict(bytes=peaks, rounds=found)
 
 
-def ratios(found: dict, clock: str) -> list[float]:
-    """After over before, a number for each round."""
-    return [each["after"][clock] / each["before"][clock] for each in found["rounds"]]
-
-
 # ----------------------------------------------------------------------------------------------------- the report
 
 
-def markdown_of(results: dict, rounds: int, core: int) -> str:
-    text = []
-    for case, found in results.items():
-        rows = []
-        for clock, name in (("cpu", "processor seconds"), ("wall", "seconds by the clock")):
-            logarithms = [math.log(ratio) for ratio in ratios(found, clock)]
-            mean, half = mean_interval(logarithms)
-            cells = [" / ".join(f"{each[version][clock]:.4g}" for each in found["rounds"]) for version in ("before", "after")]
-            interval = f"{math.exp(mean):.3f} ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f})"
-            rows.append([f"{name} a step (medians of {CASES[case].steps} steps)", *cells, interval])
-        before, after = found["bytes"]["before"], found["bytes"]["after"]
-        rows.append(["peak of live bytes, loading and 2 steps", f"{before:,}", f"{after:,}", f"{after / before:.5f}"])
-        text.append(f"## {CASES[case].title}\n\n" + table(["", "before", "after", "after / before"], rows) + "\n")
-    text.append(
-        f"n = 2, three candidates in one forward. {rounds} rounds, the versions in turn; of the ratios the geometric mean over "
-        "the rounds with its 95 % interval (Student's t): that interval is the noise. One thread on core "
-        f"{core} of a machine that other programs share, so the seconds are no figures of speed, only their ratio is one."
+def ratio_with_noise(found: dict, clock: str) -> str:
+    """Geometric mean over the rounds of after / before, with its 95 % interval."""
+    mean, half = mean_interval([math.log(each["after"][clock] / each["before"][clock]) for each in found["rounds"]])
+    return f"{math.exp(mean):.3f} ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f})"
+
+
+def case_table(case: str, found: dict) -> str:
+    rows = []
+    for clock, name in (("cpu", "processor seconds"), ("wall", "seconds by the clock")):
+        cells = [" / ".join(f"{each[version][clock]:.4g}" for each in found["rounds"]) for version in ("before", "after")]
+        rows.append([f"{name} a step, median of {CASES[case].steps}", *cells, ratio_with_noise(found, clock)])
+    before, after = found["bytes"]["before"], found["bytes"]["after"]
+    rows.append(["peak of live bytes, loading and 2 steps", f"{before:,}", f"{after:,}", f"{after / before:.4f}"])
+    commits = ", ".join(f"{name} {commit}" for name, commit in found["commits"].items())
+    return f"## {CASES[case].title}\n\n{table(['', 'before', 'after', 'after / before'], rows)}\n\nCommits: {commits}.\n"
+
+
+def markdown_of(results: dict, core: int) -> str:
+    return "\n".join(case_table(case, found) for case, found in results.items()) + (
+        "\nn = 2, three candidates in one forward. A figure for each round, the versions in turn; of the ratios the geometric "
+        "mean over the rounds with its 95 % interval (Student's t): that interval is the noise. One thread on core "
+        f"{core} of a machine that other programs share, so the seconds are no figures of speed, only their ratio is one.\n"
     )
-    return "\n".join(text)
+
+
+def earlier_results(folder: Path) -> dict:
+    """Of house.json what cases it holds: those that are not measured now stay as they are."""
+    path = folder / "house.json"
+    return json.loads(path.read_text())["results"] if path.exists() else {}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -169,18 +174,13 @@ def main(args: argparse.Namespace) -> None:
         first = min((ROOT / "dataset" / "furmix").glob("*.jpg"))
         shutil.copy(first, photographs)  # one: encoding is not what is timed
         versions = Versions(dict(before=args.before.resolve(), after=ROOT), folder, args.core)
-        results = {}
+        results = earlier_results(args.output)
         for case in args.cases:
-            results[case] = measure(versions, case, args.rounds)
             commits = {name: git_commit(tree) for name, tree in versions.trees.items()}
-            markdown = markdown_of(results, args.rounds, args.core) + f"\n\nBefore: commit {commits['before']}.\n"
+            results[case] = dict(commits=commits, **measure(versions, case, args.rounds))
+            markdown = markdown_of(results, args.core)
             write_report(
-                "house",
-                vars(args),
-                dict(commits=commits, **results),
-                markdown,
-                folder=args.output,
-                command="python benchmarks/house.py --before TREE",
+                "house", vars(args), results, markdown, folder=args.output, command="python benchmarks/house.py --before TREE"
             )
     print(markdown)
 

@@ -37,36 +37,16 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_token_flags(parser)
     arguments.add_subject_flags(parser)
     add = parser.add_argument_group("method").add_argument
-    add(
-        "--mode",
-        default="published",
-        choices=["published", "fair"],
-        help="published: every candidate on pictures and noise of its own; fair: all on the same, as ZOODiP has it",
-    )
-    add(
-        "--subspace",
-        default="random",
-        choices=["random", "pca"],
-        help="of the token space: a random projection, or the vocabulary's principal components",
-    )
-    add("--intrinsic_dim", type=int, default=256, help="dimensions of that subspace")
+    add("--mode", default="published", choices=["published", "fair"], help="see the head of this file")
+    add("--subspace", default="random", choices=["random", "pca"], help="random matrix, or the vocabulary's principal components")
+    add("--intrinsic_dim", type=int, default=256, help="dimensions of that subspace of the token space")
     add("--population", type=int, default=20, help="candidates per generation, one forward each")
     add("--sigma", type=float, default=1.0, help="CMA-ES's initial step size")
-    add(
-        "--alpha",
-        type=float,
-        default=None,
-        help="spread of the first generation in units of the vocabulary's; the default is 1, and 0.2 in --mode fair",
-    )
+    add("--alpha", type=float, default=None, help="first spread, in units of the vocabulary's; default 1, and 0.2 in --mode fair")
     add("--train_batch_size", type=int, default=1, help="images that a candidate is judged on")
     add("--max_train_steps", type=int, default=13000, help="generations")
     arguments.add_timestep_flags(add, "uniform")
-    add(
-        "--candidates_per_forward",
-        type=int,
-        default=None,
-        help="candidates per UNet forward in --mode fair; default: all at once. Less needs less memory",
-    )
+    add("--candidates_per_forward", type=int, default=None, help="in --mode fair, less memory by fewer; default: all at once")
     add("--seed", type=int, default=0, help="seed of every random draw")
     arguments.add_run_flags(parser)
     parser.set_defaults(output_dir="results/gf_ti", method="gf_ti")
@@ -186,6 +166,35 @@ def generation_losses(model: FrozenModel, data: Data, tokens: torch.Tensor, mode
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def search_state(search) -> dict[str, np.ndarray | float | int]:
+    """What a CMAEvolutionStrategy of cma 4.5 makes its next generations from, random numbers apart. The rest of it is options,
+    records, and caches that begin empty."""
+    model, coordinates = search.sm, search.gp
+    moved = not coordinates.isidentity  # into the main axes, once: where the condition of C has passed 1e12
+    none = np.zeros((0, search.N))
+    return dict(
+        mean=search.mean, sigma=search.sigma, pc=search.pc, ps=search.adapt_sigma.ps, countiter=search.countiter,
+        C=model.C, B=model.B, D=model.D, count_tell=model.count_tell, last_update=model.last_update,
+        scaling=np.broadcast_to(search.sigma_vec.scaling, search.N),  # of the coordinates: not 1 once it has passed 1e8
+        to_pheno=coordinates._tf_matrix if moved else none, to_geno=coordinates._tf_matrix_inv if moved else none,
+    )  # fmt: skip
+
+
+def restore_search(search, state: dict[str, np.ndarray | float | int]) -> None:
+    """Have a fresh search go on from `state`, of `search_state`: its generations are, bit for bit, those of the search saved."""
+    owners = dict(ps=search.adapt_sigma, C=search.sm, D=search.sm, count_tell=search.sm, last_update=search.sm)
+    for name in ("mean", "sigma", "pc", "countiter", *owners):
+        setattr(owners.get(name, search), name, state[name])
+    search.sm.B = np.asfortranarray(state["B"])  # as eigh returns it: another layout changes the last bit
+    search.sigma_vec = type(search.sigma_vec)(state["scaling"])
+    if len(state["to_pheno"]):
+        coordinates = search.gp
+        coordinates._tf_matrix, coordinates._tf_matrix_inv = state["to_pheno"], state["to_geno"]
+        coordinates.tf_pheno, coordinates.tf_geno, coordinates.isidentity = search._tfp, search._tfg, False
+    search._updateBDfromSM()  # its copies of C, B and D
+    search.mean_old = search.mean.copy()  # the next generation asks for one, and replaces it
+
+
 class GFTI:
     """theta [V, d], the token that is kept, and the search for it: CMA-ES over z [k], fp64 on the CPU (1 MB for k = 256)."""
 
@@ -201,9 +210,8 @@ class GFTI:
         self.theta, self.best = self.origin.clone(), self.origin.clone()
         self.best_loss: float | None = None  # of `best` on the fixed set
         self.normal = np.random.default_rng(seed)
-        # seed nan: numpy's global generator is left alone. conditioncov_alleviate: else cma changes its coordinates where the
-        # condition of C passes 1e8, which no noisy search comes near, and a checkpoint would have to hold them
-        options = dict(popsize=population, verbose=-9, seed=math.nan, conditioncov_alleviate=False,
+        # seed nan: numpy's global generator is left alone; no mirrored candidates: cma has them in populations below 6
+        options = dict(popsize=population, verbose=-9, seed=math.nan, CMA_mirrors=0,
                        randn=lambda *shape: self.normal.standard_normal(shape))  # fmt: skip
         self.search = cma.CMAEvolutionStrategy(np.zeros(len(basis)), sigma, options)
         self.search.timer = cma.utilities.utils.ElapsedWCTime()  # which its first generation makes, and later ones need
@@ -230,7 +238,7 @@ class GFTI:
 
     def mean(self) -> torch.Tensor:
         """The token at the distribution's mean, [V, d]."""
-        return self.tokens(self.search.mean[None])[0]
+        return self.tokens(self.search.gp.pheno(self.search.mean)[None])[0]
 
     def look(self, loss: float, keep: bool) -> None:
         """Judge the mean by its loss on the fixed set: theta becomes it where it is the best so far, for good if `keep`."""
@@ -239,28 +247,18 @@ class GFTI:
             if keep:
                 self.best, self.best_loss = self.theta, loss
 
-    # What cma 4.5 computes the next generation from: where each array stands in its object.
-    ARRAYS = {"mean": "mean", "pc": "pc", "ps": "adapt_sigma.ps", "C": "sm.C", "B": "sm.B", "D": "sm.D"}
-
     def state_dict(self) -> dict:
         """All that the next generations depend on, but the generator of batches."""
-        search = self.search
-        arrays = dict(mean=search.mean, pc=search.pc, ps=search.adapt_sigma.ps, C=search.sm.C, B=search.sm.B, D=search.sm.D)
-        return {
-            "theta": self.theta, "best": self.best, "best_loss": self.best_loss, "basis": self.basis,
-            **{f"cma.{name}": torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()},
-            "cma.sigma": float(search.sigma), "cma.countiter": search.countiter, "cma.count_tell": search.sm.count_tell,
-            "cma.last_update": search.sm.last_update, "normal": self.normal.bit_generator.state,
-        }  # fmt: skip
+        search = {f"cma.{name}": torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+                  for name, value in search_state(self.search).items()}  # fmt: skip
+        return {"theta": self.theta.clone(), "best": self.best, "best_loss": self.best_loss, "basis": self.basis, **search,
+                "normal": self.normal.bit_generator.state}  # fmt: skip
 
     def load_state_dict(self, state: dict) -> None:
-        search = self.search
         self.theta, self.best, self.best_loss, self.basis = (state[name] for name in ("theta", "best", "best_loss", "basis"))
-        search.mean, search.pc, search.adapt_sigma.ps = (state[f"cma.{name}"].numpy() for name in ("mean", "pc", "ps"))
-        search.sm.C, search.sm.B, search.sm.D = (state[f"cma.{name}"].numpy() for name in "CBD")
-        search.sm.B = np.asfortranarray(search.sm.B)
-        search.sigma, search.countiter = state["cma.sigma"], state["cma.countiter"]
-        search.sm.count_tell, search.sm.last_update = state["cma.count_tell"], state["cma.last_update"]
+        search = {name.removeprefix("cma."): value.numpy() if isinstance(value, torch.Tensor) else value
+                  for name, value in state.items() if name.startswith("cma.")}  # fmt: skip
+        restore_search(self.search, search)
         self.normal.bit_generator.state = state["normal"]
 
 
