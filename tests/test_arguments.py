@@ -93,10 +93,10 @@ def test_output_folder_in_use(refused, tiny_model, subject, tmp_path):
     line = refused()
     assert "--output_dir" in line and str(out) in line
     assert (out / ".run.json.123.tmp").exists()  # it may be what the other run is just writing
-    lock.close()
+    lock.release()
     assert run_cli(arguments(tiny_model, subject, out, max_train_steps=1, eval_steps=0)) == 0
     assert not list(out.glob(".*.tmp"))
-    lock_folder(out).close()  # a run that has ended does not hold it
+    lock_folder(out).release()  # a run that has ended does not hold it
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "~/nowhere", "a/b/c"])

@@ -7,11 +7,11 @@ import errno
 import io
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
@@ -110,20 +110,19 @@ def not_safetensors(path: Path, error: Exception) -> InputError:
     return InputError(f"{path}: is not a whole safetensors file ({error}); download it again")
 
 
-def lock_folder(folder: Path):
-    """Hold the output folder for this process alone -> the lock, to be kept until the run ends.
+def lock_folder(folder: Path) -> FileLock:
+    """Hold the output folder, which takes files, for this process alone -> the lock, to be released when the run ends.
 
-    Raises InputError where another run holds it, or it cannot be written.
+    Raises InputError where another run holds it.
     """
+    path = folder / ".lock"
+    lock = FileLock(path)
     try:
-        lock = open(folder / ".lock", "a")
+        if path.is_symlink():  # somebody's; a run follows no links
+            path.unlink()
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"--output_dir {str(folder)!r} is in use by another run; choose another") from None
     except OSError as error:
         raise InputError(f"--output_dir {str(folder)!r} cannot be written ({error.strerror}); choose another") from error
-    if sys.platform != "win32":
-        import fcntl
-
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"--output_dir {str(folder)!r} is in use by another run; choose another") from None
     return lock

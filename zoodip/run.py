@@ -213,7 +213,7 @@ class Run:
         return header, {**tensors, "generator": self.generator.get_state()}
 
     def claim(self) -> None:
-        """Make the output folder, lock it, prove that it takes a file, remove what a killed run left half. Raises InputError."""
+        """Make the output folder, prove that it takes a file, lock it, remove what a killed run left half. Raises InputError."""
         if self.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -221,9 +221,9 @@ class Run:
                 raise InputError(
                     f"--output_dir {str(self.folder)!r} cannot be made ({error.strerror}); choose another"
                 ) from error
-            self.lock = lock_folder(self.folder)
             write_atomically(self.folder / ".probe", bytes(4 << 20))  # the size of the largest checkpoints
-            (self.folder / ".probe").unlink()
+            (self.folder / ".probe").unlink(missing_ok=True)  # another run may be probing too
+            self.lock = lock_folder(self.folder)
             try:
                 for leftover in self.folder.glob(".*.tmp"):
                     leftover.unlink()
@@ -247,7 +247,7 @@ class Run:
             self.bar.close()
         self.accelerator.end_training()
         if self.lock is not None:
-            self.lock.close()
+            self.lock.release()
 
     def steps(self, outputs) -> Iterator[int]:
         """The number of each step, from where the run stands to the last or to a signal; in between, and at the end, all that
