@@ -245,8 +245,8 @@ def test_what_a_run_leaves(train, script, flags):
                 num_validation_images=2, **flags)  # fmt: skip
     assert names(out) == {
         "learned_embeds.safetensors", "sks.safetensors", "learned_embeds-steps-5.safetensors",
-        "learned_embeds-steps-10.safetensors", "checkpoint-8.safetensors", "checkpoint-12.safetensors", "training_log.csv", "run.json", "validation-6.png",
-        "validation-12.png",
+        "learned_embeds-steps-10.safetensors", "checkpoint-8.safetensors", "checkpoint-12.safetensors", "training_log.csv",
+        "run.json", "validation-6.png", "validation-12.png",
     }  # fmt: skip
     assert Image.open(out / "validation-12.png").size == (32, 16)
     record = json.loads((out / "run.json").read_text())
