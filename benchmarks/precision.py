@@ -89,18 +89,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ----------------------------------------------------------------------------------------------------- finite differences
 
 
-def draw_samples(args: argparse.Namespace, tokenizer) -> tuple[Prompts, list[Batch]]:
-    """`--samples` batches of one: renders of the held-out breeds, captions with the placeholder, timesteps by PUTS."""
-    rng = np.random.default_rng(args.seed)
+def draw_samples(folder: Path, tokenizer, samples: int, seed: int, device: str) -> tuple[Prompts, list[Batch]]:
+    """Batches of one: renders of the held-out breeds, captions with the placeholder, timesteps by PUTS."""
+    rng = np.random.default_rng(seed)
     breeds = held_out_breeds()
     specs = []
-    for i in range(args.samples):
+    for i in range(samples):
         scene, accessory = str(rng.choice(SCENES)), str(rng.choice(ACCESSORIES))
         specs.append(scene_spec(breeds[i % len(breeds)], scene, accessory, rng=rng))
     texts = [class_caption(spec, "{}") for spec in specs]
-    generator = torch.Generator().manual_seed(args.seed)
-    timesteps = uniform_timesteps(len(specs), generator, T_MIN, T_MAX)
-    return make_batches(args.model, tokenizer, specs, texts, timesteps, generator, args.device)
+    generator = torch.Generator().manual_seed(seed)
+    timesteps = uniform_timesteps(samples, generator, T_MIN, T_MAX)
+    return make_batches(folder, tokenizer, specs, texts, timesteps, generator, device)
 
 
 def finite_differences(
@@ -159,7 +159,7 @@ def measure_case(
 def measure_precision(args: argparse.Namespace) -> tuple[list[dict], dict]:
     """All cases of CASES -> (records of `measure_case`, the norms of the tokens)."""
     tokenizer = load_tokenizer(args.model, PLACEHOLDER, 1)
-    prompts, batches = draw_samples(args, tokenizer)
+    prompts, batches = draw_samples(args.model, tokenizer, args.samples, args.seed, args.device)
     initial = theta_of(args.model, tokenizer)
     thetas = {f"{scale:g}": scale * initial for scale in args.scales}
     generator = torch.Generator().manual_seed(args.seed + 1)

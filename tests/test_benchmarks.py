@@ -8,13 +8,15 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, arguments, run_cli
+from conftest import MINIATURE, ROOT, arguments, run_cli
 from torch import nn
 
+from benchmarks import gpu
 from benchmarks.memory import count_live_bytes, largest, name_layers, peak_live_bytes, stage, tensor_names
 from benchmarks.methods import METHODS, Task, ThisProject
 from benchmarks.resident import run_watched
 from benchmarks.speed_memory_tables import time_table
+from zoodip.errors import run_script
 from zoodip.prompts import read_embedding
 
 
@@ -103,3 +105,22 @@ def test_time_table_compares_round_by_round():
     text = time_table({"zoodip": [2.0, 4.0, 9.0], "floor": [1.0, 4.0, 3.0], "floor_as_loaded": [4.0, 4.0, 4.0]})
     ours = next(line for line in text.splitlines() if line.startswith("| ZOODiP")).split(" | ")
     assert ours[1] == "4" and ours[3:6] == ["2.00", "1.00", "1.00"]  # 2, 1, 3 over the floor; 0.5, 1, 2.25 over the other
+
+
+def test_a_device_compared_with_itself():
+    """`gpu.py` on the CPU: fp32 is the reference to the last bit; bf16 is not, and stays within the stated tolerance."""
+    records = gpu.compare(MINIATURE, "cpu", ["fp32", "bf16"], samples=2, directions=2)
+    assert len(records) == 3 * 2 * len(gpu.SCALES)
+    for record in records:
+        assert record["within"]
+        assert (record["loss_error"] == 0) == (record["precision"] == "fp32")
+        assert record["precision"] == "bf16" or record["correlation"] > 1 - 1e-6
+    text = gpu.comparison_table(records)
+    assert text.count("within") == len(records) and "above" not in text
+
+
+def test_gpu_without_a_gpu_is_refused_in_a_line(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert run_script(gpu.main, gpu.parse_args([])) == 2
+    assert capsys.readouterr().err.startswith("error: --device cuda: torch sees no GPU here")

@@ -175,7 +175,7 @@ def search_state(search) -> dict[str, np.ndarray | float | int]:
     return dict(
         mean=search.mean, sigma=search.sigma, pc=search.pc, ps=search.adapt_sigma.ps, countiter=search.countiter,
         C=model.C, B=model.B, D=model.D, count_tell=model.count_tell, last_update=model.last_update,
-        scaling=np.broadcast_to(search.sigma_vec.scaling, search.N),  # of the coordinates: not 1 once it has passed 1e8
+        scaling=search.sigma_vec.scaling * np.ones(search.N),  # of the coordinates: not 1 once it has passed 1e8
         to_pheno=coordinates._tf_matrix if moved else none, to_geno=coordinates._tf_matrix_inv if moved else none,
     )  # fmt: skip
 
