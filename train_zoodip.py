@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +36,8 @@ from zoodip.errors import prepare_process, run_script
 # The flags that decide what is learned. A checkpoint records them, and resuming under others is refused.
 METHOD_SETTINGS = "n mu tau nu t_min t_max timestep_sampling estimator learning_rate".split()
 SETTINGS = [*arguments.SHARED_SETTINGS, *METHOD_SETTINGS]
+# Flags that decide too, recorded where they are not these; a schedule that ends has its end recorded as well.
+OPTIONAL_SETTINGS = {**arguments.OPTIONAL_SETTINGS, "lr_scheduler": "constant", "lr_warmup_steps": 0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,7 +79,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="puts: uniform over [t_min, t_max); uniform: over all timesteps; snr: more the lower the SNR (TextBoost)",
     )
     add("--estimator", default="rge", choices=["rge", "spsa", "one_point"], help="zeroth-order gradient estimator")
-    add("--learning_rate", type=float, default=5e-3, help="of Adam (betas .9, .999, epsilon 1e-3), constant")
+    add("--learning_rate", type=float, default=5e-3, help="of Adam (betas .9, .999, epsilon 1e-3)")
+    add(
+        "--lr_scheduler",
+        default="constant",
+        choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
+        help="how the learning rate goes on, as diffusers has them; all but the constant ones end at 0 after --max_train_steps",
+    )
+    add("--lr_warmup_steps", type=int, default=0, help="updates over which the learning rate rises from 0; not of constant")
     add("--train_batch_size", type=int, default=1, help="images per step; all candidates share them")
     add("--max_train_steps", type=int, default=30000, help="steps to train")
     add(
@@ -109,6 +119,7 @@ def check_flags(flags: dict) -> None:
         require_positive(flags, "mu", "1e-3")
     if flags["candidates_per_forward"] is not None:
         require_at_least_one(flags, "candidates_per_forward")
+    require(flags, "lr_warmup_steps", flags["lr_warmup_steps"] >= 0, "must not be negative")
     require(flags, "tau", flags["tau"] >= 2, "must be at least 2 (a variance needs two tokens)")
     require(flags, "nu", 0 <= flags["nu"] < 1, "must be in [0, 1)")
 
@@ -330,6 +341,15 @@ class SubspaceGradient:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def learning_rate_factor(lr_scheduler: str, lr_warmup_steps: int, max_train_steps: int) -> Callable[[int], float]:
+    """diffusers' schedule of that name, as a function: number of updates done -> what the learning rate is multiplied by."""
+    from diffusers.optimization import get_scheduler
+
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # a scheduler is made for an optimiser; of ours it would wrap step()
+    schedule = get_scheduler(lr_scheduler, unused, num_warmup_steps=lr_warmup_steps, num_training_steps=max_train_steps)
+    return schedule.lr_lambdas[0]
+
+
 class ZOAdam:
     """theta and everything that moves it, fp32 on the CPU (a few KB): Adam with epsilon 1e-3 on the projected estimate."""
 
@@ -345,11 +365,15 @@ class ZOAdam:
         tau: int = 128,
         nu: float = 1e-3,
         learning_rate: float = 5e-3,
+        lr_scheduler: str = "constant",
+        lr_warmup_steps: int = 0,
+        max_train_steps: int = 30000,
     ):
         """token: [V, d], where the search starts."""
         self.theta = nn.Parameter(token.detach().clone().float())  # [V, d]
         self.estimator, self.n, self.mu = ESTIMATORS[estimator], n, mu
         self.subspace = SubspaceGradient(tau, nu, self.theta.numel())
+        self.learning_rate, self.factor = learning_rate, learning_rate_factor(lr_scheduler, lr_warmup_steps, max_train_steps)
         self.optimizer = torch.optim.Adam([self.theta], lr=learning_rate, betas=(0.9, 0.999), eps=1e-3)
         self.optimizer.state[self.theta] = dict(
             step=torch.tensor(0.0), exp_avg=torch.zeros_like(self.theta), exp_avg_sq=torch.zeros_like(self.theta)
@@ -367,6 +391,8 @@ class ZOAdam:
         effective_dim = self.theta.numel() - len(self.subspace.projection)
         gradient = zeroth_order_gradient(self.estimator.slopes(losses, self.mu), directions[-self.n :], effective_dim)
         self.theta.grad = self.subspace.project(gradient)
+        updates = int(self.optimizer.state[self.theta]["step"])  # Adam counts them, so a schedule has nothing to checkpoint
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate * self.factor(updates)
         self.optimizer.step()
         self.subspace.append(self.theta)
         return self.estimator.loss(losses).item()
@@ -433,7 +459,10 @@ def main(args: argparse.Namespace) -> int:
 
     generator = torch.Generator().manual_seed(args.seed)
     zo = ZOAdam(inputs.initial_token, **flags_for(ZOAdam, flags))
-    run = Run(zo, generator, accelerator, arguments.settings_of(flags, SETTINGS), inputs.fingerprint(), **flags_for(Run, flags))
+    settings = arguments.settings_of(flags, SETTINGS, OPTIONAL_SETTINGS)
+    if not args.lr_scheduler.startswith("constant"):
+        settings["max_train_steps"] = args.max_train_steps
+    run = Run(zo, generator, accelerator, settings, inputs.fingerprint(), **flags_for(Run, flags))
     run.resume(args.resume_from_checkpoint)
     run.claim()
     model, data = load_model(inputs, device=accelerator.device, **flags_for(load_model, flags))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, arguments, make_subject, run_cli
 
-from train_zoodip import SETTINGS, ZOAdam, build_parser, parse_args
+from train_zoodip import OPTIONAL_SETTINGS, SETTINGS, ZOAdam, build_parser, parse_args
 from zoodip.arguments import flags_for
 from zoodip.files import lock_folder
 from zoodip.quantize import default_precision
@@ -158,16 +158,17 @@ def test_every_setting_is_recorded():
     not_deciding = set("""cpu compile save_quantized train_data_dir cc_file max_train_steps candidates_per_forward output_dir
         save_steps
         checkpointing_steps checkpoints_total_limit resume_from_checkpoint eval_steps num_eval_samples validation_prompt
-        validation_steps num_validation_images validation_guidance report_to""".split())
-    assert {action.dest for action in flags()} == set(SETTINGS) | not_deciding
+        validation_steps num_validation_images validation_guidance final_picture report_to""".split())
+    assert {action.dest for action in flags()} == set(SETTINGS) | set(OPTIONAL_SETTINGS) | not_deciding
 
 
 def test_defaults_are_the_papers():
     """The commands in the README reproduce the paper only with these."""
     args = vars(parse_args(["--train_data_dir", "x", "--initializer_token", "dog"]))
     expected = dict(n=2, mu=None, tau=128, nu=1e-3, t_min=500, t_max=900, max_train_steps=30000, learning_rate=5e-3,
-                    train_batch_size=1, resolution=None, timestep_sampling="puts", estimator="rge", quantization="nf4",
-                    num_vectors=1, learnable_property="object", seed=0, mixed_precision=None, use_cc=False)  # fmt: skip
+                    train_batch_size=1, resolution=None, timestep_sampling="puts", estimator="rge", lr_scheduler="constant",
+                    quantization=None, num_vectors=1, learnable_property="object", seed=0, mixed_precision=None,
+                    use_cc=False)  # fmt: skip
     assert {name: args[name] for name in expected} == expected
     zo = ZOAdam(torch.zeros(1, 2), **flags_for(ZOAdam, {**args, "mu": 1e-3}))
     group = zo.optimizer.param_groups[0]

@@ -26,6 +26,8 @@ SHARED_SETTINGS = (
     "num_vectors learnable_property use_cc resolution center_crop train_batch_size seed"
 ).split()
 
+OPTIONAL_SETTINGS = {"model_config": None}  # such flags that are recorded where they are not this
+
 
 class OneLineArgumentParser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -193,6 +195,8 @@ def without_effect(flags: dict, given: dict) -> Iterator[str]:
         for name in ("num_validation_images", "validation_guidance"):
             if name in given:
                 yield f"--{name} {given[name]} has no effect: with --no-final_picture only a --validation_prompt is drawn"
+    if "lr_warmup_steps" in given and flags.get("lr_scheduler") == "constant":
+        yield f"--lr_warmup_steps {given['lr_warmup_steps']} has no effect with --lr_scheduler constant"
     model = Path(flags["pretrained_model_name_or_path"])
     if "revision" in given and model.exists():
         yield f"--revision {given['revision']} has no effect: {model} is on this machine, not on the hub"
@@ -296,12 +300,16 @@ def is_embedding_file(initializer_token: str) -> bool:
     return initializer_token.lower().endswith((".safetensors", ".pt", ".bin"))
 
 
-def settings_of(flags: dict, names: Iterable[str]) -> dict:
-    """The flags `names`, to be recorded; of a local model or file only its name, which gives nothing away."""
+def settings_of(flags: dict, names: Iterable[str], optional: dict = OPTIONAL_SETTINGS) -> dict:
+    """The flags `names`, and of `optional` those that are not as there, to be recorded; of a local model or file only its name,
+    which gives nothing away."""
     settings = {name: flags[name] for name in names}
+    settings |= {name: flags[name] for name, default in optional.items() if flags[name] != default}
     model = Path(flags["pretrained_model_name_or_path"])
     if model.exists():
         settings["pretrained_model_name_or_path"] = model.resolve().name if model.is_dir() else model.name
     if is_embedding_file(settings.get("initializer_token", "")):
         settings["initializer_token"] = Path(settings["initializer_token"]).name
+    if "model_config" in settings and Path(settings["model_config"]).exists():
+        settings["model_config"] = Path(settings["model_config"]).resolve().name
     return settings

@@ -114,12 +114,9 @@ class TokenOutputs:
         save_embedding(folder, self.trainer.theta, self.settings, self.prediction_type, step, final)
 
     def files(self) -> dict[str, str]:
-        """{name: what it is and what to do with it} of the final files."""
+        """{name: what it is and what to do with it} of the final files besides learned_embeds.safetensors."""
         token, stem = self.settings["placeholder_token"], file_stem(self.settings["placeholder_token"])
-        files = {
-            "learned_embeds.safetensors": f"{token}, for diffusers' load_textual_inversion",
-            f"{stem}.safetensors": f"the same for AUTOMATIC1111, Forge, ComfyUI and InvokeAI, where the word is {stem}",
-        }
+        files = {f"{stem}.safetensors": f"the same for AUTOMATIC1111, Forge, ComfyUI and InvokeAI, where the word is {stem}"}
         if self.compares:
             files["before_after.png"] = f"{self.prompt_with(self.settings['initializer_token'])!r} above, with {token} below"
         return files

@@ -148,7 +148,7 @@ class Run:
         self.checkpointing_steps, self.checkpoints_total_limit = checkpointing_steps, checkpoints_total_limit
         self.validation_steps, self.unit = validation_steps, unit
         self.progress, self.seconds, self.stop, self.lock, self.bar = Progress(), 0.0, StopSignal(), None, None
-        self.first_step, self.produced = 0, {}  # produced: {name: description} of the final files
+        self.first_step, self.produced = 0, {}  # produced: {name: description} of what else is there at the end
 
     @property
     def is_main(self) -> bool:
@@ -177,6 +177,7 @@ class Run:
         try:
             saved, ours = header["settings"], self.settings
             different = [f"--{name} was {saved[name]!r}, is {ours[name]!r}" for name in ours if saved[name] != ours[name]]
+            different += [f"--{name} was {saved[name]!r}" for name in saved if name not in ours]
             if different:
                 raise InputError(
                     f"--resume_from_checkpoint {path}: is of another run ({'; '.join(different)}); use the same "
@@ -417,7 +418,10 @@ class Run:
                 file=sys.stderr,
             )
         elif self.is_main:
-            print(f"{step} {self.unit}s done" + (f" ({skipped} skipped: loss not finite)" if skipped else ""))
+            print(
+                f"{self.folder / 'learned_embeds.safetensors'}: {self.settings['placeholder_token']} after {step} {self.unit}s"
+                + (f" ({skipped} skipped: loss not finite)" if skipped else "")
+            )
             for name, what in self.produced.items():
                 print(f"{self.folder / name}: {what}")
             if signalled:
