@@ -5,17 +5,19 @@
     python benchmarks/house.py --before ../before
 
 Both versions' `train_zoodip.py` run as they are, as processes of their own, on the same models, photographs and flags, with one
-thread, on one core where the system can pin them. Rounds alternate which version comes first. Steps are timed by the
-processor's clock too, which other programs disturb less. Writes benchmarks/house.json and .md.
+thread, on one core where the system can pin them; one stands still while the other runs, a second each. Steps are timed by
+the processor's clock, which neither that nor other programs stop. Writes benchmarks/house.json and .md. Linux, macOS.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +31,8 @@ from zoodip.errors import InputError, prepare_environment, run_script
 from zoodip.records import ROOT, git_commit, mean_interval, table
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-CLOCKS = ("cpu", "wall")
+RUN_FLAGS = ("--cpu", "--eval_steps", "0", "--checkpointing_steps", "0")
+TURN = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--before", type=Path, required=True, help="root of the other version's tree")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each version")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of both versions")
     parser.add_argument("--core", type=int, default=0, help="processor core that both versions are pinned to (Linux)")
     parser.add_argument("--folder", type=Path, default=None, help="for the models of SD v1.5's shape; default: a temporary one")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder for house.json and .md")
@@ -71,34 +74,48 @@ class Versions:
     folder: Path  # for models and results
     core: int
 
-    def run(self, command: list[str], version: str) -> None:
-        """Raises InputError, with the end of what it printed, where it does not end well."""
+    def start(self, version: str, *arguments: str) -> subprocess.Popen:
+        """`python arguments` in a version's tree; what it prints goes to <version>.log."""
+        command = [sys.executable, *arguments]
         pinned = ["taskset", "-c", str(self.core), *command] if shutil.which("taskset") else command
-        ended = subprocess.run(pinned, cwd=self.trees[version], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
-        if ended.returncode:
-            raise InputError(f"{version}: code {ended.returncode} from {' '.join(command)}: {ended.stderr[-1000:]}")
+        with open(self.folder / f"{version}.log", "w") as log:
+            environment = {**os.environ, **ENVIRONMENT}
+            return subprocess.Popen(pinned, cwd=self.trees[version], env=environment, stdout=log, stderr=subprocess.STDOUT)
 
-    def watch(self, version: str, mode: str, case: str, model: list[str], steps: int) -> dict:
-        """What `watch_script.py` finds of a run of `steps` steps."""
-        found = self.folder / "found.json"
-        flags = [
-            *model,
-            "--train_data_dir",
-            str(self.folder / "photographs"),
-            *CASES[case].flags,
-            "--cpu",
-            "--eval_steps",
-            "0",
-            "--checkpointing_steps",
-            "0",
-            "--max_train_steps",
-            str(steps),
-            "--output_dir",
-            str(self.folder / "results"),
-        ]
-        script = self.trees[version] / "train_zoodip.py"
-        self.run([sys.executable, str(ROOT / "benchmarks" / "watch_script.py"), mode, str(found), str(script), *flags], version)
-        return json.loads(found.read_text())
+    def watch(self, mode: str, case: str, model: list[str], steps: int) -> dict[str, dict]:
+        """{version: what `watch_script.py` finds of a run of `steps` steps}, both versions at once, in turns."""
+        processes = {}
+        for version, tree in self.trees.items():
+            flags = [*model, *CASES[case].flags, *RUN_FLAGS, "--max_train_steps", str(steps)]
+            flags += ["--train_data_dir", str(self.folder / "photographs"), "--output_dir", str(self.folder / version)]
+            watcher, found = str(ROOT / "benchmarks" / "watch_script.py"), str(self.folder / f"{version}.json")
+            processes[version] = self.start(version, watcher, mode, found, str(tree / "train_zoodip.py"), *flags)
+        self.wait(processes)
+        return {version: json.loads((self.folder / f"{version}.json").read_text()) for version in self.trees}
+
+    def wait(self, processes: dict[str, subprocess.Popen]) -> None:
+        """Let one process run while the others stand still, a second each, until all have ended.
+
+        So that whatever disturbs the machine disturbs all alike. Raises InputError where one does not end well.
+        """
+        try:
+            for process in processes.values():
+                process.send_signal(signal.SIGSTOP)
+            while running := [process for process in processes.values() if process.poll() is None]:
+                for process in running:
+                    process.send_signal(signal.SIGCONT)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(TURN)
+                    process.send_signal(signal.SIGSTOP)  # does nothing to one that has ended
+        finally:  # leave none standing
+            for process in processes.values():
+                process.kill()
+        for version, process in processes.items():
+            if process.returncode:
+                log = (self.folder / f"{version}.log").read_text()
+                raise InputError(
+                    f"{version}: {' '.join(map(str, process.args))} ended with code {process.returncode}: {log[-1000:]}"
+                )
 
     def models(self, case: str) -> dict[str, list[str]]:
         """{mode: flags for the model}. SD v1.5's shape is timed on a packed copy, which loads in seconds."""
@@ -109,53 +126,51 @@ class Versions:
         if not (whole / "model_index.json").exists():
             build_folder(whole)
         if not packed.exists():
-            self.run(
-                [sys.executable, str(self.trees["before"] / "train_zoodip.py"), *flags, "--save_quantized", str(packed)], "before"
-            )
+            packing = self.start("before", str(self.trees["before"] / "train_zoodip.py"), *flags, "--save_quantized", str(packed))
+            self.wait(dict(before=packing))
         return dict(bytes=flags, steps=["--pretrained_model_name_or_path", str(packed)])
 
 
 def measure(versions: Versions, case: str, rounds: int) -> dict:
-    """{bytes: {version: peak}, rounds: [{version: {clock: median seconds a step}}]}"""
-    models, names = versions.models(case), list(versions.trees)
-    peaks = {name: versions.watch(name, "bytes", case, models["bytes"], 2)["peak"] for name in names}
-    print(f"{case}: live bytes {peaks}", file=sys.stderr, flush=True)
-    found = []
-    for number in range(rounds):
-        seconds = {}
-        for name in names if number % 2 == 0 else reversed(names):
-            times = versions.watch(name, "steps", case, models["steps"], CASES[case].steps + 1)
-            seconds[name] = {clock: median(times[clock]) for clock in CLOCKS}
-        found.append({name: seconds[name] for name in names})
-        print(f"{case} round {number + 1}: {found[-1]}", file=sys.stderr, flush=True)
-    return dict(bytes=peaks, rounds=found)
+    """{bytes: {version: peak}, rounds: [{version: median seconds a step}]}"""
+    models = versions.models(case)
+    found = dict(
+        bytes={name: each["peak"] for name, each in versions.watch("bytes", case, models["bytes"], 2).items()}, rounds=[]
+    )
+    print(f"{case}: live bytes {found['bytes']}", file=sys.stderr, flush=True)
+    for _ in range(rounds):
+        times = versions.watch("steps", case, models["steps"], CASES[case].steps + 1)
+        found["rounds"].append({name: median(each["cpu"]) for name, each in times.items()})
+        print(f"{case}: {found['rounds'][-1]}", file=sys.stderr, flush=True)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------- the report
 
 
-def ratio_with_noise(found: dict, clock: str) -> str:
+def ratio_with_noise(found: dict) -> str:
     """Geometric mean over the rounds of after / before, with its 95 % interval."""
-    mean, half = mean_interval([math.log(each["after"][clock] / each["before"][clock]) for each in found["rounds"]])
+    mean, half = mean_interval([math.log(seconds["after"] / seconds["before"]) for seconds in found["rounds"]])
     return f"{math.exp(mean):.3f} ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f})"
 
 
 def case_table(case: str, found: dict) -> str:
-    rows = []
-    for clock, name in (("cpu", "processor seconds"), ("wall", "seconds by the clock")):
-        cells = [" / ".join(f"{each[version][clock]:.4g}" for each in found["rounds"]) for version in ("before", "after")]
-        rows.append([f"{name} a step, median of {CASES[case].steps}", *cells, ratio_with_noise(found, clock)])
+    seconds = [" / ".join(f"{each[version]:.4g}" for each in found["rounds"]) for version in ("before", "after")]
     before, after = found["bytes"]["before"], found["bytes"]["after"]
-    rows.append(["peak of live bytes, loading and 2 steps", f"{before:,}", f"{after:,}", f"{after / before:.4f}"])
+    rows = [
+        [f"processor seconds a step, median of {CASES[case].steps}", *seconds, ratio_with_noise(found)],
+        ["peak of live bytes, loading and 2 steps", f"{before:,}", f"{after:,}", f"{after / before:.4f}"],
+    ]
     commits = ", ".join(f"{name} {commit}" for name, commit in found["commits"].items())
     return f"## {CASES[case].title}\n\n{table(['', 'before', 'after', 'after / before'], rows)}\n\nCommits: {commits}.\n"
 
 
 def markdown_of(results: dict, core: int) -> str:
     return "\n".join(case_table(case, found) for case, found in results.items()) + (
-        "\nn = 2, three candidates in one forward. A figure for each round, the versions in turn; of the ratios the geometric "
-        "mean over the rounds with its 95 % interval (Student's t): that interval is the noise. One thread on core "
-        f"{core} of a machine that other programs share, so the seconds are no figures of speed, only their ratio is one.\n"
+        "\nn = 2, three candidates in one forward. A figure for each round; of the ratios the geometric mean over the rounds "
+        "with its 95 % interval (Student's t): that interval is the noise. Both versions ran at once, with one thread each, on "
+        f"core {core}, one standing still while the other ran, a second each: other programs shared the machine, so the seconds "
+        "are no figures of speed, only their ratio is one.\n"
     )
 
 

@@ -1,22 +1,34 @@
-"""The suite's plots, from plain arrays; nothing here knows of runs or tables."""
+"""Draws the plots that `experiments.py` declares, from what `runs.collect` gives of their tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import singledispatch
 from pathlib import Path
 
 import numpy as np
 
+from reproduction.experiments import COLUMNS, HeatMaps, Histograms, PictureGrid, Plot, Scatter
+from reproduction.runs import Settings
+from reproduction.scores import slug
+from reproduction.stats import Records, values_of
+from zoodip.files import write_image
+from zoodip.pictures import picture_sheet
+from zoodip.records import mean_interval
+from zoodip.subject import find_images, open_image
 
-def new_plot(columns: int = 1, size: tuple[float, float] = (4.6, 3.4)):
-    """A figure and its axes in a row; `size` in inches of each."""
+Collect = Callable[[str], dict[str, Records]]  # name of a table -> its rows
+
+
+def new_plot(rows: int, columns: int, size: tuple[float, float], **more):
+    """A figure and its axes, row by row; `size` in inches of each."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(size[0] * columns, size[1]), squeeze=False)
-    return figure, list(axes[0])
+    figure, axes = pyplot.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False, **more)
+    return figure, list(axes.flat)
 
 
 def save_plot(figure, path: Path) -> None:
@@ -28,60 +40,123 @@ def save_plot(figure, path: Path) -> None:
     pyplot.close(figure)
 
 
-def heat_maps(maps: dict[str, np.ndarray], headings: dict[str, str], lower_is_better: set[str], x: tuple[str, tuple],
-              y: tuple[str, tuple], text: Callable[[float, str], str], path: Path) -> None:
-    """One panel for each score -> [len(y), len(x)], bright is good; `text(value, score)` words a value; nan stays blank."""
-    figure, axes = new_plot(len(maps))
+@singledispatch
+def draw(plot: Plot, name: str, collect: Collect, settings: Settings, path: Path) -> bool:
+    """Draw the plot of table `name` -> whether there was anything to draw."""
+    raise NotImplementedError(type(plot))
+
+
+@draw.register
+def heat_maps(plot: HeatMaps, name: str, collect: Collect, settings: Settings, path: Path) -> bool:
+    """One panel for each score of which there is a run; bright is good; a cell without one stays blank."""
+    rows, (x_name, xs), (y_name, ys) = collect(name), plot.x, plot.y
+    labels = [[plot.label.format(x=x, y=y) for x in xs] for y in ys]
+    maps = {score: np.array([[np.mean(values_of(rows.get(label, {}), score) or [np.nan]) for label in line] for line in labels])
+            for score in plot.scores}  # fmt: skip
+    maps = {score: values for score, values in maps.items() if np.isfinite(values).any()}
+    if not maps:
+        return False
+    figure, axes = new_plot(1, len(maps), (4.6, 3.4))
     for axis, (score, values) in zip(axes, maps.items(), strict=True):
-        picture = axis.imshow(values, cmap="viridis_r" if score in lower_is_better else "viridis", aspect="auto")
+        colours = "viridis_r" if COLUMNS[score].lower_is_better else "viridis"
+        picture = axis.imshow(values, cmap=colours, aspect="auto")
         for (i, j), value in np.ndenumerate(values):
             if np.isfinite(value):
-                axis.text(j, i, text(value, score), ha="center", va="center", fontsize=7, color="white",
-                          bbox=dict(facecolor="black", alpha=0.3, linewidth=0, pad=1))
-        axis.set_xticks(range(len(x[1])), [f"{value:g}" for value in x[1]])
-        axis.set_yticks(range(len(y[1])), [f"{value:g}" for value in y[1]])
-        axis.set(xlabel=x[0], ylabel=y[0], title=headings.get(score, score))
+                axis.text(j, i, COLUMNS[score].number(value), ha="center", va="center", fontsize=7, color="white",
+                          bbox=dict(facecolor="black", alpha=0.3, linewidth=0, pad=1))  # fmt: skip
+        axis.set_xticks(range(len(xs)), [f"{value:g}" for value in xs])
+        axis.set_yticks(range(len(ys)), [f"{value:g}" for value in ys])
+        axis.set(xlabel=x_name, ylabel=y_name, title=COLUMNS[score].heading)
         figure.colorbar(picture, ax=axis)
     save_plot(figure, path)
+    return True
 
 
-def histograms(series: dict[str, list[float]], bins: np.ndarray, labels: tuple[str, str], path: Path) -> None:
-    """Shares of each series per bin, one panel under the other, so that none hides another."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+@draw.register
+def histograms(plot: Histograms, name: str, collect: Collect, settings: Settings, path: Path) -> bool:
+    """Shares of each row's values per bin, one panel under the other, so that none hides another."""
+    series = {label: [value for record in records.values() for value in record.get(plot.values, [])]
+              for label, records in collect(name).items()}  # fmt: skip
     series = {label: values for label, values in series.items() if values}
-    figure, axes = pyplot.subplots(len(series), 1, figsize=(6, 1.3 * len(series) + 0.6), sharex=True, squeeze=False)
-    for k, (axis, (label, values)) in enumerate(zip(axes[:, 0], series.items(), strict=True)):
-        axis.hist(values, bins, weights=np.full(len(values), 1 / len(values)), color=f"C{k}")
+    tau = settings.world.scaled(128)
+    figure, axes = new_plot(len(series), 1, (6, 1.5), sharex=True)
+    for k, (axis, (label, values)) in enumerate(zip(axes, series.items(), strict=True)):
+        axis.hist(values, (np.arange(tau + 2) - 0.5) / tau, weights=np.full(len(values), 1 / len(values)), color=f"C{k}")
         axis.axvline(np.mean(values), color="black", linewidth=1, linestyle=":")
         axis.set_title(f"{label} (mean {np.mean(values):.3f})", fontsize=8)
-        axis.set_ylabel(labels[1], fontsize=7)
-    axes[-1, 0].set_xlabel(labels[0])
+        axis.set_ylabel(plot.labels[1], fontsize=7)
+    axes[-1].set_xlabel(plot.labels[0])
     save_plot(figure, path)
+    return True
 
 
-def curves(panels: dict[str, dict[str, tuple]], labels: tuple[str, str], path: Path) -> None:
-    """{panel: {line: (x [P], mean [P], half width [P])}}."""
-    figure, axes = new_plot(len(panels), (3.9, 3.3))
-    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+@draw.register
+def scatter(plot: Scatter, name: str, collect: Collect, settings: Settings, path: Path) -> bool:
+    """CLIP-I with its interval against peak memory, of the points of which both are known."""
+    figure, (axis,) = new_plot(1, 1, (6.6, 3.4))
+    for label, ((table, row), cost_row) in plot.points.items():
+        quality = values_of(collect(table)[row], "CLIP-I")
+        memory = values_of(collect(name)[cost_row], "peak_memory_gb")
+        if quality and memory:
+            mean, width = mean_interval(quality)
+            bar = width if np.isfinite(width) else None
+            axis.errorbar(np.mean(memory), mean, yerr=bar, fmt="o", label=label, capsize=2)
+    axis.set(xlabel="peak memory, GB", ylabel="CLIP-I")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))  # beside, where it hides no interval
+    save_plot(figure, path)
+    return True
+
+
+@draw.register
+def pictures(plot: PictureGrid, name: str, collect: Collect, settings: Settings, path: Path) -> bool:
+    """One line for each subject and prompt; nothing where the pictures of the runs are not on this machine."""
+    rows, blocks = collect(name), []
+    first = {label: {subject: record for (subject, _), record in reversed(rows.get(label, {}).items())}
+             for label in plot.columns.values()}  # fmt: skip
+    for subject in next(iter(first.values())):
+        references = find_images(settings.world.data / subject) if (settings.world.data / subject).is_dir() else []
+        for k, prompt in enumerate(plot.prompts[: len(references)]):
+            found = [next(settings.folder(records[subject]["spec"]).glob(f"pictures/{slug(prompt)}-0-*.png"), None)
+                     for records in first.values() if subject in records]  # fmt: skip
+            if len(found) == len(plot.columns) and None not in found:
+                blocks.append(([open_image(picture) for picture in (references[k], *found)], prompt.replace("{}", "<sks>")))
+    if blocks:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_image(path, picture_sheet(blocks, headings=["a reference", *plot.columns]))
+    return bool(blocks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning curves
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def learning_curves(rows: dict[str, Records]) -> dict[str, tuple]:
+    """{row: (forwards, mean loss, half width)}; the half width is of the runs' own shapes, their levels taken out.
+
+    It is 0, no band, of fewer than three runs: the interval of two is thirteen standard errors wide.
+    """
+    lines = {}
+    for label, records in rows.items():
+        curves = [record["curve"] for record in records.values() if len(record.get("curve", [])) > 1]
+        if curves:
+            losses = np.array([[point["loss"] for point in curve] for curve in curves])  # [runs, points]
+            shapes = losses - losses.mean(1, keepdims=True)
+            widths = np.array([mean_interval(list(column))[1] if len(curves) > 2 else 0.0 for column in shapes.T])
+            lines[label] = ([point["unet_forwards"] for point in curves[0]], losses.mean(0), widths)
+    return lines
+
+
+def draw_curves(panels: dict[str, dict[str, Records]], path: Path) -> None:
+    """{title: rows}: the loss on unseen pictures against the forwards used, a panel for each table."""
+    figure, axes = new_plot(1, len(panels), (3.9, 3.3))
+    for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+        lines = learning_curves(rows)
         for label, (x, mean, width) in lines.items():
             (line,) = axis.plot(x, mean, marker=".", markersize=4, linewidth=1, label=label)
             axis.fill_between(x, mean - width, mean + width, alpha=0.15, color=line.get_color())
-        axis.set(title=title, xlabel=labels[0], ylabel=labels[1] if axis is axes[0] else "")
+        axis.set(title=title, xlabel="forwards used", ylabel="loss on unseen pictures" if axis is axes[0] else "")
         if lines:
             axis.legend(fontsize=6)
-    save_plot(figure, path)
-
-
-def scatter(points: dict[str, tuple[float, float, float]], labels: tuple[str, str], path: Path) -> None:
-    """{label: (x, y, half width of y)}."""
-    figure, (axis,) = new_plot(size=(6.6, 3.4))
-    for label, (x, y, width) in points.items():
-        axis.errorbar(x, y, yerr=width if np.isfinite(width) else None, fmt="o", label=label, capsize=2)
-    axis.set(xlabel=labels[0], ylabel=labels[1])
-    if points:
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))  # beside, where it hides no interval
     save_plot(figure, path)

@@ -1,0 +1,332 @@
+"""What is run, what was published, how it is judged and drawn: data.
+
+A new table is a new `Experiment`, a new method of it a row that names one of `runs.METHODS`, a new statement a `Claim`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from reproduction.worlds import DREAMBOOTH, WITH_MINIATURE_ONLY
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Columns
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a score is printed. `plain`: without an interval, where one figure says enough."""
+
+    heading: str
+    digits: int = 3
+    lower_is_better: bool = False
+    plain: bool = False
+
+    def number(self, value: float, sign: bool = False) -> str:
+        """As the paper prints it: .759."""
+        value = round(value, self.digits) + 0.0  # no minus before a zero
+        text = f"{value:+.{self.digits}f}" if sign else f"{value:.{self.digits}f}"
+        return re.sub(r"^([+-]?)0\.", r"\1.", text)
+
+
+COLUMNS = {
+    "CLIP-T": Column("CLIP-T"), "CLIP-I": Column("CLIP-I"), "DINO": Column("DINO"), "attributes": Column("attributes right"),
+    "loss": Column("loss, t in [500, 900)", 5, lower_is_better=True), "loss_all": Column("loss, all t", 5, lower_is_better=True),
+    "loss_at": Column("loss at equal forwards", 5, lower_is_better=True),
+    "loss_path": Column("mean loss on the way there", 5, lower_is_better=True), "gap_closed": Column("share of the gap closed"),
+    "DINO_inter": Column("DINO_inter", lower_is_better=True), "CLIP_inter": Column("CLIP_inter", lower_is_better=True),
+    "removed": Column("share of the buffer's directions removed"), "removed_least": Column("least", plain=True),
+    "removed_most": Column("most", plain=True), "refreshes": Column("refreshes", 0, plain=True),
+    "forwards": Column("forwards", 0, plain=True), "peak_memory_gb": Column("memory, GB", 2, plain=True),
+    "stored_kb": Column("stored, KB", 1, plain=True), "steps_per_second": Column("steps/s", 2, plain=True),
+    "minutes": Column("minutes", 1, plain=True),
+}  # fmt: skip
+QUALITY = ("CLIP-T", "CLIP-I", "DINO")
+LEARNED = ("attributes", "loss", "loss_all")  # beside the paper's scores; attributes on the miniature only
+COST = ("peak_memory_gb", "stored_kb", "steps_per_second", "minutes", "forwards")
+CLAIM_COLUMNS = (*QUALITY, *LEARNED, "loss_path")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plots: what each shows; `plots.draw` draws it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plot:
+    file: str
+
+
+@dataclass(frozen=True)
+class HeatMaps(Plot):
+    """One map for each score over a grid of rows. `x` and `y` are (name, values); `label` names the row of a cell."""
+
+    scores: tuple[str, ...]
+    x: tuple[str, tuple]
+    y: tuple[str, tuple]
+    label: str
+
+
+@dataclass(frozen=True)
+class Histograms(Plot):
+    """One histogram for each row of a list that its runs hold."""
+
+    values: str
+    labels: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Scatter(Plot):
+    """`points`: label -> ((table, row) of CLIP-I, row of this table whose memory it goes with)."""
+
+    points: dict[str, tuple[tuple[str, str], str]]
+
+
+@dataclass(frozen=True)
+class PictureGrid(Plot):
+    """For each subject and prompt a reference, and the first picture of a run of each row of `columns` (heading -> label)."""
+
+    columns: dict[str, str]
+    prompts: tuple[str, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """`method`: one of `runs.METHODS`, or one of `runs.UNTRAINED`."""
+
+    label: str
+    flags: dict = field(default_factory=dict)  # of the paper; tau and intrinsic_dim are scaled to the token's size
+    method: str = "zoodip"
+    published: dict = field(default_factory=dict)  # score -> figure of the paper
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One table. `kind`: scores, inter, cost, or none to draw no pictures."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    columns: tuple[str, ...]
+    kind: str = "scores"
+    paper_subjects: tuple[str, ...] = ("shiny_sneaker",)  # the miniature runs all tables on all its subjects
+    worlds: tuple[str, ...] = ("miniature", "sd15")
+    one_seed: bool = False  # a grid: seed 0 only
+    with_cost: bool = False  # for each row also a run that measures speed and memory
+    gap: tuple[str, str] | None = None  # rows between whose losses the others close a share of the gap
+    controls: tuple[tuple[str, str], ...] = ()  # (label, kind of `stats.control_removed`): rows without a run
+    plot: Plot | None = None
+    curves: str | None = None  # title of its panel among the learning curves
+    note: str = ""
+
+    @property
+    def heading(self) -> str:
+        number = "Table " if self.name[0] in "S123456789" else ""
+        return f"{number}{self.name}: {self.title}".replace("Fig8", "Figure 8")
+
+
+def scores(text_score: float, image_score: float, dino: float, **more: float) -> dict:
+    return {"CLIP-T": text_score, "CLIP-I": image_score, "DINO": dino, **more}
+
+
+TI_PUBLISHED = dict(quantization="none", timestep_sampling="uniform")  # and templates, Adam's usual epsilon
+TI_FAIR = dict(use_cc=True)  # quantisation and timesteps as ZOODiP's
+GF_FAIR = dict(use_cc=True, mode="fair", timestep_sampling="puts")
+UNIFORM, NO_SG = dict(timestep_sampling="uniform"), dict(nu=0.0)
+CONVERGED = TI_FAIR | dict(train_batch_size=4, max_train_steps=600)
+
+CLASS_WORD = Row("class word (untrained)", {}, "initial")
+METHOD_ROWS = (
+    CLASS_WORD,
+    Row("TI, as published", TI_PUBLISHED, "ti", scores(.285, .778, .559, minutes=8.8, peak_memory_gb=6.75, stored_kb=3)),
+    Row("TI, ZOODiP's weights, captions, timesteps", TI_FAIR, "ti"),
+    Row("GF-TI, as published", {}, "gf_ti", scores(.253, .540, .011, minutes=293, peak_memory_gb=2.37, stored_kb=3)),
+    Row("GF-TI, fair", GF_FAIR, "gf_ti"),
+    Row("ZOODiP, templates", dict(use_cc=False)),
+    Row("ZOODiP", {}, "zoodip", scores(.287, .772, .558, minutes=31, peak_memory_gb=2.37, stored_kb=3)),
+)  # fmt: skip
+TAUS, NUS = (32, 64, 128, 256, 512), (1e-1, 1e-2, 1e-3, 1e-4)
+TABLE_4 = {32: (.704, .686, .716, .729), 64: (.721, .736, .712, .724), 128: (.736, .735, .759, .716),
+           256: (.739, .727, .738, .716), 512: (.705, .704, .676, .707)}  # fmt: skip
+LOWS, HIGHS = (0, 300, 500, 700), (300, 500, 700, 900, 1000)
+
+
+def tau_flags(tau: int, nu: float) -> dict:
+    return {} if (tau, nu) == (128, 1e-3) else dict(tau=tau, nu=nu)  # the default is one run with all other tables'
+
+
+def puts_flags(low: int, high: int) -> dict:
+    if (low, high) == (0, 1000):
+        return UNIFORM
+    return {} if (low, high) == (500, 900) else dict(t_min=low, t_max=high)
+
+
+# point of the plot -> (table, row) of its quality, row of Table 2 of its memory
+QUALITY_AND_MEMORY = {
+    "TI, not quantised": (("S8", "TI, not quantised"), "TI, 16/32-bit weights, fp32"), "TI, NF4": (("S8", "TI, NF4"), "TI, NF4"),
+    "GF-TI, INT8": (("1", "GF-TI, as published"), "GF-TI, INT8"),
+    "ZOODiP, not quantised": (("S8", "not quantised"), "ZOODiP, not quantised, n = 2"),
+    "ZOODiP, INT8": (("S8", "INT8"), "ZOODiP, INT8, n = 2"), "ZOODiP, NF4": (("S8", "NF4"), "ZOODiP, NF4, n = 2"),
+}  # fmt: skip
+
+EXPERIMENTS = (
+    Experiment("1", "Token methods", METHOD_ROWS, (*QUALITY, *LEARNED, "forwards"), paper_subjects=DREAMBOOTH, curves="method",
+        note="The paper trained TI and GF-TI with templates and ZOODiP with comprehensive captions: both are here for TI "
+             "and ZOODiP. A TI step's backward pass is not counted as forwards."),
+    Experiment("2", "Speed and memory of the methods' own scripts", (
+        Row("TI, 16/32-bit weights, fp32", dict(quantization="none", mixed_precision="fp32"), "ti", dict(steps_per_second=9.42)),
+        Row("ZOODiP, not quantised, n = 1", dict(quantization="none", n=1), "zoodip", dict(steps_per_second=22.3)),
+        Row("ZOODiP, not quantised, n = 2", dict(quantization="none"), "zoodip", dict(steps_per_second=18.4)),
+        Row("ZOODiP, INT8, n = 1", dict(quantization="int8", n=1), "zoodip", dict(steps_per_second=20.7)),
+        Row("ZOODiP, INT8, n = 2", dict(quantization="int8"), "zoodip", dict(steps_per_second=16.1, peak_memory_gb=2.37)),
+        Row("ZOODiP, NF4, n = 2", dict(quantization="nf4"), "zoodip", dict(peak_memory_gb=1.9)),
+        Row("TI, NF4", dict(quantization="nf4"), "ti"),
+        Row("GF-TI, INT8", dict(quantization="int8"), "gf_ti", dict(steps_per_second=0.74, peak_memory_gb=2.37)),
+    ), ("steps_per_second", "peak_memory_gb", "stored_kb"), kind="cost", plot=Scatter("quality_memory.png", QUALITY_AND_MEMORY),
+        note="A step of GF-TI is a generation of 20 forwards. The runs are made one at a time, after all others. The paper read "
+             "nvidia-smi; here memory is the most that was allocated on a GPU, or the peak resident set on a CPU."),
+    Experiment("3", "Subspace Gradient and PUTS", (
+        Row("neither", UNIFORM | NO_SG, published=scores(.273, .736, .505)),
+        Row("SG", UNIFORM, published=scores(.265, .747, .527)),
+        Row("PUTS", NO_SG, published=scores(.277, .744, .562)),
+        Row("SG and PUTS", {}, published=scores(.266, .759, .569)),
+    ), (*QUALITY, *LEARNED)),
+    Experiment("4", "tau and nu", tuple(
+        Row(f"tau {tau}, nu {nu:g}", tau_flags(tau, nu), published={"CLIP-I": TABLE_4[tau][k]})
+        for tau in TAUS for k, nu in enumerate(NUS)
+    ), ("CLIP-I", "DINO", "CLIP-T", "attributes", "loss"), one_seed=True,
+        plot=HeatMaps("tau_nu.png", ("CLIP-I", "DINO", "attributes", "loss"), ("nu", NUS), ("tau", TAUS), "tau {y}, nu {x:g}"),
+        note="tau is the paper's; it was run in proportion to the token's size."),
+    Experiment("5", "Timestep sampling", (
+        Row("uniform", UNIFORM, published=scores(.265, .747, .527)),
+        Row("SNR-based", dict(timestep_sampling="snr"), published=scores(.271, .719, .545)),
+        Row("PUTS", {}, published=scores(.266, .759, .569)),
+    ), (*QUALITY, *LEARNED), curves="timesteps"),
+    Experiment("S4", "Gradient estimators, n = 2", (
+        Row("RGE", {}, published=scores(.266, .759, .569)),
+        Row("SPSA", dict(estimator="spsa"), published=scores(.277, .732, .506)),
+        Row("one-point", dict(estimator="one_point"), published=scores(.296, .703, .393)),
+    ), (*QUALITY, *LEARNED, "forwards", "loss_at", "loss_path"), curves="estimator"),
+    Experiment("S5", "Perturbation mu", (
+        Row("mu = 1e-2", dict(mu=1e-2), published=scores(.281, .778, .599)),
+        Row("mu = 1e-3", {}, published=scores(.277, .797, .613)),
+        Row("mu = 1e-4", dict(mu=1e-4), published=scores(.296, .724, .470)),
+    ), (*QUALITY, *LEARNED), note="The middle row is the default, which is 1e-2 where activations are bf16."),
+    Experiment("S6", "Directions n", (
+        Row("n = 1", dict(n=1), published=scores(.298, .736, .495)),
+        Row("n = 2", {}, published=scores(.277, .796, .613)),
+        Row("n = 4", dict(n=4), published=scores(.282, .784, .584)),
+        Row("n = 8", dict(n=8), published=scores(.282, .798, .627)),
+    ), (*QUALITY, *LEARNED, "forwards", "loss_at", "loss_path"), curves="directions n"),
+    Experiment("S7", "PUTS for gradient TI", (
+        Row("TI, uniform", TI_PUBLISHED, "ti", scores(.241, .798, .584)),
+        Row("TI, PUTS", dict(quantization="none"), "ti", scores(.247, .825, .661)),
+    ), (*QUALITY, *LEARNED), note="The DreamBooth rows of the paper train the UNet and are not of this suite."),
+    Experiment("S8", "Precision of the weights", (
+        Row("not quantised", dict(quantization="none")),
+        Row("INT8", dict(quantization="int8"), published=scores(.288, .834, .657)),
+        Row("NF4", dict(quantization="nf4"), published=scores(.212, .835, .647)),
+        Row("TI, not quantised", TI_FAIR | dict(quantization="none"), "ti"),
+        Row("TI, NF4", TI_FAIR | dict(quantization="nf4"), "ti"),
+    ), (*QUALITY, *LEARNED), paper_subjects=("dog6",),
+        note="Each token is judged by the model it was trained on, so losses of different precisions are of different models."),
+    Experiment("S9", "Diversity: pictures of one prompt", (
+        Row("TI", TI_PUBLISHED, "ti", {"DINO_inter": .679}),
+        Row("GF-TI", {}, "gf_ti", {"DINO_inter": .150}),
+        Row("ZOODiP", {}, "zoodip", {"DINO_inter": .671}),
+    ), ("DINO_inter", "CLIP_inter"), kind="inter", paper_subjects=DREAMBOOTH, note="Lower is more diverse."),
+    Experiment("S10", "Token methods with their cost", METHOD_ROWS, (*QUALITY, *COST), paper_subjects=DREAMBOOTH, with_cost=True,
+        note="Memory and steps per second are of separate runs, as in Table 2; minutes of runs beside other runs."),
+    Experiment("PUTS", "Bounds of PUTS", tuple(
+        Row(f"T_L {low}, T_U {high}", puts_flags(low, high)) for low in LOWS for high in HIGHS if low < high
+    ), ("CLIP-I", "DINO", "CLIP-T", "attributes", "loss", "loss_all"), one_seed=True,
+        plot=HeatMaps("puts.png", ("CLIP-I", "DINO", "attributes", "loss_all"), ("T_U", HIGHS), ("T_L", LOWS),
+                      "T_L {y}, T_U {x}")),
+    Experiment("Fig8", "Directions removed by SG", (Row("ZOODiP, SG and PUTS"), Row("ZOODiP, SG, uniform timesteps", UNIFORM)),
+        ("removed", "removed_least", "removed_most", "refreshes"), kind="none",
+        plot=Histograms("figure_8.png", "removed_shares", ("share of the buffer's directions removed", "share of refreshes")),
+        controls=(("control: random walk", "walk"), ("control: the method on losses of pure noise", "noise")),
+        note="The second control is the method itself on a token that learns nothing: momentum alone makes its walk so "
+             "smooth that most directions carry less than nu of the variance. A walk of independent steps is not smooth."),
+    Experiment("Gap", "How much of what gradients learn is learned without them", (
+        CLASS_WORD,
+        Row("true description (untrained)", {}, "described"),
+        Row("ZOODiP"),
+        Row("TI, converged", CONVERGED, "ti"),
+        Row("TI, converged, learning rate 1e-2", CONVERGED | dict(learning_rate=1e-2), "ti"),
+    ), ("loss", "gap_closed", *QUALITY, "attributes", "forwards"), worlds=WITH_MINIATURE_ONLY,
+        gap=("class word (untrained)", "TI, converged"),
+        plot=PictureGrid("pictures.png", dict(zip(("class word", "ZOODiP", "gradient TI"),
+                                                  ("class word (untrained)", "ZOODiP", "TI, converged"), strict=True)),
+                         ("a {} on the beach", "a {} wearing a red hat")),
+        note="The gap is that of the loss on unseen renders between the class word and converged gradient TI (600 steps, four "
+             "pictures a step, the same 4-bit model, captions and timesteps). A forward of converged TI is of four pictures."),
+)  # fmt: skip
+BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claims
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """On which scores a claim is decided, and why on these. margin None: a beats b. Else: a is not worse than b by more than
+    `margin` of what b gained over the class word."""
+
+    scores: tuple[str, ...]
+    why: str
+    margin: float | None = None
+
+
+PICTURES = ("CLIP-I", "DINO", "attributes")
+BETTER = Rule((*PICTURES, "loss"), "pictures and the loss on unseen ones: neither alone says whether a token is right")
+FASTER = Rule((*BETTER.scores, "loss_path"), "the rows may differ in how fast they learn, where their ends are alike")
+IN_PICTURES = Rule(
+    PICTURES,
+    "where timesteps or weights differ, each loss favours those who learn at its own timesteps, on its "
+    "own weights: tokens learned at t in [0, 300) have as low a loss over all t as any, and draw other colours",
+)
+IN_TEXT = Rule(("CLIP-T",), "the claim is about the text alone")
+AS_GOOD = Rule(BETTER.scores, "a tenth of what was learned is the most that one would give away for no backward pass", 0.1)
+AS_GOOD_IN_PICTURES = Rule(PICTURES, f"{AS_GOOD.why}; {IN_PICTURES.why}", 0.1)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Row `a` of an experiment against row `b`, with a verdict in each of the rule's scores that there is."""
+
+    text: str
+    experiment: str
+    a: str
+    b: str
+    rule: Rule = BETTER
+
+
+CLAIMS = (
+    Claim("SG helps", "3", "SG and PUTS", "PUTS"),
+    Claim("SG helps, without PUTS", "3", "SG", "neither"),
+    Claim("PUTS helps", "3", "SG and PUTS", "SG", IN_PICTURES),
+    Claim("PUTS beats SNR-based sampling", "5", "PUTS", "SNR-based", IN_PICTURES),
+    Claim("RGE beats SPSA at n = 2", "S4", "RGE", "SPSA", FASTER),
+    Claim("SPSA beats one-point at n = 2", "S4", "SPSA", "one-point", FASTER),
+    Claim("mu = 1e-3 is better than 1e-2", "S5", "mu = 1e-3", "mu = 1e-2"),
+    Claim("mu = 1e-3 is better than 1e-4", "S5", "mu = 1e-3", "mu = 1e-4"),
+    Claim("n = 2 beats n = 1", "S6", "n = 2", "n = 1", FASTER),
+    Claim("n = 2 suffices (against n = 8)", "S6", "n = 2", "n = 8", AS_GOOD),
+    Claim("4 bit loses text alignment", "S8", "INT8", "NF4", IN_TEXT),
+    Claim("ZOODiP matches gradient TI (as published)", "1", "ZOODiP", "TI, as published", AS_GOOD_IN_PICTURES),
+    Claim("ZOODiP matches gradient TI (same conditions)", "1", "ZOODiP", "TI, ZOODiP's weights, captions, timesteps", AS_GOOD),
+    Claim("ZOODiP matches converged gradient TI", "Gap", "ZOODiP", "TI, converged", AS_GOOD),
+    Claim("GF-TI fails at this budget (as published)", "1", "ZOODiP", "GF-TI, as published", IN_PICTURES),
+    Claim("GF-TI fails at this budget (fair)", "1", "ZOODiP", "GF-TI, fair"),
+    Claim("PUTS helps gradient TI", "S7", "TI, PUTS", "TI, uniform", IN_PICTURES),
+)

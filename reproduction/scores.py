@@ -1,0 +1,163 @@
+"""Scores of pictures: CLIP-T, CLIP-I, DINO and DINO_inter, as in the paper's Section 4 and supplement.
+
+CLIP-T      mean cosine of picture and prompt, the class word standing for the token in the prompt's text
+CLIP-I      mean cosine over all pairs of a picture and a reference (openai/clip-vit-base-patch32)
+DINO        likewise (facebook/dinov2-base, [CLS])
+DINO_inter  mean cosine over all pairs of two pictures of one prompt: lower is more diverse
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from zoodip.files import write_image
+from zoodip.model import model_digest
+from zoodip.pictures import Drawer, picture_sheet
+from zoodip.prompts import build_prompts, load_tokenizer
+from zoodip.subject import open_image
+
+INTER_PROMPT = "a photo of a {}"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures that are kept
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PictureCache:
+    """Pictures of a token, one file for each, drawn once. `settings`: what they depend on beside the model and the drawer."""
+
+    def __init__(self, drawer: Drawer, cache: Path, variant: str | None, placeholder_token: str, settings: list):
+        self.drawer, self.cache, self.variant, self.placeholder_token = drawer, cache, variant, placeholder_token
+        self.settings = [model_digest(drawer.folder, variant), *settings, drawer.resolution]
+
+    def path(self, theta: torch.Tensor, prompt: str, seed: int) -> Path:
+        """The file of a picture: its name tells all that it depends on."""
+        token = hashlib.sha256(theta.contiguous().numpy().tobytes()).hexdigest()
+        depends = [token, prompt, seed, *self.settings, self.drawer.steps, self.drawer.guidance]
+        return self.cache / f"{slug(prompt)}-{seed}-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]}.png"
+
+    def pictures(self, theta: torch.Tensor, prompts: list[str], seeds: range) -> list[list[Image.Image]]:
+        """Pictures [prompt][seed] of prompts (each with {}) with theta [V, d]; a seed is the same first noise for all of them."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        paths = {(prompt, seed): self.path(theta, prompt, seed) for prompt in prompts for seed in seeds}
+        missing = [wanted for wanted, path in paths.items() if not path.exists()]
+        if missing:
+            texts = sorted({prompt for prompt, _ in missing})
+            tokenizer = load_tokenizer(self.drawer.folder, self.placeholder_token, len(theta))
+            rows = build_prompts(tokenizer, self.drawer.folder, self.variant, [*texts, ""], self.placeholder_token, len(theta))
+            drawn = self.drawer.draw(rows, theta, [(texts.index(prompt), seed) for prompt, seed in missing])
+            bar = tqdm(drawn, desc="drawing", unit="picture", leave=False, total=len(missing))
+            for wanted, image in zip(missing, bar, strict=True):
+                write_image(paths[wanted], image)
+        return [[open_image(paths[prompt, seed]) for seed in seeds] for prompt in prompts]
+
+
+def slug(prompt: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+
+
+def contact_sheet(references: list[Image.Image], pictures: list[list[Image.Image]], prompts: list[str],
+                  per_prompt: int = 3) -> Image.Image:  # fmt: skip
+    """The references, then the first pictures of every prompt with the prompt below."""
+    per_prompt = min(per_prompt, len(pictures[0]))
+    chunks = [references[first : first + per_prompt] for first in range(0, len(references), per_prompt)]
+    blocks = [(chunk, "references") for chunk in chunks]
+    blocks += [(row[:per_prompt], prompt.replace("{}", "<*>")) for prompt, row in zip(prompts, pictures, strict=True)]
+    return picture_sheet(blocks, columns=4, cell=96)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scorers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Scorer:
+    """CLIP or DINOv2 by name or folder: unit vectors of pictures, and of texts where it knows them."""
+
+    def __init__(self, name: str, device: torch.device | str = "cpu"):
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Model
+
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind not in ("clip", "dinov2"):
+            raise ValueError(f"is a {kind}, not CLIP or DINOv2")
+        model_class = CLIPModel if kind == "clip" else Dinov2Model
+        self.model = model_class.from_pretrained(name, dtype=torch.float32).to(device).eval()
+        self.processor = AutoImageProcessor.from_pretrained(name)
+        self.tokenizer = AutoTokenizer.from_pretrained(name) if kind == "clip" else None
+        self.device = device
+
+    @torch.no_grad()
+    def images(self, images: list[Image.Image], batch_size: int = 32) -> torch.Tensor:
+        """[N, e] fp32 on the CPU, of unit length."""
+        vectors = []
+        for first in range(0, len(images), batch_size):
+            pixels = self.processor(images[first : first + batch_size], return_tensors="pt").pixel_values.to(self.device)
+            clip = self.tokenizer is not None
+            output = self.model.get_image_features(pixel_values=pixels) if clip else self.model(pixel_values=pixels)
+            vectors.append(output.pooler_output.cpu())  # of DINOv2 the normalised [CLS]
+        return torch.nn.functional.normalize(torch.cat(vectors), dim=-1)
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        """[N, e] fp32 on the CPU, of unit length."""
+        inputs = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(self.device)
+        return torch.nn.functional.normalize(self.model.get_text_features(**inputs).pooler_output.cpu(), dim=-1)
+
+
+@lru_cache
+def load_scorer(name: str | None, device: torch.device | str = "cpu") -> Scorer | None:
+    """The scorer, or None and a line that says why not."""
+    if name is None:
+        return None
+    try:
+        return Scorer(name, device)
+    except Exception as error:  # network, authorisation, a damaged folder: many classes, one answer
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"{name}: not available, its scores are left out ({reason})", file=sys.stderr)
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mean_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Over all pairs of a row of `a` [N, e] and one of `b` [M, e], all of unit length."""
+    return (a.double() @ b.double().T).mean().item()
+
+
+def mean_pairwise_cosine(vectors: torch.Tensor) -> float:
+    """Over all pairs of two different rows of [N, e], all of unit length; nan for one row."""
+    count = len(vectors)
+    total = vectors.double().sum(0).square().sum().item()  # all ordered pairs, the N of a row with itself included
+    return (total - count) / (count * (count - 1)) if count > 1 else float("nan")
+
+
+def score_pictures(pictures: list[list[Image.Image]], references: list[Image.Image], texts: list[str], clip: Scorer | None,
+                   dino: Scorer | None) -> dict[str, float]:  # fmt: skip
+    """CLIP-T, CLIP-I and DINO of pictures [prompt][seed]; `texts` are the prompts with the class word."""
+    scores, flat = {}, [image for row in pictures for image in row]
+    if clip is not None:
+        vectors = clip.images(flat)
+        per_prompt = clip.texts(texts).repeat_interleave(len(pictures[0]), 0)
+        scores["CLIP-T"] = (vectors * per_prompt).sum(1).double().mean().item()
+        scores["CLIP-I"] = mean_cosine(vectors, clip.images(references))
+    if dino is not None:
+        scores["DINO"] = mean_cosine(dino.images(flat), dino.images(references))
+    return scores
+
+
+def score_diversity(pictures: list[Image.Image], clip: Scorer | None, dino: Scorer | None) -> dict[str, float]:
+    """DINO_inter of pictures of one prompt, and the same by CLIP."""
+    scorers = {"CLIP_inter": clip, "DINO_inter": dino}
+    return {name: mean_pairwise_cosine(scorer.images(pictures)) for name, scorer in scorers.items() if scorer is not None}

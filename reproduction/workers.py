@@ -1,0 +1,187 @@
+"""Runs, done: the method's own `main`, then a judge of what it left; many of them in worker processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from reproduction import runs
+from reproduction.judging import Judge, snapshot_steps
+from reproduction.runs import METHODS, UNTRAINED, Job, Settings
+from zoodip.arguments import SHARED_SETTINGS, settings_of
+from zoodip.checkpoints import checkpoint_step, list_checkpoints
+from zoodip.diffusion import load_scheduler
+from zoodip.errors import InputError, prepare_environment, quiet_libraries
+from zoodip.files import write_json
+from zoodip.model import find_model_folder, native_resolution
+from zoodip.prompts import initial_token, initializer_ids, load_tokenizer, read_embedding_rows, save_embedding
+from zoodip.quantize import default_precision
+from zoodip.records import ROOT
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def learn(spec: dict, settings: Settings) -> dict:
+    """Have the method's own `main` do the run, from its checkpoint where it was interrupted -> its run.json.
+
+    Raises KeyboardInterrupt where it is interrupted now, and saved.
+    """
+    args, folder = runs.spec_args(spec, settings), settings.folder(spec)
+    record, steps = folder / "run.json", args.max_train_steps
+    if not record.exists() or json.loads(record.read_text())["step"] < steps:  # else only the judging was interrupted
+        args.eval_steps, args.save_steps, args.resume_from_checkpoint = 0, snapshot_steps(steps)[0], "latest"
+        args.checkpoints_total_limit = 0
+        if hasattr(args, "tau"):  # at the refreshes of Subspace Gradient, for `removed_directions`
+            args.checkpointing_steps = args.tau
+        if METHODS[spec["method"]].main(args):
+            raise KeyboardInterrupt
+    return json.loads(record.read_text())
+
+
+def removed_directions(folder: Path, every: int) -> list[int]:
+    """How many directions each refresh of Subspace Gradient removed (Fig. 8), from the checkpoints at the refreshes."""
+    removed = []
+    for path in list_checkpoints(folder):
+        with safe_open(path, framework="pt") as file:
+            if checkpoint_step(path) % every == 0 and "subspace.projection" in file.keys():
+                removed.append(file.get_slice("subspace.projection").get_shape()[0])
+    return removed
+
+
+def leave_untrained(spec: dict, settings: Settings) -> None:
+    """The token that nothing was learned for, as a run leaves one: of a description as many vectors as it has words."""
+    args = runs.spec_args(spec, settings)
+    folder = find_model_folder(settings.model, args.revision, args.variant)
+    tokenizer = load_tokenizer(folder, args.placeholder_token, 1)
+    args.mixed_precision = args.mixed_precision or default_precision(torch.device("cpu"))
+    args.resolution = args.resolution or native_resolution(folder)
+    words = read_embedding_rows(folder, args.variant, initializer_ids(tokenizer, args.initializer_token))
+    theta = words if spec["method"] == "described" else initial_token(words, args.num_vectors)
+    recorded = settings_of(vars(args), SHARED_SETTINGS) | {"num_vectors": len(theta)}
+    save_embedding(settings.folder(spec), theta, recorded, load_scheduler(folder).config.prediction_type, 0, final=True)
+
+
+def measure_cost(spec: dict, settings: Settings) -> None:
+    """A few steps by the method's own script in a fresh process that has the machine to itself: speed and peak memory."""
+    folder = settings.folder(spec)
+    argv = [*runs.spec_argv(spec, settings), "--eval_steps", "0", "--checkpointing_steps", "0"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.run([sys.executable, "-m", METHODS[spec["method"]].__name__, *argv], capture_output=True, text=True,
+                             env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+    if process.returncode:
+        raise InputError(f"{spec['method']} ended with {process.returncode}: {(process.stderr.strip() or '-').splitlines()[-1]}")
+    run = json.loads((folder / "run.json").read_text())
+    names = ("steps_per_second", "peak_memory_gb", "device", "versions", "commit")
+    write_json(folder / "result.json", dict(
+        spec=spec, **{name: run[name] for name in names}, forwards=run["unet_forwards"],
+        stored_bytes=(folder / "learned_embeds.safetensors").stat().st_size))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def do(job: Job, settings: Settings) -> None:
+    """What is not there yet of one job."""
+    spec, folder = job.spec, settings.folder(job.spec)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "result.json").exists():
+        write_json(folder / "spec.json", spec)
+        if spec.get("cost"):
+            measure_cost(spec, settings)
+        elif spec["method"] in UNTRAINED:
+            leave_untrained(spec, settings)
+            write_json(folder / "result.json", Judge(spec, settings).result(None))
+        else:
+            run = learn(spec, settings)
+            result = Judge(spec, settings).result(run) | dict(removed=removed_directions(folder, spec["flags"].get("tau", 128)))
+            write_json(folder / "result.json", result)
+            for path in list_checkpoints(folder):  # they were to go on from
+                path.unlink()
+    for kind in sorted(job.kinds):
+        if not runs.scored(folder, settings, kind):
+            Judge(spec, settings).score(kind)
+
+
+def start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    quiet_libraries()
+
+
+interrupted = False  # of this worker: the pool would still hand it the job that it has already fetched
+
+
+def do_in_worker(job: Job, settings: Settings) -> str | None:
+    """None, or why the job failed; its log is in its folder."""
+    global interrupted
+    log = io.StringIO()  # also of progress bars: those of several workers on one terminal are noise
+    try:
+        if interrupted:
+            raise KeyboardInterrupt
+        with redirect_stdout(log), redirect_stderr(log):
+            do(job, settings)
+        return None
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
+    except (Exception, SystemExit) as error:  # one broken run must not end the others
+        folder = settings.folder(job.spec)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.log").write_text(re.sub(r"[^\n]*\r", "", log.getvalue()) + traceback.format_exc())
+        return f"{type(error).__name__}: {error}"
+
+
+def run_jobs(jobs: list[Job], settings: Settings, workers: int) -> list[str]:
+    """Do all jobs that are not done -> one line per failure. Runs that measure cost come last, one at a time."""
+    waiting = [job for job in jobs if not job.done(settings)]
+    waiting.sort(key=lambda job: (str(job.spec["flags"].get("quantization")), job.spec["subject"]))  # a worker keeps its model
+    together, alone = ([job for job in waiting if bool(job.spec.get("cost")) is cost] for cost in (False, True))
+    failures = []
+    with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", smoothing=0, desc="runs") as bar:
+
+        def done(job: Job, failure: str | None) -> None:
+            if failure is not None:
+                of = f"{job.spec['method']} {job.spec['subject']} seed {job.spec['seed']}"
+                failures.append(f"{of}: {failure} ({settings.folder(job.spec)}/error.log)")
+                tqdm.write(failures[-1], file=sys.stderr)
+            bar.update()
+
+        if together:
+            run_together(together, settings, workers, done)
+        for job in alone:
+            done(job, do_in_worker(job, settings))
+    return failures
+
+
+def run_together(jobs: list[Job], settings: Settings, workers: int, done: Callable[[Job, str | None], None]) -> None:
+    """In processes of their own; `done` is told of each. Raises InputError where a process is killed."""
+    prepare_environment()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (settings.threads,)) as pool:
+        futures = {pool.submit(do_in_worker, job, settings): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                done(futures[future], future.result())
+        except BrokenProcessPool:
+            raise InputError("a worker was killed, perhaps for want of memory; try fewer --jobs") from None
+        except KeyboardInterrupt:
+            tqdm.write("interrupted: saving; the same command continues", file=sys.stderr)
+            pool.shutdown(cancel_futures=True)
+            raise

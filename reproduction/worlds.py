@@ -1,0 +1,243 @@
+"""Where the runs happen: the bundled miniature, or Stable Diffusion v1.5 on DreamBooth's photographs.
+
+A world says what stands for the paper's settings there, and has subjects, prompts, pictures to learn from and to judge on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from miniature.captions import class_caption, describe
+from miniature.classifier import load_classifier
+from miniature.critters import breed_by_name, held_out_breeds
+from miniature.drawing import render
+from miniature.make_subject import SCENES as TRAINING_SCENES
+from miniature.make_subject import make_subject
+from miniature.words import ACCESSORIES, CLASS_NOUN, SCENES
+from miniature.world import scene_spec
+from reproduction.prompts import DreamBoothPrompts, parse_dreambooth_prompts, read_text
+from zoodip.arguments import DEFAULT_MODEL
+from zoodip.errors import InputError
+from zoodip.files import write_atomically
+from zoodip.records import ROOT
+from zoodip.subject import find_images
+
+CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dinov2-base"
+WITH_MINIATURE_ONLY = ("miniature",)
+DREAMBOOTH = tuple(
+    "backpack backpack_dog bear_plushie berry_bowl can candle cat cat2 clock colorful_sneaker dog dog2 dog3 dog5 dog6 dog7 "
+    "dog8 duck_toy fancy_boot grey_sloth_plushie monster_toy pink_sunglasses poop_emoji rc_car red_cartoon robot_toy "
+    "shiny_sneaker teapot vase wolf_plushie".split())  # fmt: skip
+
+
+class World:
+    """What the two have in common. `subjects` are those of the world's own; None: an experiment's `paper_subjects`."""
+
+    name: str
+    model: str
+    width: int  # of a token; what the paper gives for 768 scales with it: tau, GF-TI's intrinsic dimension
+    methods: dict[str, dict]  # flags of each method
+    subjects: tuple[str, ...] | None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    images: int  # pictures per prompt
+    inference_steps: int
+    guidance: float
+    clip: str
+    dino: str | None
+    cost_steps: int  # of the runs that measure time and memory
+    seconds_per_step: float  # of a step whatever its candidates, and
+    seconds_per_forward: float  # of each sample, on
+    speed_of: str  # this machine: for the estimate of --dry_run
+    caveats = ""  # printed before the tables; {steps} and {rate} are ZOODiP's
+
+    data: Path  # folder of the subjects' folders
+    captions: Path
+
+    def scaled(self, value: int) -> int:
+        return max(2, round(value * self.width / 768))
+
+    def prepare(self, subjects: Iterable[str]) -> None:
+        """Have the subjects' pictures ready. Raises InputError for one that is not there."""
+        raise NotImplementedError
+
+    def class_word(self, subject: str) -> str:
+        raise NotImplementedError
+
+    def prompts(self, subject: str) -> list[str]:
+        """Each with one {} for token or class word."""
+        raise NotImplementedError
+
+    def description(self, subject: str) -> str:
+        """The words that describe a subject wholly. Raises InputError where nobody knows them."""
+        raise InputError(f"{self.name}: nobody has described {subject} in words; leave out the row that wants it")
+
+    def judging_subject(self, subject: str) -> str:
+        """The folder, beside the subject's, of the pictures on which its tokens' loss is judged."""
+        return subject
+
+    def picture_scores(self, pictures: list[list[Image.Image]], subject: str) -> dict[str, float]:
+        """Scores of pictures [prompt][seed] beside CLIP's and DINO's."""
+        return {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The miniature
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Those of DreamBooth's prompts for live subjects that the miniature world has words for, and what they ask for.
+MINIATURE_PROMPTS = {
+    "a {} in the jungle": ("scene", "forest"), "a {} in the snow": ("scene", "snow"), "a {} on the beach": ("scene", "beach"),
+    "a {} on a cobblestone street": ("scene", "cobblestone street"), "a {} on top of pink fabric": ("scene", "pink fabric"),
+    "a {} on top of a wooden floor": ("scene", "wooden floor"), "a {} with a city in the background": ("scene", "city"),
+    "a {} with a mountain in the background": ("scene", "mountain"),
+    "a {} with a blue house in the background": ("scene", "blue house"), "a {} wearing a red hat": ("accessory", "red hat"),
+    "a {} wearing a santa hat": ("accessory", "santa hat"), "a {} wearing a rainbow scarf": ("accessory", "rainbow scarf"),
+    "a {} wearing pink glasses": ("accessory", "pink glasses"), "a {} wearing a yellow shirt": ("accessory", "yellow shirt"),
+}  # fmt: skip
+ATTRIBUTES = ("shape", "colour", "pattern", "pattern_colour", "ears", "tail", "eyes")
+
+
+class Miniature(World):
+    """The bundled model on breeds that it has never seen. Pictures are rendered into <output>/data."""
+
+    name, model, width = "miniature", str(ROOT / "miniature" / "model"), 256
+    methods = {
+        "zoodip": dict(use_cc=True, max_train_steps=1000, learning_rate=1e-2, tau=43),
+        "ti": dict(max_train_steps=1000, learning_rate=5e-3),
+        "gf_ti": dict(max_train_steps=433, intrinsic_dim=85),  # the paper's 13,000 to ZOODiP's 30,000
+        "initial": dict(use_cc=True), "described": dict(use_cc=True),
+    }  # fmt: skip
+    subjects = tuple(breed.name for breed in held_out_breeds()[:4])
+    images, inference_steps, guidance = 2, 25, 5.0
+    clip, dino = str(ROOT / "miniature" / "clip"), None
+    cost_steps, seconds_per_step, seconds_per_forward, speed_of = 60, 0.014, 0.0065, "two CPU cores"
+    caveats = """Subjects are breeds that the miniature has never seen; the scorer is its own CLIP, and its attribute
+classifier reads whether the subject's looks are right. The losses are on renders that no run saw, in scenes that no run saw.
+There is no DINO for this world. The published figures beside ours are Stable Diffusion v1.5's on photographs: their level
+cannot be compared, the order of rows can. What scale does not carry over:
+
+- the token has 256 numbers, not 768: tau and GF-TI's intrinsic dimension are a third of the paper's;
+- {steps} steps at learning rate {rate} instead of 30,000 at 0.005; GF-TI's and TI's steps are reduced with them;
+- the base is NF4 here, INT8 in the paper (Table S8 has both); activations are fp32, so a small mu is not drowned in rounding;
+- CLIP-I and the loss need not agree: a token of lower loss can draw worse pictures. Look at the sheets;
+- 16 x 16 latents lose their layout at earlier timesteps than 64 x 64 ones: PUTS's bounds need not be the best here;
+- a small model has less redundancy to spare for 4 bits than 860 M weights have."""
+
+    def __init__(self, output: Path, data: Path, prompts: Path):
+        self.data, self.captions = output / "data", output / "data" / "cc.json"
+
+    def prepare(self, subjects: Iterable[str]) -> None:
+        known = {breed.name for breed in held_out_breeds()}
+        if unknown := set(subjects) - known:
+            raise InputError(f"--subjects: {', '.join(sorted(unknown))} are not held out; choose from {', '.join(sorted(known))}")
+        captions = {}
+        for subject in sorted(set(subjects)):
+            for name, make in ((subject, make_subject), (self.judging_subject(subject), make_unseen)):
+                captions[name] = render_once(self.data / name, lambda folder, s=subject, m=make: m(s, folder))
+        if self.captions.exists():  # of an earlier command with other subjects
+            captions = json.loads(self.captions.read_text()) | captions
+        write_atomically(self.captions, (json.dumps(captions, indent=1) + "\n").encode())
+
+    def class_word(self, subject: str) -> str:
+        return CLASS_NOUN
+
+    def prompts(self, subject: str) -> list[str]:
+        return list(MINIATURE_PROMPTS)
+
+    def description(self, subject: str) -> str:
+        return describe(breed_by_name(subject).critter)
+
+    def judging_subject(self, subject: str) -> str:
+        return f"{subject}-unseen"
+
+    def picture_scores(self, pictures: list[list[Image.Image]], subject: str) -> dict[str, float]:
+        """Shares of the pictures in which the classifier reads the subject's attributes, and what the prompt asks."""
+        critter = breed_by_name(subject).critter
+        names = [name for name in ATTRIBUTES if not (name == "pattern_colour" and critter.pattern == "plain")]
+        right = {"attributes": [], "scene": [], "accessory": []}
+        for (kind, wanted), row in zip(MINIATURE_PROMPTS.values(), pictures, strict=False):  # a dry run has fewer prompts
+            pixels = torch.stack([torch.from_numpy(np.array(image.resize((64, 64)))).permute(2, 0, 1) for image in row])
+            for read in classifier().read(pixels / 127.5 - 1):
+                right["attributes"] += [read[name] == getattr(critter, name) for name in names]
+                right[kind].append(read[kind] == wanted)
+        return {name: float(np.mean(values)) for name, values in right.items() if values}
+
+
+@lru_cache
+def classifier():
+    return load_classifier(ROOT / "miniature" / "classifier")
+
+
+def render_once(folder: Path, make: Callable[[Path], dict[str, str]]) -> dict[str, str]:
+    """The captions of `make(folder)`, whose pictures appear in `folder` all at once: another shard may be reading there."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    captions = make(temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:  # it is there already
+        shutil.rmtree(temporary)
+    return captions
+
+
+def make_unseen(subject: str, folder: Path, count: int = 16) -> dict[str, str]:
+    """Renders of a breed in the scenes that `make_subject` leaves out, to judge a token on -> their captions."""
+    breed = breed_by_name(subject)
+    rng = np.random.default_rng([1, [each.name for each in held_out_breeds()].index(subject)])
+    scenes = [scene for scene in SCENES if scene not in TRAINING_SCENES]
+    folder.mkdir(parents=True, exist_ok=True)
+    captions = {}
+    for i in range(count):
+        spec = scene_spec(breed, scenes[i % len(scenes)], str(rng.choice(ACCESSORIES)), rng=rng)
+        render(spec, size=256).save(folder / f"{i:02}.png")
+        captions[f"{i:02}.png"] = class_caption(spec, "{}")
+    return captions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stable Diffusion v1.5 and DreamBooth's photographs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class StableDiffusion15(World):
+    """The paper's model and subjects: `data` holds DreamBooth's folders, `prompts` is its prompts_and_classes.txt."""
+
+    name, model, width = "sd15", DEFAULT_MODEL, 768
+    methods = {
+        "zoodip": dict(use_cc=True, max_train_steps=30000, quantization="int8"),
+        "ti": dict(max_train_steps=5000, quantization="int8"),
+        "gf_ti": dict(max_train_steps=13000, quantization="int8"), "initial": dict(use_cc=True, quantization="int8"),
+    }  # fmt: skip
+    subjects = None
+    images, inference_steps, guidance = 5, 50, 7.5
+    clip, dino = CLIP, DINO
+    cost_steps, seconds_per_step, seconds_per_forward, speed_of = 200, 0.016, 0.016, "the paper's RTX 3090"  # Table S6
+
+    def __init__(self, output: Path, data: Path, prompts: Path):
+        self.data, self.captions, self.prompts_file = data, ROOT / "cc.json", prompts
+
+    @cached_property
+    def dreambooth(self) -> DreamBoothPrompts:
+        return parse_dreambooth_prompts(read_text(self.prompts_file))
+
+    def prepare(self, subjects: Iterable[str]) -> None:
+        for subject in subjects:
+            self.dreambooth.of(subject)
+            find_images(self.data / subject)
+
+    def class_word(self, subject: str) -> str:
+        return self.dreambooth.of(subject)[0]
+
+    def prompts(self, subject: str) -> list[str]:
+        return self.dreambooth.of(subject)[1]
+
+
+WORLDS: dict[str, type[World]] = {world.name: world for world in (Miniature, StableDiffusion15)}
