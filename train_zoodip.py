@@ -453,7 +453,8 @@ def main(args: argparse.Namespace) -> int:
     if args.save_quantized is not None:
         inputs.folder, inputs.variant = save_quantized(Path(args.save_quantized), **flags_for(save_quantized, flags)), None
         args.pretrained_model_name_or_path, args.variant = str(inputs.folder), None
-    flags.update(settle_flags(inputs, accelerator.device, **flags_for(settle_flags, flags)))
+    flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))
+    args.num_vectors = len(inputs.initial_token)  # of an embedding file its own
     if args.mu is None:  # bf16 keeps 8 bits: a smaller step drowns in rounding (docs/measurements.md)
         args.mu = 1e-2 if args.mixed_precision == "bf16" else 1e-3
 

@@ -105,7 +105,7 @@ def spec_argv(spec: dict, settings: Settings) -> list[str]:
     described = spec["method"] == "described"
     argv = ["--pretrained_model_name_or_path", settings.model, "--train_data_dir", str(world.data / subject),
             "--initializer_token", world.description(subject) if described else world.class_word(subject),
-            "--seed", str(spec["seed"]), "--cc_file", str(world.captions),
+            "--seed", str(spec["seed"]), "--cc_file", str(world.captions), "--no-final_picture",
             "--output_dir", str(settings.folder(spec))]  # fmt: skip
     for name, value in spec["flags"].items():
         if isinstance(value, bool):

@@ -270,6 +270,15 @@ def test_half_precision_files_in_the_cache_are_found_without_network(monkeypatch
 # ----------------------------------------------------------------------------------------------------- flags in combination
 
 
+def lines_of_flags(model: Path, flags: dict) -> list[str]:
+    """What is said of a command line's flags."""
+    import train_zoodip
+    from zoodip.arguments import without_effect
+
+    args = train_zoodip.parse_args(arguments(model, "x", "y", **flags))
+    return list(without_effect(vars(args), train_zoodip.build_parser()))
+
+
 @pytest.mark.parametrize(("flags", "said"), [
     (dict(cc_file="mine.json"), "--cc_file mine.json has no effect without --use_cc"),
     (dict(use_cc=True, learnable_property="style"), "--learnable_property style has no effect with --use_cc"),
@@ -279,12 +288,10 @@ def test_half_precision_files_in_the_cache_are_found_without_network(monkeypatch
     (dict(validation_guidance=3), "--validation_guidance 3.0 has no effect"),
     (dict(revision="main"), "--revision main has no effect"),
     (dict(model_config="x"), "--model_config x has no effect"),
+    (dict(lr_warmup_steps=5), "--lr_warmup_steps 5 has no effect"),
 ])  # fmt: skip
-def test_flags_that_do_nothing_say_so(tiny_model, capsys, flags, said):
-    import train_zoodip
-
-    train_zoodip.parse_args(arguments(tiny_model, "x", "y", **flags))
-    (line,) = capsys.readouterr().err.splitlines()
+def test_flags_that_do_nothing_say_so(tiny_model, flags, said):
+    (line,) = lines_of_flags(tiny_model, flags)
     assert line.startswith(said)
 
 
@@ -293,11 +300,16 @@ def test_flags_that_do_nothing_say_so(tiny_model, capsys, flags, said):
     dict(num_validation_images=2, validation_guidance=3, final_picture=True),
     dict(num_validation_images=2, validation_guidance=3, validation_prompt="{}"),
 ])  # fmt: skip
-def test_flags_that_work_are_not_spoken_of(tiny_model, capsys, flags):
-    import train_zoodip
+def test_flags_that_work_are_not_spoken_of(tiny_model, flags):
+    assert lines_of_flags(tiny_model, flags) == []
 
-    train_zoodip.parse_args(arguments(tiny_model, "x", "y", **flags))
-    assert capsys.readouterr().err == ""
+
+def test_the_command_line_says_so(tiny_model):
+    """On stderr, before anything is loaded; the run is refused here for its folder."""
+    argv = arguments(tiny_model, "nowhere", "y", cc_file="mine.json")
+    result = subprocess.run([sys.executable, "train_zoodip.py", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert [line[:20] for line in result.stderr.splitlines()] == ["--cc_file mine.json ", "error: --train_data_"]
 
 
 def test_captions_that_are_not_used_are_spoken_of(tmp_path, subject, capsys):

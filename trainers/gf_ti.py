@@ -293,7 +293,8 @@ def main(args: argparse.Namespace) -> int:
     inputs = read_inputs(**flags_for(read_inputs, flags))
     basis = make_basis(vocabulary(inputs.folder, args.variant), **flags_for(make_basis, flags))
     accelerator = make_accelerator(1, **flags_for(make_accelerator, flags))
-    flags.update(settle_flags(inputs, accelerator.device, **flags_for(settle_flags, flags)))
+    flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))
+    args.num_vectors = len(inputs.initial_token)  # of an embedding file its own
 
     generator = torch.Generator().manual_seed(args.seed)
     evolution = GFTI(inputs.initial_token, basis, **flags_for(GFTI, flags))

@@ -132,7 +132,8 @@ def main(args: argparse.Namespace) -> int:
     flags = vars(args)
     inputs = read_inputs(**flags_for(read_inputs, flags))
     accelerator = make_accelerator(1, **flags_for(make_accelerator, flags))
-    flags.update(settle_flags(inputs, accelerator.device, **flags_for(settle_flags, flags)))
+    flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))
+    args.num_vectors = len(inputs.initial_token)  # of an embedding file its own
 
     generator = torch.Generator().manual_seed(args.seed)
     inversion = TextualInversion(inputs.initial_token, **flags_for(TextualInversion, flags))

@@ -165,22 +165,22 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def parse(parser: argparse.ArgumentParser, check, argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line (`sys.argv` when `argv` is None); where `check(flags)` raises InputError, exit in one line.
 
-    Says which flags have no effect in their combination.
+    Of the command line itself says which flags have no effect in their combination.
     """
     flags = parser.parse_args(argv)
     try:
         check(vars(flags))
     except InputError as error:
         parser.error(str(error))
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-        given = {name: value for name, value in vars(flags).items() if value != parser.get_default(name)}
-        for line in without_effect(vars(flags), given):
+    if argv is None and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        for line in without_effect(vars(flags), parser):
             print(line, file=sys.stderr)
     return flags
 
 
-def without_effect(flags: dict, given: dict) -> Iterator[str]:
-    """A line for each flag that was `given` (one that differs from its default) and does nothing in this combination."""
+def without_effect(flags: dict, parser: argparse.ArgumentParser) -> Iterator[str]:
+    """A line for each flag that is not the parser's default and does nothing in this combination."""
+    given = {name: value for name, value in flags.items() if value != parser.get_default(name)}
     if flags.get("train_data_dir") is None:
         return
     if "cc_file" in given and not flags["use_cc"]:

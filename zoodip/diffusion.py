@@ -105,18 +105,23 @@ def read_inputs(
 
 
 def settle_flags(
-    inputs: Inputs, device: torch.device, *, quantization: str | None, mixed_precision: str | None, resolution: int | None
+    folder: Path,
+    variant: str | None,
+    device: torch.device,
+    *,
+    quantization: str | None,
+    mixed_precision: str | None,
+    resolution: int | None,
 ) -> dict:
-    """The flags whose default depends on the model's folder, the device or the initializer, as they are from here on.
+    """The flags whose default depends on the model's folder or the device, as they are from here on.
 
     Raises InputError where --quantization contradicts a packed folder.
     """
     return dict(
-        quantization=choose_quantization(inputs.folder, inputs.variant, quantization),
+        variant=variant,
+        quantization=choose_quantization(folder, variant, quantization),
         mixed_precision=mixed_precision or default_precision(device),
-        resolution=resolution or native_resolution(inputs.folder),
-        num_vectors=len(inputs.initial_token),
-        variant=inputs.variant,
+        resolution=resolution or native_resolution(folder),
     )
 
 
