@@ -41,8 +41,15 @@ def difference(image: Image.Image, expected: Image.Image) -> int:
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
 def test_exif_orientation(tmp_path, orientation, suffix):
     """Phones store pictures lying down; the token must not learn a sideways subject."""
-    inverse = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
-               7: "TRANSVERSE", 8: "ROTATE_270"}
+    inverse = {
+        2: "FLIP_LEFT_RIGHT",
+        3: "ROTATE_180",
+        4: "FLIP_TOP_BOTTOM",
+        5: "TRANSPOSE",
+        6: "ROTATE_90",
+        7: "TRANSVERSE",
+        8: "ROTATE_270",
+    }
     stored = UPRIGHT.resize((80, 40), Image.Resampling.NEAREST)
     expected = stored
     if orientation in inverse:
@@ -349,8 +356,11 @@ CLASSES = {
     "poop_emoji": "toy", "rc_car": "toy", "red_cartoon": "cartoon", "robot_toy": "toy", "shiny_sneaker": "sneaker",
     "teapot": "teapot", "vase": "vase", "wolf_plushie": "stuffed animal",
 }  # fmt: skip
-COUNTS = {"duck_toy": 4, "red_cartoon": 4, **dict.fromkeys(
-    "backpack berry_bowl can clock dog2 dog3 fancy_boot pink_sunglasses shiny_sneaker vase".split(), 6)}  # others: 5
+COUNTS = {
+    "duck_toy": 4,
+    "red_cartoon": 4,
+    **dict.fromkeys("backpack berry_bowl can clock dog2 dog3 fancy_boot pink_sunglasses shiny_sneaker vase".split(), 6),
+}  # others: 5
 
 
 def test_captions_of_dreambooth_are_complete():
