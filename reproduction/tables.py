@@ -127,7 +127,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         settings.eval_samples = 2
     if args.quick or args.dry_steps:
         settings.seeds = settings.seeds or world.seeds[:1]
-        settings.subjects = settings.subjects or (world.subjects and world.subjects[: 1 if args.dry_steps else 2])
+        settings.subjects = settings.subjects or world.subjects[: 1 if args.dry_steps else 2]
     return settings
 
 

@@ -52,35 +52,67 @@ def make_model(folder: Path, prediction_type: str = "epsilon", width: int = 32, 
     (folder / "tokenizer" / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges))
     tokenizer = CLIPTokenizer(
-        vocab=str(folder / "tokenizer" / "vocab.json"), merges=str(folder / "tokenizer" / "merges.txt"),
-        model_max_length=length, unk_token="<|endoftext|>", bos_token="<|startoftext|>", eos_token="<|endoftext|>",
+        vocab=str(folder / "tokenizer" / "vocab.json"),
+        merges=str(folder / "tokenizer" / "merges.txt"),
+        model_max_length=length,
+        unk_token="<|endoftext|>",
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
     )
     # the default initialisation is a fan-in one for some layers and 0.02 for others: seeded, as tests compare numbers
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        text_encoder = CLIPTextModel(CLIPTextConfig(
-            vocab_size=len(tokens), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-            num_attention_heads=2, max_position_embeddings=length, bos_token_id=len(tokens) - 2,
-            eos_token_id=len(tokens) - 1, pad_token_id=len(tokens) - 1,
-        ))
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokens),
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=length,
+                bos_token_id=len(tokens) - 2,
+                eos_token_id=len(tokens) - 1,
+                pad_token_id=len(tokens) - 1,
+            )
+        )
         torch.nn.init.normal_(text_encoder.embeddings.token_embedding.weight, std=0.5)
         unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=width, norm_num_groups=8,
-            attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            cross_attention_dim=width,
+            norm_num_groups=8,
+            attention_head_dim=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         )
         vae = AutoencoderKL(
-            block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=16,
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
         )
     scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1,
-        set_alpha_to_one=False, prediction_type=prediction_type,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+        set_alpha_to_one=False,
+        prediction_type=prediction_type,
     )
     StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
 
@@ -137,6 +169,13 @@ def run_cli(argv: list[str], script=None) -> int:
         return run_script(script.main, script.parse_args(argv))
     except SystemExit as exit_:
         return exit_.code
+
+
+def sample(cases, *kept) -> list:
+    """Parameters of a test: the cases `kept` run by default, the others are slow."""
+    cases = list(cases)
+    assert set(kept) <= set(cases)
+    return [case if case in kept else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def seeded(seed: int = 0) -> torch.Generator:

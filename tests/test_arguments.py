@@ -155,10 +155,12 @@ def test_every_flag_has_help():
 
 def test_every_setting_is_recorded():
     """A flag that decides what is learned and is not in SETTINGS could change at a resume unseen."""
-    not_deciding = set("""cpu compile save_quantized train_data_dir cc_file max_train_steps candidates_per_forward output_dir
+    not_deciding = set(
+        """cpu compile save_quantized train_data_dir cc_file max_train_steps candidates_per_forward output_dir
         save_steps
         checkpointing_steps checkpoints_total_limit resume_from_checkpoint eval_steps num_eval_samples validation_prompt
-        validation_steps num_validation_images validation_guidance final_picture report_to""".split())
+        validation_steps num_validation_images validation_guidance final_picture report_to""".split()
+    )
     assert {action.dest for action in flags()} == set(SETTINGS) | set(OPTIONAL_SETTINGS) | not_deciding
 
 

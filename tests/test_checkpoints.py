@@ -12,6 +12,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from zoodip.checkpoints import state_digest
+
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, tmp_path_factory):
@@ -54,7 +56,8 @@ def test_checkpoint_of_other_weights(trained, tmp_path, tiny_model, refused):
     assert "model weights" in line and "changed" in line
 
 
-def damage(source, target, kind: str) -> None:
+def damage(source, target, kind: str, resigned: bool = False) -> None:
+    """A checkpoint damaged in one way; `resigned`: with a checksum that fits what it then holds."""
     content = source.read_bytes()
     if kind == "truncated":
         return target.write_bytes(content[:-40])
@@ -65,8 +68,18 @@ def damage(source, target, kind: str) -> None:
     tensors = load_file(source)
     if kind == "nan":
         tensors["theta"][0, 0] = float("nan")
+    elif kind == "infinite":
+        tensors["adam.exp_avg"][0, 0] = float("inf")
     elif kind == "shape":
         tensors["adam.exp_avg"] = torch.zeros(3)
+    elif kind == "rows":  # two vectors where the run has one
+        tensors["theta"] = torch.zeros(2, 32)
+    elif kind == "dtype":
+        tensors["theta"] = tensors["theta"].double()
+    elif kind == "another name":
+        tensors["thetas"] = tensors.pop("theta")
+    elif kind == "one too many":
+        tensors["other"] = torch.zeros(2)
     elif kind == "history":
         tensors["subspace.token_history"] = torch.zeros(2, 5)
     elif kind == "generator":
@@ -77,17 +90,27 @@ def damage(source, target, kind: str) -> None:
         metadata["zoodip.checkpoint"] = metadata["zoodip.checkpoint"][:-5]
     else:
         del tensors[kind]
+    if resigned:
+        metadata["zoodip.sha256"] = state_digest(metadata["zoodip.checkpoint"], tensors)
     save_file(tensors, target, metadata)
 
 
-DAMAGES = ["truncated", "empty", "garbage", "nan", "shape", "history", "generator", "header", "json", "theta", "adam.step",
-           "adam.exp_avg_sq", "subspace.projection"]  # fmt: skip
+KINDS_OF_STATE = ["nan", "infinite", "shape", "rows", "dtype", "another name", "one too many", "history", "generator", "theta",
+                  "adam.step", "adam.exp_avg_sq", "subspace.projection"]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("kind", ["truncated", "empty", "garbage", "header", "json", *KINDS_OF_STATE])
 def test_damaged_checkpoint(trained, tmp_path, refused, kind):
     """Named as such; a run never goes on from half a state."""
     damage(trained / "out" / "checkpoint-6.safetensors", tmp_path / "checkpoint-6.safetensors", kind)
+    line = refused(data=trained / "dog", resume_from_checkpoint=tmp_path / "checkpoint-6.safetensors")
+    assert "is not a whole checkpoint" in line and "checkpoint-6" in line
+
+
+@pytest.mark.parametrize("kind", ["json", *KINDS_OF_STATE])
+def test_a_checksum_that_fits_is_not_enough(trained, tmp_path, refused, kind):
+    """Names, dtypes, shapes and finite numbers are compared with a fresh state: a broadcast would go unseen for hours."""
+    damage(trained / "out" / "checkpoint-6.safetensors", tmp_path / "checkpoint-6.safetensors", kind, resigned=True)
     line = refused(data=trained / "dog", resume_from_checkpoint=tmp_path / "checkpoint-6.safetensors")
     assert "is not a whole checkpoint" in line and "checkpoint-6" in line
 

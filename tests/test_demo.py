@@ -28,7 +28,11 @@ def demo(tmp_path_factory) -> Path:
     environment = {**os.environ, "OUTPUT_DIR": str(output), "PYTHON": sys.executable}
     run = subprocess.run(
         ["sh", "train_zoodip.sh", "demo", "--max_train_steps", str(STEPS), "--eval_steps", "100"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     return output
@@ -45,8 +49,14 @@ def test_demo_learns(demo):
 
 def test_demo_leaves_what_the_readme_says(demo):
     names = {path.name for path in demo.iterdir() if not path.name.startswith(".")}
-    assert names == {"learned_embeds.safetensors", "sks.safetensors", f"checkpoint-{STEPS}.safetensors", "training_log.csv",
-                     "run.json", f"validation-{STEPS}.png"}
+    assert names == {
+        "learned_embeds.safetensors",
+        "sks.safetensors",
+        f"checkpoint-{STEPS}.safetensors",
+        "training_log.csv",
+        "run.json",
+        f"validation-{STEPS}.png",
+    }
     assert (demo / "learned_embeds.safetensors").stat().st_size < 8000  # kilobytes, not megabytes
     record = json.loads((demo / "run.json").read_text())
     assert record["step"] == STEPS and record["unet_forwards"] == 3 * STEPS and record["settings"]["quantization"] == "nf4"
@@ -74,8 +84,13 @@ def test_notebook(demo, tmp_path):
 
 def test_notebook_is_committed_with_outputs():
     notebook = nbformat.read(ROOT / "inference.ipynb", as_version=4)
-    pictures = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
-                if "image/png" in output.get("data", {})]
+    pictures = [
+        output
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
     assert len(pictures) == 3
 
 

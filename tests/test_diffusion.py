@@ -43,7 +43,8 @@ def test_draw_batch_covers_everything_and_pairs_captions():
     prompts = Prompts(torch.arange(5)[:, None], torch.zeros(5, 2))
     choices = [[0, 1], [2], [3, 4]]
     clean = SimpleNamespace(  # a schedule without noise shows the latents themselves
-        alphas_cumprod=torch.ones(1), config=SimpleNamespace(prediction_type="epsilon"), add_noise=lambda x, noise, t: x)
+        alphas_cumprod=torch.ones(1), config=SimpleNamespace(prediction_type="epsilon"), add_noise=lambda x, noise, t: x
+    )
     data = Data(latents, choices, prompts, clean)
     generator, seen = seeded(), {}
     for _ in range(600):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import re
 import shutil
 import signal
 import struct
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -25,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import arguments, make_subject, run_cli
+from conftest import arguments, make_subject, run_cli, sample
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -42,9 +44,21 @@ PARTS = list(WEIGHT_NAMES)
 LIMIT = 120  # seconds: a run takes a third of one, but machines are shared
 
 
-def cases(number: int):
-    """The same examples every time, without hypothesis' limits on time."""
-    return settings(max_examples=number, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+def cases(number: int, sample: int, **strategies):
+    """Two tests of one function over generated cases: the first `sample`, and as `..._all`, slow, all `number` of them.
+
+    The same cases every time, without hypothesis' limits on time.
+    """
+
+    def tests_of(function):
+        def test_of(count: int):
+            options = dict(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+            return settings(max_examples=count, **options)(given(**strategies)(function))
+
+        setattr(sys.modules[function.__module__], f"{function.__name__}_all", pytest.mark.slow(test_of(number)))
+        return test_of(sample)
+
+    return tests_of
 
 
 class Hangs(BaseException):
@@ -143,8 +157,7 @@ def damaged(content: bytes, damage: tuple) -> bytes:
 # --- checkpoints ---
 
 
-@cases(60)
-@given(damage=DAMAGE)
+@cases(60, 6, damage=DAMAGE)
 def test_checkpoint_bytes(outcome, checkpoint, tiny_model, data, tmp_path, damage):
     """A checkpoint with one bit changed is refused as a whole, wherever the bit is: another token must not come of it."""
     content = damaged(checkpoint.read_bytes(), damage)
@@ -155,8 +168,7 @@ def test_checkpoint_bytes(outcome, checkpoint, tiny_model, data, tmp_path, damag
     assert code == 2 and "is not a whole checkpoint" in text and str(path) in text
 
 
-@cases(8)
-@given(damage=DAMAGE)
+@cases(8, 2, damage=DAMAGE)
 def test_latest_passes_over_damaged_bytes(outcome, checkpoint, tiny_model, data, tmp_path, damage):
     """With `latest` it is skipped by name; the one before gives the same result."""
     output = Path(shutil.copytree(checkpoint.parent, tmp_path / "out"))
@@ -203,23 +215,31 @@ def signed(path: Path, tensors: dict, header: str) -> None:
     path.write_bytes(save(tensors, {"format": "pt", "zoodip.checkpoint": header, "zoodip.sha256": digest}))
 
 
-@cases(90)
-@given(name=st.sampled_from(STATE), other=st.sampled_from(STATE), change=st.sampled_from(["swap", "missing", *CHANGES]))
+@cases(90, 8, name=st.sampled_from(STATE), other=st.sampled_from(STATE), change=st.sampled_from(["swap", "missing", *CHANGES]))
 def test_checkpoint_state(outcome, checkpoint, tiny_model, data, tmp_path, name, other, change):
-    """Wrong dtype, wrong shape, NaN inside, swapped: refused, or numbers that a run can go on from."""
-    tensors, path = load_file(checkpoint), tmp_path / "checkpoint-1.safetensors"
+    """Wrong dtype, wrong shape, NaN inside, swapped, with a checksum that fits: refused, or numbers that a run can use."""
+    whole, path = load_file(checkpoint), tmp_path / "checkpoint-1.safetensors"
+    tensors = dict(whole)
     if change == "swap":
-        tensors[name], tensors[other] = tensors[other].clone(), tensors[name].clone()
+        tensors[name], tensors[other] = whole[other].clone(), whole[name].clone()
     elif change == "missing":
         del tensors[name]
     else:
-        tensors[name] = CHANGES[change](tensors[name])
+        tensors[name] = CHANGES[change](whole[name])
     with safe_open(checkpoint, "pt") as handle:
         signed(path, tensors, handle.metadata()["zoodip.checkpoint"])
     code, text = outcome(arguments(tiny_model, data, tmp_path / "out", resume_from_checkpoint=path, **RUN))
-    assert code == 0 or str(path) in text or "the token is NaN or Inf" in text or "finite" in text
-    broken = {"missing", "half", "double", "bfloat16", "nan", "inf", "-inf", "deep"}
-    assert code == 2 or change not in broken or name == "generator" or tensors[name].numel() == 0
+    possible = change != "missing" and all(can_be(key, tensors[key], whole[key]) for key in (name, other))
+    assert code == 2 or possible
+    assert code == 0 or "is not a whole checkpoint" in text or (possible and ("token is NaN or Inf" in text or "finite" in text))
+    assert code == 0 or str(path) in text or possible
+
+
+def can_be(name: str, tensor: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether some run of the same flags has this tensor in its state: a history has any number of rows, all else its shape."""
+    rows = 1 if name.startswith("subspace.") else 0
+    same = (tensor.dtype, tensor.dim(), tensor.shape[rows:]) == (whole.dtype, whole.dim(), whole.shape[rows:])
+    return same and bool(torch.isfinite(tensor).all())
 
 
 # --- JSON ---
@@ -252,25 +272,31 @@ def changed(tree, choice: int, value, delete: bool):
 JSON_CHANGE = dict(choice=st.integers(0, 10**6), value=st.sampled_from(VALUES), delete=st.integers(0, 4).map(lambda n: n == 0))
 
 
-@cases(60)
-@given(**JSON_CHANGE)
-def test_checkpoint_header(outcome, checkpoint, tiny_model, data, tmp_path, choice, value, delete):
-    """Any value in it exchanged for any other kind of value."""
+@cases(60, 6, **JSON_CHANGE, part=st.sampled_from(["settings", "fingerprint", "progress"]), resigned=st.booleans())
+def test_checkpoint_header(outcome, checkpoint, tiny_model, data, tmp_path, choice, value, delete, part, resigned):
+    """A value in it exchanged for any other kind of value: refused by its checksum; with a new checksum, which no disk computes,
+    what it says of another run is believed, and the run refused for it. (Counts under a new checksum are not looked into.)
+    """
     with safe_open(checkpoint, "pt") as handle:
-        header = json.loads(handle.metadata()["zoodip.checkpoint"])
-    header["progress"]["curve"] = [dict(step=0, unet_forwards=0, loss=None, eval_loss=1.0, token_norm=1.0)]
-    path = tmp_path / "checkpoint-1.safetensors"
-    signed(path, load_file(checkpoint), json.dumps(changed(header, choice, value, delete)))
-    code, text = outcome(arguments(tiny_model, data, tmp_path / "out", resume_from_checkpoint=path, **RUN))
-    assert code == 0 or str(path) in text
+        metadata = handle.metadata()
+    header = json.loads(metadata["zoodip.checkpoint"])
+    changed_part = changed(header[part], choice, value, delete or (resigned and part == "progress"))
+    text, path = json.dumps({**header, part: changed_part}, sort_keys=True), tmp_path / "checkpoint-1.safetensors"
+    assume(changed_part != header[part])
+    if resigned:
+        signed(path, load_file(checkpoint), text)
+    else:
+        path.write_bytes(save(load_file(checkpoint), {**metadata, "zoodip.checkpoint": text}))
+    code, line = outcome(arguments(tiny_model, data, tmp_path / "out", resume_from_checkpoint=path, **RUN))
+    assert code == 2 and str(path) in line
+    assert ("is not a whole checkpoint" if not resigned else "start anew without --resume_from_checkpoint") in line
 
 
 CONFIGS = ["unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json",
            "tokenizer/tokenizer_config.json", "model_index.json"]  # fmt: skip
 
 
-@cases(150)
-@given(file=st.sampled_from(CONFIGS), **JSON_CHANGE)
+@cases(150, 12, file=st.sampled_from(CONFIGS), **JSON_CHANGE)
 def test_configurations(outcome, copy_once, data, tmp_path, tiny_model, file, choice, value, delete):
     """A value that no model of that kind can have, in any place of any configuration."""
     tree = json.loads((tiny_model / file).read_text())
@@ -288,12 +314,13 @@ def copy_once(copy):
 
 
 def text_files(model: Path) -> list[str]:
-    return [*CONFIGS[:-1], *(f"tokenizer/{path.name}" for path in sorted((model / "tokenizer").iterdir())
-                             if path.name != "tokenizer_config.json")]
+    return [
+        *CONFIGS[:-1],
+        *(f"tokenizer/{path.name}" for path in sorted((model / "tokenizer").iterdir()) if path.name != "tokenizer_config.json"),
+    ]
 
 
-@cases(60)
-@given(choice=st.integers(0, 10**6), damage=DAMAGE)
+@cases(60, 6, choice=st.integers(0, 10**6), damage=DAMAGE)
 def test_text_file_bytes(outcome, copy_once, data, tmp_path, tiny_model, choice, damage):
     """Configurations, vocabulary and merges as a broken download leaves them."""
     files = text_files(tiny_model)
@@ -312,8 +339,7 @@ def weights(part: str) -> str:
     return f"{part}/{WEIGHT_NAMES[part]}.safetensors"
 
 
-@cases(45)
-@given(part=st.sampled_from(PARTS), damage=DAMAGE)
+@cases(45, 6, part=st.sampled_from(PARTS), damage=DAMAGE)
 def test_weight_bytes(outcome, copy_once, data, tmp_path, tiny_model, part, damage):
     """A header that is damaged is found; a bit of a weight is a weight like another, unless it makes NaN of it."""
     content = (tiny_model / weights(part)).read_bytes()
@@ -327,9 +353,14 @@ def test_weight_bytes(outcome, copy_once, data, tmp_path, tiny_model, part, dama
         exchange(copy_once / weights(part), content)
 
 
-@cases(60)
-@given(part=st.sampled_from(PARTS), choice=st.integers(0, 10**6), other=st.integers(0, 10**6),
-       change=st.sampled_from(["swap", "missing", *CHANGES]))
+@cases(
+    60,
+    6,
+    part=st.sampled_from(PARTS),
+    choice=st.integers(0, 10**6),
+    other=st.integers(0, 10**6),
+    change=st.sampled_from(["swap", "missing", *CHANGES]),
+)
 def test_weight_tensors(outcome, copy_once, data, tmp_path, tiny_model, part, choice, other, change):
     """Wrong dtype, wrong shape, NaN inside, two of them swapped."""
     tensors = load_file(tiny_model / weights(part))
@@ -363,9 +394,15 @@ def packed(tiny_model, tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
-@cases(60)
-@given(quantization=st.sampled_from(["nf4", "int8"]), part=st.sampled_from(["unet", "text_encoder"]),
-       choice=st.integers(0, 10**6), other=st.integers(0, 10**6), change=st.sampled_from(["swap", "missing", *CHANGES]))
+@cases(
+    60,
+    6,
+    quantization=st.sampled_from(["nf4", "int8"]),
+    part=st.sampled_from(["unet", "text_encoder"]),
+    choice=st.integers(0, 10**6),
+    other=st.integers(0, 10**6),
+    change=st.sampled_from(["swap", "missing", *CHANGES]),
+)
 def test_packed_tensors(outcome, packed, data, tmp_path, quantization, part, choice, other, change):
     """4-bit codes and their scales in the wrong type or size, or NaN: C code reads them, so they must be found before."""
     (file,) = (packed[quantization] / part).glob("*.safetensors")
@@ -390,9 +427,15 @@ def test_packed_tensors(outcome, packed, data, tmp_path, quantization, part, cho
         exchange(file, whole)
 
 
-@cases(40)
-@given(part=st.sampled_from(PARTS), choice=st.integers(0, 10**6), damage=DAMAGE, bytewise=st.booleans(),
-       change=st.sampled_from(sorted(CHANGES)))
+@cases(
+    40,
+    5,
+    part=st.sampled_from(PARTS),
+    choice=st.integers(0, 10**6),
+    damage=DAMAGE,
+    bytewise=st.booleans(),
+    change=st.sampled_from(sorted(CHANGES)),
+)
 def test_packing_damaged_weights(outcome, copy_once, tmp_path, tiny_model, part, choice, damage, bytewise, change):
     """--save_quantized writes a whole folder, or says what is wrong and leaves nothing."""
     content, target = (tiny_model / weights(part)).read_bytes(), tmp_path / "packed"
@@ -417,8 +460,9 @@ def run_packing(argv: list[str]) -> tuple[int, str]:
         return run_cli(argv), errors.getvalue()
 
 
-@pytest.mark.parametrize(("part", "key"), [("unet", "layers_per_block"), ("vae", "layers_per_block"),
-                                           ("text_encoder", "num_hidden_layers")])
+@pytest.mark.parametrize(
+    ("part", "key"), [("unet", "layers_per_block"), ("vae", "layers_per_block"), ("text_encoder", "num_hidden_layers")]
+)
 def test_a_model_without_end(outcome, copy, data, tmp_path, part, key):
     """A configuration of a billion layers is refused, and not built."""
     config = json.loads((copy / part / "config.json").read_text())
@@ -427,9 +471,24 @@ def test_a_model_without_end(outcome, copy, data, tmp_path, part, key):
     assert code == 2 and f"{key} 1000000000" in text
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "swapped", "twice", "pickle", "index without map",
-                                  "index of lists", "index of nothing", "index is a list", "outside", "folder"])
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "missing",
+        "truncated",
+        "empty",
+        "swapped",
+        "twice",
+        "pickle",
+        "index without map",
+        "index of lists",
+        "index of nothing",
+        "index is a list",
+        "outside",
+        "folder",
+    ],
+)
+@pytest.mark.parametrize("part", sample(PARTS, "unet"))
 def test_shards(outcome, copy, data, tmp_path, part, kind):
     """A model in two files with an index, one of which is not as it should be."""
     stem, folder = WEIGHT_NAMES[part], copy / part
@@ -472,9 +531,10 @@ def pickled(content) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize(("source", "target"), [(a, b) for a in PARTS for b in PARTS if a != b])
-def test_swapped_files(outcome, copy, data, tmp_path, source, target):
+@pytest.mark.parametrize("pair", sample(itertools.permutations(PARTS, 2), ("unet", "vae"), ("vae", "text_encoder")), ids="-".join)
+def test_swapped_files(outcome, copy, data, tmp_path, pair):
     """The weights of one part in the place of another's, and its configuration likewise."""
+    source, target = pair
     content = (copy / weights(source)).read_bytes()
     original = (copy / weights(target)).read_bytes()
     exchange(copy / weights(target), content)
@@ -491,8 +551,7 @@ def test_swapped_files(outcome, copy, data, tmp_path, source, target):
 CAPTION = st.text(max_size=60)
 
 
-@cases(50)
-@given(before=CAPTION, after=CAPTION, braces=st.integers(0, 2))
+@cases(50, 5, before=CAPTION, after=CAPTION, braces=st.integers(0, 2))
 def test_captions(outcome, data, tmp_path, tiny_model, before, after, braces):
     """Any text there is, in any script, with {} once as it should be, never or twice."""
     caption = before + "{}" * braces + after
@@ -502,8 +561,7 @@ def test_captions(outcome, data, tmp_path, tiny_model, before, after, braces):
     assert code == (0 if caption.count("{}") == 1 and "tokens long" not in text else 2)
 
 
-@cases(40)
-@given(damage=DAMAGE, **JSON_CHANGE, bytewise=st.booleans())
+@cases(40, 5, damage=DAMAGE, **JSON_CHANGE, bytewise=st.booleans())
 def test_caption_file(outcome, data, tmp_path, tiny_model, damage, choice, value, delete, bytewise):
     """cc.json as editors, people and disks leave it."""
     file, content = tmp_path / "cc.json", (data.parent / "cc.json").read_bytes()
@@ -513,14 +571,21 @@ def test_caption_file(outcome, data, tmp_path, tiny_model, damage, choice, value
     assert code == 0 or "cc.json" in text or "the caption" in text
 
 
-@pytest.mark.parametrize("content", [
-    b"[" * 100_000, b'{"dog":' * 50_000, b'{"dog": {"00.png": ' + b"1" * 5000 + b"}}", b"\xef\xbb\xbf{}", b"\xff\xfe{\x00}\x00",
-    b'{"dog": {"00.png": "{} \\ud800"}}', b'{"dog": {"00.png": "{} \\u0000"}}', b"NaN", b"null", b'"dog"', b"\x00" * 1000,
-    b'{"dog": {"00.png": "{} ' + b"dog " * 100_000 + b'"}}', b'{"dog": {"00.png": "{} ' + b"\\n" * 1000 + b'"}}',
-    b'{"dog": {"00.png": "{}{0.__class__.__init__.__globals__}"}}', b'{"dog": {"00.png": "%s%n{}"}}',
-], ids=["deep list", "deep object", "long number", "byte order mark", "utf-16", "half a character", "zero character", "NaN",
-        "null", "text", "zeros", "long caption", "new lines", "attributes", "percent"])  # fmt: skip
-def test_named_caption_files(outcome, data, tmp_path, tiny_model, content):
+CAPTION_FILES = {
+    "deep list": b"[" * 100_000, "deep object": b'{"dog":' * 50_000, "byte order mark": b"\xef\xbb\xbf{}",
+    "long number": b'{"dog": {"00.png": ' + b"1" * 5000 + b"}}", "utf-16": b"\xff\xfe{\x00}\x00",
+    "half a character": b'{"dog": {"00.png": "{} \\ud800"}}', "zero character": b'{"dog": {"00.png": "{} \\u0000"}}',
+    "NaN": b"NaN", "null": b"null", "text": b'"dog"', "zeros": b"\x00" * 1000,
+    "long caption": b'{"dog": {"00.png": "{} ' + b"dog " * 100_000 + b'"}}',
+    "new lines": b'{"dog": {"00.png": "{} ' + b"\\n" * 1000 + b'"}}',
+    "attributes": b'{"dog": {"00.png": "{}{0.__class__.__init__.__globals__}"}}',
+    "percent": b'{"dog": {"00.png": "%s%n{}"}}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sample(CAPTION_FILES, "deep list", "half a character", "long caption", "attributes"))
+def test_named_caption_files(outcome, data, tmp_path, tiny_model, name):
+    content = CAPTION_FILES[name]
     (tmp_path / "cc.json").write_bytes(content)
     code, text = outcome(arguments(tiny_model, data, tmp_path / "out", use_cc=True, cc_file=tmp_path / "cc.json", **RUN))
     assert len(text) < 3000  # a line to read, not the file again
@@ -566,7 +631,7 @@ def one_picture(tmp_path: Path, content: bytes, name: str = "x.png") -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", sample(MODES, "P", "LAB", "I;16"))
 def test_every_mode(outcome, tmp_path, tiny_model, mode):
     """Every mode in every format that holds it trains, or is refused by the picture's name."""
     kinds = [kind for kind in SUFFIXES if (mode, kind) in PICTURES]
@@ -577,8 +642,7 @@ def test_every_mode(outcome, tmp_path, tiny_model, mode):
         assert code == 0 or (mode == "LAB" and str(folder / "x") in text), (kind, text)
 
 
-@cases(80)
-@given(picture=st.sampled_from(sorted(PICTURES)), damage=DAMAGE)
+@cases(80, 8, picture=st.sampled_from(sorted(PICTURES)), damage=DAMAGE)
 def test_image_bytes(outcome, tmp_path, tiny_model, picture, damage):
     """Damaged pictures of every kind."""
     folder = one_picture(tmp_path, damaged(PICTURES[picture], damage))
@@ -652,7 +716,7 @@ NAMED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", sample(NAMED, "1 pixel", "20,000 wide", "text bomb", "animated GIF", "NaN", "EPS"))
 def test_named_images(outcome, tmp_path, tiny_model, name):
     """The corners: by exit code, or by words of the line; None: either, but in time and memory."""
     make, expected = NAMED[name]
@@ -669,14 +733,19 @@ def peak_memory() -> float:
     return peak_memory_gb(torch.device("cpu"))
 
 
-def test_names_of_images(outcome, tmp_path, tiny_model):
+PICTURE_NAMES = {"line break": b"a\nerror: b.png", "terminal codes": b"\x1b[2J\x07.png", "no text": b"\xff\xfe.png",
+                 "braces": "ü {} {0.__class__} %s.png".encode(), "a flag": b"-rf.png"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sample(PICTURE_NAMES, "line break", "no text"))
+def test_names_of_images(outcome, tmp_path, tiny_model, kind):
     """Line breaks, terminal codes and bytes that are no text, in the name of a broken picture: still one line."""
-    for name in (b"a\nerror: b.png", b"\x1b[2J\x07.png", b"\xff\xfe.png", "ü {} {0.__class__} %s.png".encode(), b"-rf.png"):
-        folder = one_picture(tmp_path, b"broken", os.fsdecode(name))
-        code, text = outcome(arguments(tiny_model, folder, tmp_path / "out", **RUN))
-        assert code == 2 and "\x1b" not in text and text.count("\n") == 1
-        one_picture(tmp_path, PICTURES["RGB", "PNG"], os.fsdecode(name))
-        code, text = outcome(arguments(tiny_model, folder, tmp_path / "out", **RUN))
-        assert code == 0
-        code, text = outcome(arguments(tiny_model, folder, tmp_path / "out", use_cc=True, cc_file=tmp_path / "cc.json", **RUN))
-        assert code == 2 and "\x1b" not in text and text.count("\n") == 1
+    name = os.fsdecode(PICTURE_NAMES[kind])
+    folder = one_picture(tmp_path, b"broken", name)
+    code, text = outcome(arguments(tiny_model, folder, tmp_path / "out", **RUN))
+    assert code == 2 and "\x1b" not in text and text.count("\n") == 1
+    one_picture(tmp_path, PICTURES["RGB", "PNG"], name)
+    code, text = outcome(arguments(tiny_model, folder, tmp_path / "out", **RUN))
+    assert code == 0
+    code, text = outcome(arguments(tiny_model, folder, tmp_path / "out", use_cc=True, cc_file=tmp_path / "cc.json", **RUN))
+    assert code == 2 and "\x1b" not in text and text.count("\n") == 1

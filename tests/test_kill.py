@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import MINIATURE, ROOT, arguments
+from conftest import MINIATURE, ROOT, arguments, sample
 from watching import Watch, last_saved_step, newest_checkpoint, same_results, step_of
 
 CHECKPOINTING = 2
@@ -72,8 +72,12 @@ class Run:
 
 @pytest.fixture(scope="module")
 def server():
-    process = subprocess.Popen([sys.executable, ROOT / "tests" / "fork_server.py"], stdin=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "fork_server.py"],
+        stdin=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
     yield process
     process.stdin.close()
     process.wait()
@@ -144,7 +148,8 @@ def kill_before(change: int, start, finish, output: Path, **flags) -> None:
     shutil.rmtree(output)
 
 
-def test_killed_before_every_change_to_the_folder(start, reference, finish, tmp_path):
+@pytest.mark.parametrize("every", sample([1, 7], 7))
+def test_killed_before_every_change_to_the_folder(start, reference, finish, tmp_path, every):
     """Each open, rename and removal in the output folder, from the lock to run.json, is the first thing a run does not do.
 
     What it has done by then is at most --checkpointing_steps steps ahead of the newest checkpoint, all files are whole, and the
@@ -152,10 +157,11 @@ def test_killed_before_every_change_to_the_folder(start, reference, finish, tmp_
     """
     changes = len(reference().changes)
     assert changes > 30  # an open and a rename for each of 6 + 2 embeddings, 3 checkpoints, 3 curves, run.json ...
-    for change in range(changes):
+    for change in range(0, changes, every):
         kill_before(change, start, finish, tmp_path / str(change))
 
 
+@pytest.mark.slow
 def test_killed_while_drawing(start, reference, finish, tmp_path):
     """No picture is missing after a resume, nor, when the run dies over its last one, the embedding."""
     changes = reference(**PICTURES).changes
@@ -168,11 +174,12 @@ def test_killed_while_drawing(start, reference, finish, tmp_path):
     assert (tmp_path / "last" / "learned_embeds.safetensors").read_bytes() == reference().embedding
 
 
-def test_killed_at_random_moments(start, reference, finish, tmp_path):
-    """Twenty SIGKILLs spread over a run's life, several on the same run, the folder watched all the while."""
+@pytest.mark.parametrize("number", sample([20, 4], 4))
+def test_killed_at_random_moments(start, reference, finish, tmp_path, number):
+    """SIGKILLs spread over a run's life, several on the same run, the folder watched all the while."""
     life, rng, kills, polls = reference().seconds, random.Random(0), 0, 0
     output = tmp_path / "out"
-    while kills < 20:
+    while kills < number:
         moment = time.monotonic() + rng.uniform(0, life)
         run = start(output, resume_from_checkpoint="latest")
         code = run.wait(until=lambda moment=moment: time.monotonic() > moment)
@@ -183,20 +190,21 @@ def test_killed_at_random_moments(start, reference, finish, tmp_path):
         polls += run.watch.polls
         assert last_saved_step(output) - newest_checkpoint(output) <= CHECKPOINTING
         kills += code != 0
-        if code == 0 or kills == 20:
+        if code == 0 or kills == number:
             finish(output)
             shutil.rmtree(output)
-    assert polls > 20  # it was watched
+    assert polls > number  # it was watched
 
 
 # --- SIGINT and SIGTERM ---
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_at_random_moments(start, reference, finish, tmp_path, number):
+@pytest.mark.parametrize("runs", sample([range(6), (0, 4)], (0, 4)), ids=["all", "some"])
+@pytest.mark.parametrize("number", sample([signal.SIGINT, signal.SIGTERM], signal.SIGINT))
+def test_signals_at_random_moments(start, reference, finish, tmp_path, number, runs):
     """A run that is asked to stop says how to go on, with the code a shell gives; no step that was done is repeated."""
     life, rng, stepping = reference().seconds, random.Random(int(number)), 0
-    for i in range(6):
+    for i in runs:
         output = tmp_path / str(i)
         run = start(output)
         if i < 3:
@@ -277,8 +285,15 @@ def test_file_size_limit(start, finish, tmp_path):
     """A quota on file sizes (as a full disk, this fails in the middle of a write): the partial file is not left behind."""
     output = tmp_path / "out"
     run = start(output, **ENDLESS)
-    stopped_by(run, output, lambda: resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (3000, 3000)), lambda: None, finish,
-               "cannot be written (File too large)", **ENDLESS)
+    stopped_by(
+        run,
+        output,
+        lambda: resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (3000, 3000)),
+        lambda: None,
+        finish,
+        "cannot be written (File too large)",
+        **ENDLESS,
+    )
 
 
 def test_disk_full(start, finish, tmp_path):
@@ -319,8 +334,7 @@ def test_read_only_folder(start, finish, tmp_path):
     assert list(output.iterdir()) == []
     output.chmod(0o755)
     run = start(output, dict(powerless=True), **ENDLESS)
-    stopped_by(run, output, lambda: output.chmod(0o555), lambda: output.chmod(0o755), finish, "Permission denied",
-               **ENDLESS)
+    stopped_by(run, output, lambda: output.chmod(0o555), lambda: output.chmod(0o755), finish, "Permission denied", **ENDLESS)
 
 
 # --- two runs ---
@@ -357,22 +371,25 @@ def test_a_killed_run_does_not_keep_the_folder(start, reference, tmp_path):
 
 # --- the demo ---
 
+DEMO_STEPS, DEMO_CHECKPOINTING = 300, 30  # of its 1,000 and 500: twenty kills take minutes, and most fall among the steps
+
 
 def demo(output: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(
-        ["sh", ROOT / "train_zoodip.sh", "demo", "--checkpointing_steps", "100", *flags], stdout=subprocess.DEVNULL,
+        ["sh", ROOT / "train_zoodip.sh", "demo", "--max_train_steps", str(DEMO_STEPS),
+         "--checkpointing_steps", str(DEMO_CHECKPOINTING), *flags], stdout=subprocess.DEVNULL,
         stderr=open(output.parent / "stderr", "a"), env={**os.environ, "OUTPUT_DIR": str(output), "PYTHON": sys.executable},
     )  # fmt: skip
 
 
 def steps_shown(text: str) -> int:
     """The last step that the progress bar has shown, which is renewed twice a second."""
-    return max((int(step) for step in re.findall(r"(\d+)/1000 \[", text)), default=0)
+    return max((int(step) for step in re.findall(rf"(\d+)/{DEMO_STEPS} \[", text)), default=0)
 
 
 @pytest.mark.slow
 def test_the_demo_killed_twenty_times(tmp_path):
-    """`sh train_zoodip.sh demo` as it is, but for a checkpoint every 100 steps: SIGKILL at 20 random moments of its life.
+    """`sh train_zoodip.sh demo` as it is, but shorter and with more checkpoints: SIGKILL at 20 random moments of its life.
 
     Each run is killed and resumed until it is through, and must end with the same embedding as the one that was left alone.
     """
@@ -396,14 +413,16 @@ def test_the_demo_killed_twenty_times(tmp_path):
             assert process.returncode == -signal.SIGKILL
             kills.append(round(time.monotonic() - begun, 1))
             repeated.append(max(0, steps_shown((tmp_path / "stderr").read_text()) - newest_checkpoint(output)))
-            assert repeated[-1] <= 100
+            assert repeated[-1] <= DEMO_CHECKPOINTING
         else:
-            for name in ("learned_embeds", "sks", "checkpoint-1000"):
+            for name in ("learned_embeds", "sks", f"checkpoint-{DEMO_STEPS}"):
                 assert (output / f"{name}.safetensors").read_bytes() == (tmp_path / f"reference/{name}.safetensors").read_bytes()
-            for name in ("training_log.csv", "validation-1000.png"):
+            for name in ("training_log.csv", f"validation-{DEMO_STEPS}.png"):
                 assert (output / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
             shutil.rmtree(output)
             finished += 1
             life = min(life, max(5.0, time.monotonic() - begun))  # shorter where the reference had to share the machine
-    print(f"\nlife of the demo {life:.0f} s; killed after {kills} s; steps repeated {repeated}; {finished} runs finished; "
-          f"{watch.polls} polls of the folder, {len(watch.seen)} versions of files, all whole")
+    print(
+        f"\nlife of the demo {life:.0f} s; killed after {kills} s; steps repeated {repeated}; {finished} runs finished; "
+        f"{watch.polls} polls of the folder, {len(watch.seen)} versions of files, all whole"
+    )

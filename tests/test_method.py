@@ -19,6 +19,7 @@ from train_zoodip import (
     candidate_losses,
     low_variance_directions,
     sample_timesteps,
+    shared_losses,
     train,
     zeroth_order_gradient,
 )
@@ -43,8 +44,10 @@ def chi_square(draws: torch.Tensor, probabilities: np.ndarray) -> float:
     return (statistic - dof) / math.sqrt(2 * dof)
 
 
-@pytest.mark.parametrize(("kind", "t_min", "t_max"), [
-    ("puts", 500, 900), ("puts", 0, 1000), ("puts", 700, 707), ("uniform", 500, 900), ("snr", 500, 900)])
+@pytest.mark.parametrize(
+    ("kind", "t_min", "t_max"),
+    [("puts", 500, 900), ("puts", 0, 1000), ("puts", 700, 707), ("uniform", 500, 900), ("snr", 500, 900)],
+)
 def test_timestep_distribution(kind, t_min, t_max):
     """A bound off by one, or any preference among timesteps, shows in the statistic."""
     abar = alphas_cumprod()
@@ -148,8 +151,9 @@ def test_candidates_are_new_tensors_around_theta(estimator):
     assert torch.equal(zo.theta, before)
     assert candidates.data_ptr() != zo.theta.data_ptr()
     offsets = (candidates - before) / MU
-    expected = {"rge": [torch.zeros(2, 8), *directions], "spsa": [*directions, *(-directions)],
-                "one_point": list(directions)}[estimator]
+    expected = {"rge": [torch.zeros(2, 8), *directions], "spsa": [*directions, *(-directions)], "one_point": list(directions)}[
+        estimator
+    ]
     # fp32 theta of size 1 keeps 1e-7 of it; divided by mu = 1e-2 that is 1e-5
     torch.testing.assert_close(offsets, torch.stack(expected), rtol=0, atol=1e-4)
 
@@ -415,6 +419,20 @@ def test_candidates_share_every_random_draw(tiny):
     assert abs(other[0] - losses[0]) > 1e-3  # while another draw is another loss
 
 
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_candidates(tiny, processes):
+    """Each evaluates every processes-th candidate; summed, that is every loss once and in its place."""
+    batch, tokens = tiny.batch(1), tiny.tokens(5)
+    model = FrozenModel(tiny.unet, tiny.text_encoder, tiny.prompts.rows)
+    shares = []
+    for rank in range(processes):
+        accelerator = SimpleNamespace(num_processes=processes, process_index=rank, device="cpu", reduce=lambda x, reduction: x)
+        shares.append(shared_losses(accelerator, model, batch, tokens))
+    assert [int((share != 0).sum()) for share in shares] == [len(range(rank, 5, processes)) for rank in range(processes)]
+    # the same sums in batches of another size
+    torch.testing.assert_close(sum(shares), candidate_losses(model, batch, tokens), rtol=1e-6, atol=0)
+
+
 class Watched(FrozenModel):
     """Keeps what it is asked to predict."""
 
@@ -428,8 +446,11 @@ def test_every_estimator_sees_the_same_batches(tiny):
     data = Data(torch.rand(3, 2, 2, 4, 8, 8, generator=seeded()), [[0], [1], [0, 1]], tiny.prompts, scheduler_of(tiny.folder))
     sample = partial(sample_timesteps, "puts", t_min=500, t_max=900, alphas_cumprod=data.scheduler.alphas_cumprod)
     model, forwards = Watched(tiny.unet, tiny.text_encoder, tiny.prompts.rows), []
-    run = SimpleNamespace(steps=lambda outputs: [1], note=lambda loss, **of_step: forwards.append(of_step["forwards"]),
-                          accelerator=SimpleNamespace(num_processes=1, process_index=0))
+    run = SimpleNamespace(
+        steps=lambda outputs: [1],
+        note=lambda loss, **of_step: forwards.append(of_step["forwards"]),
+        accelerator=SimpleNamespace(num_processes=1, process_index=0),
+    )
     for estimator in NAMES:
         zo = ZOAdam(tiny.tokens(1)[0], estimator=estimator)
         train(run, None, zo, model, data, sample, 2, seeded())

@@ -186,9 +186,16 @@ def test_what_is_downloaded(monkeypatch, tmp_path, variant):
     assert asked["name"] == "someone/sd" and asked["revision"] == "main"
     got = {name for name in PUBLISHED if any(fnmatch.fnmatch(name, p) for p in asked["allow_patterns"])}
     middle = f".{variant}" if variant else ""
-    needed = {f"{part}/{name}" for part in PARTS for stem in [WEIGHT_NAMES[part]] for name in (
-        f"{stem}{middle}.safetensors", f"{stem}{middle}-00001-of-00002.safetensors",
-        f"{stem}.safetensors.index{middle}.json")}
+    needed = {
+        f"{part}/{name}"
+        for part in PARTS
+        for stem in [WEIGHT_NAMES[part]]
+        for name in (
+            f"{stem}{middle}.safetensors",
+            f"{stem}{middle}-00001-of-00002.safetensors",
+            f"{stem}.safetensors.index{middle}.json",
+        )
+    }
     assert needed <= got
     assert not any(name.endswith((".bin", ".ckpt")) or "/" not in name or "safety" in name for name in got)
 
@@ -302,8 +309,8 @@ def test_load_pipeline_takes_a_textual_inversion(tiny_model, tmp_path, quantizat
     with torch.no_grad():
         expected = encode_prompts(encoder, prompts.rows, prompts.ids, token[None])
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)  # fp32, the same sums
-    pictures = [pipeline(text, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
-                for text in ("a photo of <sks>", "a photo of dog")]
+    pictures = [
+        pipeline(text, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+        for text in ("a photo of <sks>", "a photo of dog")
+    ]
     assert pictures[0].shape == (1, 16, 16, 3) and not np.array_equal(*pictures)
-
-

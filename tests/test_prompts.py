@@ -75,7 +75,6 @@ def test_embedding_rows(tiny_model):
 # --- prompts under candidate tokens ---
 
 
-
 def test_encode_prompts_equals_the_stock_encoder(tiny):
     """What is trained must be what a pipeline later computes with the token in its table."""
     tokens = tiny.tokens(2)

@@ -143,8 +143,12 @@ def test_packing_in_slices_is_packing_whole():
     weight = torch.randn(1100, 4096, generator=seeded())  # 4.5 M: three slices
     packed = pack_weight(weight, "nf4")
     whole, state = bnb.quantize_4bit(weight.flatten(), blocksize=64, quant_type="nf4", compress_statistics=True)
-    for ours, theirs in ((packed["nf4"], whole.flatten()), (packed["absmax"], state.absmax),
-                         (packed["absmax_scale"], state.state2.absmax), (packed["absmax_offset"], state.offset)):
+    for ours, theirs in (
+        (packed["nf4"], whole.flatten()),
+        (packed["absmax"], state.absmax),
+        (packed["absmax_scale"], state.state2.absmax),
+        (packed["absmax_offset"], state.offset),
+    ):
         assert torch.equal(ours, theirs)
     layer = quantized_layer(nn.Linear(4096, 1100, device="meta"), packed, torch.float32)
     assert torch.equal(layer.dequantize().flatten(), bnb.dequantize_4bit(whole, state).flatten())
@@ -160,8 +164,10 @@ def test_the_two_ways_to_hold_scales_agree(monkeypatch):
     assert small.absmax.dtype == torch.float32 and not hasattr(small, "absmax_scale")
     from bitsandbytes import functional as bnb
 
-    scales = bnb.dequantize_blockwise(packed["absmax"], absmax=packed["absmax_scale"], code=bnb.create_dynamic_map(),
-                                      blocksize=256) + packed["absmax_offset"]
+    scales = (
+        bnb.dequantize_blockwise(packed["absmax"], absmax=packed["absmax_scale"], code=bnb.create_dynamic_map(), blocksize=256)
+        + packed["absmax_offset"]
+    )
     assert torch.equal(small.absmax, scales)
 
 
@@ -220,8 +226,11 @@ def test_only_the_packed_weight_is_kept():
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-@pytest.mark.parametrize("move", [lambda m: m.to("cpu"), lambda m: m.float(), copy.deepcopy, lambda m: m.eval()],
-                         ids=["to-cpu", "float", "deepcopy", "eval"])
+@pytest.mark.parametrize(
+    "move",
+    [lambda m: m.to("cpu"), lambda m: m.float(), copy.deepcopy, lambda m: m.eval()],
+    ids=["to-cpu", "float", "deepcopy", "eval"],
+)
 def test_moves_are_harmless(quantization, move):
     """Pipelines call .to() on their modules; a packed weight must come through unchanged."""
     _, _, quantized = make_linear((96, 200), quantization)

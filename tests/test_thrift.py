@@ -21,10 +21,21 @@ def test_modules_before_the_text(first_block, linear_projection):
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(16, 32), layers_per_block=2, cross_attention_dim=12, norm_num_groups=8,
-            attention_head_dim=4, down_block_types=(first_block, "CrossAttnDownBlock2D"), use_linear_projection=linear_projection,
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")).eval().requires_grad_(False)
+        unet = (
+            UNet2DConditionModel(
+                sample_size=8,
+                block_out_channels=(16, 32),
+                layers_per_block=2,
+                cross_attention_dim=12,
+                norm_num_groups=8,
+                attention_head_dim=4,
+                down_block_types=(first_block, "CrossAttnDownBlock2D"),
+                use_linear_projection=linear_projection,
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            )
+            .eval()
+            .requires_grad_(False)
+        )
     before = modules_before_text(unet)
     names = {module: name for name, module in unet.named_modules()}
     heavy = [m for m in unet.modules() if type(m).__name__ in ("ResnetBlock2D", "Downsample2D", "Attention")] + [unet.conv_in]

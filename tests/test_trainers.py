@@ -320,11 +320,11 @@ def test_a_script_that_is_stopped(tiny_model, subject, tmp_path, train, module, 
     command = [sys.executable, "-m", f"trainers.{module}", *argv]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 300
         while not list((tmp_path / "out").glob("checkpoint-*")) and time.monotonic() < limit and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == code, stderr

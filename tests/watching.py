@@ -80,8 +80,9 @@ def same_results(folder: Path, reference: Path, stopped: bool = False) -> None:
     Where it was stopped by a signal, the checkpoint of that moment may stand among the newest instead of another.
     """
     names, expected = ({path.name for path in each.iterdir() if path.is_file()} for each in (folder, reference))
-    assert names == expected or (stopped and len(names) == len(expected)
-                                 and all(name.startswith("checkpoint-") for name in names ^ expected))
+    assert names == expected or (
+        stopped and len(names) == len(expected) and all(name.startswith("checkpoint-") for name in names ^ expected)
+    )
     for name in names & expected - {"run.json", ".lock"}:
         assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
     assert json.loads((folder / "run.json").read_text())["step"] == json.loads((reference / "run.json").read_text())["step"]

@@ -81,6 +81,8 @@ class QuantizedLayer(nn.Module):
         if isinstance(layer, nn.Conv2d):
             names = ("stride", "padding", "dilation", "groups")
             self.convolution = {name: getattr(layer, name) for name in names}
+        order = torch.channels_last if self.convolution else torch.contiguous_format  # as pack_weight packs
+        self.strides = torch.empty(self.shape, device="meta", memory_format=order).stride()
         divisible = columns % 64 == 0 and not (self.convolution and self.convolution["groups"] > 1)
         self.rows_at_once = max(1, self.AT_ONCE // columns) if rows * columns > self.AT_ONCE and divisible else rows
 
@@ -106,10 +108,7 @@ class QuantizedLayer(nn.Module):
         """Output rows first .. last of the weight, in the layer's own shape (a convolution's in channels_last order)."""
         last = self.shape[0] if last is None else last
         flat = self.unpack(first, last, dtype or self.dtype)
-        if not self.convolution:
-            return flat.view(last - first, *self.shape[1:])
-        channels, height, width = self.shape[1:]
-        return flat.view(last - first, height, width, channels).permute(0, 3, 1, 2)
+        return flat.as_strided((last - first, *self.shape[1:]), self.strides)  # one call: each takes as long as a small layer
 
     def product(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.convolution is None:
@@ -199,7 +198,7 @@ class NF4Layer(QuantizedLayer):
 def nf4_cpu_function(dtype: torch.dtype):
     """The C function behind bitsandbytes' operator on a CPU, or None where this build of the library has none.
 
-    Reaching it through the torch operator takes longer than a small layer takes to be dequantised: for the miniature 4 to 6 %
+    Reaching it through the torch operator takes longer than a small layer takes to be dequantised: for the miniature 4 to 11 %
     of a step (benchmarks/NOTES.md). Arguments: packed, scales, output (addresses); block size, 1, number of weights.
     """
     from bitsandbytes.cextension import lib

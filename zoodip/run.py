@@ -189,7 +189,7 @@ class Run:
                         f"--resume_from_checkpoint {path}: the {what} have changed since it was saved; restore "
                         "them, or start anew without --resume_from_checkpoint"
                     )
-            progress = Progress(**header["progress"])
+            progress = Progress(**{name: header["progress"][name] for name in vars(Progress())})
         except (LookupError, TypeError) as error:
             raise InputError(
                 f"--resume_from_checkpoint {path}: is of another method or version ({error} is missing); start anew "
