@@ -672,6 +672,7 @@ def test_a_new_method_is_one_line(tiny_settings, monkeypatch):
     assert result["forwards"] == 20 and [point["step"] for point in result["curve"]] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_cost_run_is_the_script_in_a_process_of_its_own(tiny_settings, monkeypatch, tmp_path):
     """Started anywhere: it finds the code by itself."""
     monkeypatch.setattr(TinyWorld, "cost_steps", 3, raising=False)

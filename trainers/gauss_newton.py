@@ -89,7 +89,7 @@ def check_flags(flags: dict) -> None:
     require_at_least_one(flags, "basis_size", "directions", "train_batch_size")
     per_step = (flags["directions"] + 1) * flags["train_batch_size"]
     require(flags, "max_forwards", flags["max_forwards"] >= per_step, f"must be at least {per_step}, the forwards of one step")
-    arguments.check_training_flags({**flags, "max_train_steps": 1, "learning_rate": 1.0})
+    arguments.check_training_flags({**flags, "max_train_steps": 1})
     arguments.check_timestep_range(flags)
     most = flags["basis_size"]
     require(flags, "directions", flags["directions"] <= most, f"must be at most --basis_size {most}")
