@@ -141,7 +141,7 @@ def command_of(names: list[str], settings: Settings) -> str:
 
 def default_names(settings: Settings) -> list[str]:
     """The tables of a world."""
-    return [experiment.name for experiment in EXPERIMENTS if settings.world.name in experiment.worlds]
+    return [experiment.name for experiment in EXPERIMENTS if experiment.is_default_in(settings.world.name)]
 
 
 def introduction(names: list[str], settings: Settings, jobs: list[Job], done: int) -> str:

@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("jobs", "threads", "dry_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    args.tables = args.tables or [name for name, experiment in BY_NAME.items() if args.world in experiment.worlds]
+    args.tables = args.tables or [name for name, experiment in BY_NAME.items() if experiment.is_default_in(args.world)]
     if elsewhere := [name for name in args.tables if args.world not in BY_NAME[name].worlds]:
         parser.error(f"--tables: {elsewhere[0]} is not of --world {args.world}; leave it out")
     train_zoodip.parse_args(["--train_data_dir", "x", "--initializer_token", "x", *rest])  # exits where a value is wrong
