@@ -197,7 +197,10 @@ class Run:
             ) from error
         if not can_follow(tensors, self.state()[1]):
             raise BrokenCheckpoint(path, "its tensors are not those of such a run")
-        self.generator.set_state(tensors.pop("generator"))
+        try:
+            self.generator.set_state(tensors.pop("generator"))
+        except RuntimeError as error:
+            raise BrokenCheckpoint(path, f"its generator: {error}") from error
         self.trainer.load_state_dict({**tensors, **header.get("state", {})})
         self.progress, self.first_step = progress, progress.step
 
