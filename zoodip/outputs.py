@@ -113,7 +113,7 @@ class TokenOutputs:
         """The token as it stands, as an embedding file. Raises InputError."""
         save_embedding(folder, self.trainer.theta, self.settings, self.prediction_type, step, final)
 
-    def files(self) -> dict[str, str]:
+    def guide(self) -> dict[str, str]:
         """{name: what it is and what to do with it} of the final files besides learned_embeds.safetensors."""
         token, stem = self.settings["placeholder_token"], file_stem(self.settings["placeholder_token"])
         files = {f"{stem}.safetensors": f"the same for AUTOMATIC1111, Forge, ComfyUI and InvokeAI, where the word is {stem}"}

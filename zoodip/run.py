@@ -1,7 +1,7 @@
 """A run that is recorded, interrupted and resumed exactly, whatever is trained.
 
 A trainer has `state_dict`, `load_state_dict` and `remedy` (what to try where its numbers run away); its outputs have
-`evaluate`, `draw`, `check`, `save` and `files`, as `TokenOutputs`. Every training script then tells the same story:
+`evaluate`, `draw`, `check`, `save` and `guide`, as `TokenOutputs`. Every training script then tells the same story:
 
     run = Run(trainer, generator, accelerator, settings, fingerprint, ...)
     run.resume(checkpoint), run.claim()            # what is wrong is refused here, before a model is loaded
@@ -287,7 +287,7 @@ class Run:
                 self.draw(outputs, final=True)
                 if self.stop.number and not self.checkpointing_steps:  # to draw when it is resumed
                     self.write_checkpoint()
-                self.produced = {name: what for name, what in outputs.files().items() if (self.folder / name).exists()}
+                self.produced = {name: what for name, what in outputs.guide().items() if (self.folder / name).exists()}
         self.accelerator.wait_for_everyone()
 
     def note(self, loss: float | None, forwards: int) -> None:
