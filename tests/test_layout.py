@@ -48,7 +48,7 @@ def test_arrows(place, allowed):
 
 
 def test_the_package_takes_values():
-    """`args` stops at the script's door: no function of the package takes a Namespace (a module's hook gets *args of torch)."""
+    """`args` stops at the script's door: no function of the package takes a Namespace."""
     for file, tree in trees("zoodip").items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
