@@ -73,8 +73,9 @@ def launched_for() -> int:
     import psutil
 
     try:
-        command = " ".join(psutil.Process().parent().cmdline())
-    except (psutil.Error, AttributeError):  # gone, or not ours to ask
+        parent = psutil.Process().parent()
+        command = " ".join(parent.cmdline()) if parent else ""
+    except psutil.Error:  # gone, or not ours to ask
         return 1
     asked = re.search(r"accelerate\S* (?:launch )?.*--num[_-]processes[= ](\d+)", command)
     return int(asked[1]) if asked else 1
