@@ -70,14 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--tau", type=int, default=128, help="tokens in the Subspace Gradient buffer = steps between its refreshes")
     add("--nu", type=float, default=1e-3, help="share of the trajectory's variance to project out; 0: no projection")
-    add("--t_min", type=int, default=500, help="smallest timestep drawn by puts (T_L)")
-    add("--t_max", type=int, default=900, help="end of the timesteps drawn by puts (T_U), itself not drawn")
-    add(
-        "--timestep_sampling",
-        default="puts",
-        choices=["puts", "uniform", "snr"],
-        help="puts: uniform over [t_min, t_max); uniform: over all timesteps; snr: more the lower the SNR (TextBoost)",
-    )
+    arguments.add_timestep_flags(add, "puts")  # --t_min and --t_max: T_L and T_U of Eq. 9
     add("--estimator", default="rge", choices=["rge", "spsa", "one_point"], help="zeroth-order gradient estimator")
     add("--learning_rate", type=float, default=5e-3, help="of Adam (betas .9, .999, epsilon 1e-3)")
     add(
@@ -136,6 +129,7 @@ from zoodip.diffusion import (
     Batch,
     Data,
     FrozenModel,
+    TimestepSampler,
     draw_batch,
     load_model,
     read_inputs,
@@ -231,7 +225,7 @@ class RGE:
 
 
 class SPSA(RGE):
-    """Central differences: 2n forwards, none of them at theta, where the loss is their mean to the order of mu."""
+    """Central differences: 2n forwards, none of them at theta; their mean differs from the loss there by the order of mu^2."""
 
     @staticmethod
     def num_candidates(n: int) -> int:
@@ -298,9 +292,9 @@ def zeroth_order_gradient(slopes: torch.Tensor, directions: torch.Tensor, effect
 def low_variance_directions(history: torch.Tensor, nu: float) -> torch.Tensor:
     """Directions in which the tokens of `history` [tau, D] hardly moved -> orthonormal rows [k, D], k < tau (Eqs. 4-7).
 
-    Columns are standardised; of the right singular vectors those are returned that follow the smallest number whose
-    variances sum to more than 1 - nu of the whole. The last one is of variance 0, as centred data have rank tau - 1; Eq. 7
-    includes it. Singular values in fp64: their squares span twelve decades.
+    Columns are standardised. i* is the smallest number of right singular vectors whose variances sum to more than 1 - nu of
+    the whole; those after it are returned. The last one has variance 0, as centred data have rank tau - 1; Eq. 7 includes it.
+    Singular values in fp64: their squares span twelve decades.
     """
     history = history.double()
     centred = history - history.mean(0)
@@ -425,11 +419,11 @@ def train(
     zo: ZOAdam,
     model: FrozenModel,
     data: Data,
-    sample,
+    sample: TimestepSampler,
     batch_size: int,
     generator: torch.Generator,
 ) -> None:
-    """Algorithm 1, from where `run` stands to its last step or to a signal. sample(batch size, generator) -> timesteps."""
+    """Algorithm 1, from where `run` stands to its last step or to a signal."""
     for _ in run.steps(outputs):
         batch = draw_batch(data, batch_size, sample, generator)  # what all candidates of a step share
         directions, candidates = zo.candidates(generator)
@@ -443,7 +437,7 @@ def main(args: argparse.Namespace) -> int:
 
     Returns the exit code: 0, or 128 + signal where the run was interrupted (and saved). Raises InputError.
     """
-    flags = vars(args)
+    flags = vars(args)  # a view: what is filled in below is in it too
     if args.train_data_dir is None:
         save_quantized(Path(args.save_quantized), **flags_for(save_quantized, flags))
         return 0

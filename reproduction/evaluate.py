@@ -34,7 +34,7 @@ from zoodip.arguments import OneLineArgumentParser, flags_for, settings_of
 from zoodip.diffusion import FrozenModel, settle_flags
 from zoodip.errors import InputError, run_script
 from zoodip.files import write_atomically, write_image, write_json
-from zoodip.model import find_model_folder, load_frozen, load_text_encoder
+from zoodip.model import find_model_folder, load_text_encoder, load_unet
 from zoodip.pictures import Drawer
 from zoodip.prompts import read_embedding
 from zoodip.quantize import DTYPES
@@ -105,8 +105,8 @@ def load_drawer(flags: argparse.Namespace, device: torch.device, steps: int, gui
     """A drawer with the model of train_zoodip.py's `flags`, whose open defaults are filled in. Raises InputError."""
     folder = find_model_folder(flags.pretrained_model_name_or_path, flags.revision, flags.variant)
     vars(flags).update(settle_flags(folder, flags.variant, device, **flags_for(settle_flags, vars(flags))))
-    how = (flags.variant, flags.quantization, DTYPES[flags.mixed_precision], device)
-    text_encoder, unet = load_text_encoder(folder, *how), load_frozen(folder, "unet", *how)
+    options = (flags.variant, flags.quantization, DTYPES[flags.mixed_precision], device)
+    text_encoder, unet = load_text_encoder(folder, *options), load_unet(folder, *options)
     model = FrozenModel(unet, text_encoder, torch.zeros(0, device=device))
     return Drawer(model, folder, flags.variant, flags.quantization, flags.resolution, steps, guidance, batch_size)
 

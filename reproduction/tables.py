@@ -162,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
     if args.shard is None:
         report.write_report(args.tables, jobs, settings, folder)
     if failures:
-        raise InputError(f"{len(failures)} runs failed, the first: {failures[0]}; mend it and start the same command again")
+        raise InputError(f"{len(failures)} runs failed, the first: {failures[0]}; fix it and start the same command again")
 
 
 if __name__ == "__main__":

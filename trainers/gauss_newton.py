@@ -16,7 +16,7 @@ Run it with the flags of train_zoodip.py, --max_forwards in place of steps:
 
     python trainers/gauss_newton.py --train_data_dir dataset/dog6 --initializer_token dog --use_cc --max_forwards 1500
 
-It is an experiment beside the paper's method, not part of it; docs/gauss_newton.md says what was measured.
+It is an experiment beside the paper's method, not part of it.
 """
 
 from __future__ import annotations
@@ -103,13 +103,24 @@ def check_flags(flags: dict) -> None:
         require_at_least_one(flags, "candidates_per_forward")
 
 
+# torch takes a second to import: --help and wrong arguments are answered before.
 if __name__ == "__main__":
     ARGS = parse_args()
     prepare_process()
 
 import torch
 
-from zoodip.diffusion import Batch, Data, FrozenModel, draw_batch, load_model, read_inputs, settle_flags, uniform_timesteps
+from zoodip.diffusion import (
+    Batch,
+    Data,
+    FrozenModel,
+    TimestepSampler,
+    draw_batch,
+    load_model,
+    read_inputs,
+    settle_flags,
+    uniform_timesteps,
+)
 from zoodip.outputs import TokenOutputs
 from zoodip.prompts import encode_prompts
 from zoodip.run import Run, make_accelerator
@@ -295,12 +306,12 @@ def train(
     learner: GaussNewton,
     model: FrozenModel,
     data: Data,
-    sample,
+    sample: TimestepSampler,
     batch_size: int,
     generator: torch.Generator,
     rebase_steps: list[int],
 ) -> None:
-    """From where `run` stands to its last step or to a signal. sample(batch size, generator) -> timesteps."""
+    """From where `run` stands to its last step or to a signal."""
     for step in run.steps(outputs):
         if step == 1 or step - 1 in rebase_steps:
             take_basis(learner, model, data)
@@ -313,7 +324,7 @@ def train(
 
 def main(args: argparse.Namespace) -> int:
     """Check, load, train, save. Returns the exit code; raises InputError."""
-    flags = vars(args)
+    flags = vars(args)  # a view: what is filled in below is in it too
     inputs = read_inputs(**flags_for(read_inputs, flags))
     accelerator = make_accelerator(args.directions + 1, **flags_for(make_accelerator, flags))
     flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))

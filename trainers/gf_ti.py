@@ -287,7 +287,7 @@ def train(run: Run, outputs: TokenOutputs, evolution: GFTI, model: FrozenModel, 
 
 def main(args: argparse.Namespace) -> int:
     """Check, load, train, save. Returns the exit code: 0, or 128 + signal where interrupted (and saved). Raises InputError."""
-    flags = vars(args)
+    flags = vars(args)  # a view: what is filled in below is in it too
     if find_spec("cma") is None:
         raise InputError("GF-TI needs the package cma, which is not installed; run pip install cma")
     inputs = read_inputs(**flags_for(read_inputs, flags))

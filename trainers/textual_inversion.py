@@ -129,7 +129,7 @@ def train(run: Run, outputs: TokenOutputs, inversion: TextualInversion, model: F
 
 def main(args: argparse.Namespace) -> int:
     """Check, load, train, save. Returns the exit code: 0, or 128 + signal where interrupted (and saved). Raises InputError."""
-    flags = vars(args)
+    flags = vars(args)  # a view: what is filled in below is in it too
     inputs = read_inputs(**flags_for(read_inputs, flags))
     accelerator = make_accelerator(1, **flags_for(make_accelerator, flags))
     flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))

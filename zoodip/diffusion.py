@@ -249,7 +249,7 @@ def draw_batch(data: Data, batch_size: int, sample_timesteps: TimestepSampler, g
     flips = torch.randint(2, (batch_size,), generator=generator)
     draws = torch.rand(batch_size, generator=generator)
     described_by = [data.choices[i] for i in images.tolist()]
-    captions = [rows[int(u * len(rows))] for rows, u in zip(described_by, draws.tolist(), strict=True)]
+    captions = [choices[int(u * len(choices))] for choices, u in zip(described_by, draws.tolist(), strict=True)]
     timesteps = sample_timesteps(batch_size, generator)
     return noise_batch(data.latents[images, flips], timesteps, data.prompts.ids[captions], data.scheduler, generator)
 
@@ -265,8 +265,8 @@ def evaluation_batches(data: Data, count: int, t_min: int, t_max: int) -> list[B
     batches = []
     for k in range(count):
         image, flip = k % len(data.latents), (k // len(data.latents)) % 2
-        rows = data.choices[image]
-        caption = rows[int(torch.randint(len(rows), (1,), generator=generator))]
+        choices = data.choices[image]
+        caption = choices[int(torch.randint(len(choices), (1,), generator=generator))]
         batches.append(
             noise_batch(
                 data.latents[image, flip][None], timesteps[k, None], data.prompts.ids[caption][None], data.scheduler, generator

@@ -1,4 +1,4 @@
-"""What the user can mend, as types, and as the one line that is printed of it."""
+"""What the user can fix, as types, and as the one line that is printed of it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def quiet_libraries() -> None:
 
 
 def run_script(main: Callable[..., int | None], flags) -> int:
-    """`main(flags)` for the command line -> exit code: what the user can mend is one line on stderr and code 2."""
+    """`main(flags)` for the command line -> exit code: what the user can fix is one line on stderr and code 2."""
     quiet_libraries()
     try:
         return main(flags) or 0

@@ -82,7 +82,7 @@ def save_quantized(
 def packed_tensors(folder: Path, component: str, variant: str | None, quantization: str) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a component with the weights packed: what `load_frozen` makes of them, to be stored.
 
-    As they are stay the VAE's encoder, which training uses unpacked, norms, biases, and what is packed already.
+    The VAE's encoder (which training uses unpacked), norms, biases and what is packed already stay as they are.
     """
     model, where = build_model(folder, component), folder / component
     for name, tensor in component_tensors(folder, component, variant):

@@ -94,11 +94,8 @@ def picture_sheet(
     foot = max(len(lines) for lines in captions) * line_height
     head = (line_height + gap) if headings else 0
     columns = min(columns, len(blocks))
-    size = (
-        columns * block_width + (columns + 1) * gap - gap * (columns > 0),
-        head + -(-len(blocks) // columns) * (cell + foot + gap),
-    )
-    sheet = Image.new("RGB", (size[0], size[1] - (0 if foot else gap)), "white")
+    height = head + -(-len(blocks) // columns) * (cell + foot + gap)
+    sheet = Image.new("RGB", (columns * (block_width + gap), height - (0 if foot else gap)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, heading in enumerate(headings or []):
         pen.text((gap + i * (cell + gap) + cell / 2, line_height / 2), heading, fill="black", font=font, anchor="mm")

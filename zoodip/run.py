@@ -63,7 +63,7 @@ def make_accelerator(most_processes: int, *, cpu: bool, report_to: str, output_d
             raise InputError(f"this method runs as one process, not {accelerator.num_processes}; start it with python")
         raise InputError(
             f"{accelerator.num_processes} processes share only {most_processes} candidates a step; start at "
-            f"most {most_processes} processes or raise --n"
+            f"most {most_processes} processes"
         )
     return accelerator
 
