@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from zoodip.arguments import is_embedding_file
 from zoodip.diffusion import Data, FrozenModel, Inputs, evaluation_batches
 from zoodip.errors import InputError, Interrupted
 from zoodip.pictures import Drawer, picture_sheet
@@ -45,6 +46,8 @@ class TokenOutputs:
         self.norm_limit = 10 * mean_norm(inputs.initial_token)
         self.validates, self.compares, self.guidance = validation_prompt is not None, final_picture, validation_guidance
         self.seeds = [settings["seed"] + i for i in range(num_validation_images)]
+        word = settings["initializer_token"]  # or a file, which has its word as its name
+        self.initial_word = f"<{Path(word).stem}>" if is_embedding_file(word) else word
         if self.validates or self.compares:
             self.drawer()  # loaded and let go: a folder that cannot draw is refused now, and training has the memory
 
@@ -89,7 +92,7 @@ class TokenOutputs:
             if self.validates:
                 yield f"validation-{step}.png", picture_sheet([learned], cell=cell, gap=0)
             if compare:
-                initial = row(self.inputs.initial_token), f"{self.prompt_with(self.settings['initializer_token'])}, before"
+                initial = row(self.inputs.initial_token), f"{self.prompt_with(self.initial_word)}, before"
                 yield "before_after.png", picture_sheet([initial, learned], cell=cell)
 
     def prompt_with(self, word: str) -> str:
@@ -118,7 +121,7 @@ class TokenOutputs:
         token, stem = self.settings["placeholder_token"], file_stem(self.settings["placeholder_token"])
         files = {f"{stem}.safetensors": f"the same for AUTOMATIC1111, Forge, ComfyUI and InvokeAI, where the word is {stem}"}
         if self.compares:
-            files["before_after.png"] = f"{self.prompt_with(self.settings['initializer_token'])!r} above, with {token} below"
+            files["before_after.png"] = f"{self.prompt_with(self.initial_word)!r} above, with {token} below"
         return files
 
 
