@@ -68,7 +68,7 @@ class Prompt:
     spec: SceneSpec
 
 
-def _test_spec(subject, index: int, rng: np.random.Generator) -> SceneSpec:
+def test_spec(subject, index: int, rng: np.random.Generator) -> SceneSpec:
     """Scenes and accessories in turn, so that each is asked for equally often."""
     scene = SCENES[index % len(SCENES)]
     accessory = ACCESSORIES[(index + index // len(SCENES)) % len(ACCESSORIES)]
@@ -81,7 +81,7 @@ def description_prompts(count: int) -> list[Prompt]:
     The critters are of no breed. What is judged is worded, tail and eyes are not.
     """
     rng = np.random.default_rng([TEST_SEED, 0])
-    specs = [_test_spec(random_critter(rng), index, rng) for index in range(count)]
+    specs = [test_spec(random_critter(rng), index, rng) for index in range(count)]
     return [Prompt(class_caption(spec, judged_description(spec.critter)), spec) for spec in specs]
 
 
@@ -98,14 +98,14 @@ def breed_prompts(count: int) -> list[Prompt]:
     """Such as "a bofdun on the beach wearing pink glasses", trained breeds in turn."""
     rng = np.random.default_rng([TEST_SEED, 1])
     breeds = trained_breeds()
-    specs = [_test_spec(breeds[index % len(breeds)], index, rng) for index in range(count)]
+    specs = [test_spec(breeds[index % len(breeds)], index, rng) for index in range(count)]
     return [Prompt(class_caption(spec, str(spec.breed)), spec) for spec in specs]
 
 
 def held_out_prompts() -> list[Prompt]:
     """Every held-out breed by its full description, in 4 scenes."""
     rng = np.random.default_rng([TEST_SEED, 2])
-    specs = [_test_spec(breed, 5 * index + 3 * turn, rng) for index, breed in enumerate(held_out_breeds())
+    specs = [test_spec(breed, 5 * index + 3 * turn, rng) for index, breed in enumerate(held_out_breeds())
              for turn in range(4)]  # fmt: skip
     return [Prompt(class_caption(spec, describe(spec.critter)), spec) for spec in specs]
 
@@ -125,7 +125,12 @@ def generate(
     bf16: bool = False,
 ) -> Tensor:
     """float [N, 3, 64, 64] in [-1, 1]; the noise of picture i is seeded with i."""
-    noise = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(len(prompts))])
+    noise = torch.cat(
+        [
+            torch.randn(1, pipeline.unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(i))
+            for i in range(len(prompts))
+        ]
+    )
     images = []
     for first in tqdm(range(0, len(prompts), batch), desc=label):
         chunk = prompts[first : first + batch]
