@@ -282,30 +282,6 @@ def _paint_critter(p: Painter, spec: SceneSpec) -> None:
     _paint_hat(p, anatomy, spec.accessory)
 
 
-def detail_boxes(spec: SceneSpec) -> list[tuple[float, float, float, float]]:
-    """Where ears, eyes and tail of any kind may be: boxes (left, top, right, bottom) in image sides.
-
-    They do not depend on the kinds that `spec` has: that a critter has no tail is to be learned where a tail would be.
-    """
-    anatomy = ANATOMIES[spec.critter.shape]
-    x, y, rx, ry = anatomy.head
-    rx = min(rx, 0.38)
-    face_x, face_y, gap = anatomy.face
-    rump_x, rump_y = anatomy.rump
-    boxes = [
-        (x - rx * 1.1 - 0.14, y - ry - 0.45, x + rx * 1.1 + 0.14, y - ry * 0.4),  # pointed, round, long
-        (x - rx * 1.1 - 0.14, y - ry * 0.4, x - rx * 1.1 + 0.14, y + 0.2),  # floppy, on either side
-        (x + rx * 1.1 - 0.14, y - ry * 0.4, x + rx * 1.1 + 0.14, y + 0.2),
-        (face_x - gap - anatomy.eye, face_y - anatomy.eye, face_x + gap + anatomy.eye, face_y + anatomy.eye),
-        (rump_x - 0.05, rump_y - 0.4, rump_x + 0.33, rump_y + 0.16),
-    ]
-    mirrored = [(-right, top, -left, bottom) if spec.flip else (left, top, right, bottom) for left, top, right, bottom in boxes]
-    return [
-        (spec.x + left * spec.scale, spec.y + top * spec.scale, spec.x + right * spec.scale, spec.y + bottom * spec.scale)
-        for left, top, right, bottom in mirrored
-    ]
-
-
 def render(spec: SceneSpec, size: int = 64) -> Image.Image:
     """Draws `spec` as an RGB image of `size` x `size` pixels. The same spec gives the same picture."""
     painter = Painter(size * SUPERSAMPLE)

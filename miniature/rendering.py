@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from miniature.drawing import detail_boxes, render
+from miniature.drawing import ANATOMIES, render
 from miniature.world import SceneSpec, random_spec
 
 IMAGE_SIDE = 64
@@ -55,6 +55,30 @@ def rendered(path: Path, spec_of: Callable[[int], SceneSpec], count: int) -> Ten
     images.flush()
     part.rename(path)
     return torch.from_numpy(np.array(images))
+
+
+def detail_boxes(spec: SceneSpec) -> list[tuple[float, float, float, float]]:
+    """Where ears, eyes and tail of any kind may be: boxes (left, top, right, bottom) in image sides.
+
+    They do not depend on the kinds that `spec` has: that a critter has no tail is to be learned where a tail would be.
+    """
+    anatomy = ANATOMIES[spec.critter.shape]
+    x, y, rx, ry = anatomy.head
+    rx = min(rx, 0.38)
+    face_x, face_y, gap = anatomy.face
+    rump_x, rump_y = anatomy.rump
+    boxes = [
+        (x - rx * 1.1 - 0.14, y - ry - 0.45, x + rx * 1.1 + 0.14, y - ry * 0.4),  # pointed, round, long
+        (x - rx * 1.1 - 0.14, y - ry * 0.4, x - rx * 1.1 + 0.14, y + 0.2),  # floppy, on either side
+        (x + rx * 1.1 - 0.14, y - ry * 0.4, x + rx * 1.1 + 0.14, y + 0.2),
+        (face_x - gap - anatomy.eye, face_y - anatomy.eye, face_x + gap + anatomy.eye, face_y + anatomy.eye),
+        (rump_x - 0.05, rump_y - 0.4, rump_x + 0.33, rump_y + 0.16),
+    ]
+    mirrored = [(-right, top, -left, bottom) if spec.flip else (left, top, right, bottom) for left, top, right, bottom in boxes]
+    return [
+        (spec.x + left * spec.scale, spec.y + top * spec.scale, spec.x + right * spec.scale, spec.y + bottom * spec.scale)
+        for left, top, right, bottom in mirrored
+    ]
 
 
 def detail_mask(spec: SceneSpec) -> np.ndarray:

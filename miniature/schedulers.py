@@ -12,7 +12,6 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -21,14 +20,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from miniature.captions import class_caption, describe
 from miniature.classifier import load_classifier
-from miniature.critters import random_critter
-from miniature.quality import Prompt, generate, judge, test_spec
+from miniature.measures import generate, judge
+from miniature.prompts import whole_description_prompts
 from zoodip.records import environment, table
 
 HERE = Path(__file__).resolve().parent
-SEED = 29
 SCHEDULERS = {
     "PNDM": PNDMScheduler,
     "DDIM": DDIMScheduler,
@@ -37,13 +34,6 @@ SCHEDULERS = {
 }
 SETTINGS = ("PNDM 25", "PNDM 30", "PNDM 50", "DDIM 15", "DDIM 25", "DDIM 50", "DPM-Solver++ 10", "DPM-Solver++ 15",
             "DPM-Solver++ 20", "UniPC 8", "UniPC 12")  # fmt: skip
-
-
-def whole_descriptions(count: int) -> list[Prompt]:
-    """Descriptions that word all attributes of critters of no breed, scenes and accessories in turn."""
-    rng = np.random.default_rng(SEED)
-    specs = [test_spec(random_critter(rng), index, rng) for index in range(count)]
-    return [Prompt(class_caption(spec, describe(spec.critter)), spec) for spec in specs]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -59,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(args.model)
     pipeline.set_progress_bar_config(disable=True)
-    classifier, prompts = load_classifier(HERE / "classifier"), whole_descriptions(args.images)
+    classifier, prompts = load_classifier(HERE / "classifier"), whole_description_prompts(args.images)
     config = pipeline.scheduler.config
     results = {}
     for setting in args.settings:
