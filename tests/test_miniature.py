@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from miniature import diffusion, vae
-from miniature.captions import sample_caption, scorer_caption, vocabulary
+from miniature.captions import class_caption, describe, said, sample_caption, scorer_caption, vocabulary
 from miniature.critters import held_out_breeds
 from miniature.diffusion import draw_timesteps
 from miniature.drawing import render
@@ -102,6 +102,32 @@ def test_a_scorer_caption_words_the_accessory_wherever_one_is_worn():
         spec = training_spec(index)
         caption = scorer_caption(spec, rng)
         assert any(phrase in caption for phrase in ACCESSORY_PHRASES[spec.accessory]), caption
+
+
+def test_what_a_caption_says_of_its_picture():
+    bred = [spec for spec in map(training_spec, range(300)) if spec.breed and spec.accessory != "nothing"]
+    for spec in bred:
+        plain = spec.critter.pattern == "plain"
+        whole = said(class_caption(spec, describe(spec.critter)), spec)
+        assert all(told for name, told in whole.items() if name != "pattern_colour") and whole["pattern_colour"] != plain
+        assert said(f"a {spec.breed}", spec) == whole | {"scene": False, "accessory": False}
+        assert [name for name, told in said(class_caption(spec), spec).items() if told] == ["scene", "accessory"]
+        assert not any(said("", spec).values())
+
+
+def test_the_word_loss_is_zero_where_nothing_is_said_and_falls_where_states_tell():
+    specs = [training_spec(index) for index in range(8)]
+    ids = torch.full((8, 32), 9)
+    ids[:, :3] = 1  # begin, two words; the rest is end of text
+    hidden, heads = torch.randn(8, 32, 16), diffusion.build_word_heads(16)
+    assert diffusion.word_loss(heads, hidden, ids, [""] * 8, specs, Draws(1, 0)) == 0
+    captions = [f"a critter with {spec.critter.ears} ears" for spec in specs]
+    values = torch.tensor([ATTRIBUTES["ears"].index(spec.critter.ears) for spec in specs])
+    with torch.no_grad():
+        heads["ears"].weight.zero_()[:, :4] = 20 * torch.eye(4)
+    guess = diffusion.word_loss(heads, 0 * hidden, ids, captions, specs, Draws(1, 0))
+    hidden[:, 3:] = nn.functional.one_hot(values, 16).float()[:, None]  # every state from the end of the text on
+    assert diffusion.word_loss(heads, hidden, ids, captions, specs, Draws(1, 0)) < 1e-3 < guess
 
 
 # ----------------------------------------------------------------------------------------------------- pictures
