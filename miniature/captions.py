@@ -26,12 +26,7 @@ def _tail_phrase(critter: Critter) -> str:
 def describe(critter: Critter, noun: str = CLASS_NOUN) -> str:
     """All attributes, without an article: "tall blue critter with white spots, ... and green eyes"."""
     plain = "plain " if critter.pattern == "plain" else ""
-    features = [
-        _pattern_phrase(critter),
-        f"{critter.ears} ears",
-        _tail_phrase(critter),
-        f"{critter.eyes} eyes",
-    ]
+    features = [_pattern_phrase(critter), f"{critter.ears} ears", _tail_phrase(critter), f"{critter.eyes} eyes"]
     return f"{critter.shape} {plain}{critter.colour} {noun} with {_join([part for part in features if part])}"
 
 

@@ -122,10 +122,7 @@ def area_report(pipeline: StableDiffusionPipeline, count: int = 128) -> dict:
         report[name] = {
             "pixels": round(float(((after - before).abs().amax(1) > 0.2).float().mean()), 4),
             "cells_of_256": round(float((change > 0.5).float().sum((1, 2, 3)).mean()), 1),
-            "cells_of_64": round(
-                float((torch.nn.functional.avg_pool2d(change, 2) > 0.5).float().sum((1, 2, 3)).mean()),
-                1,
-            ),
+            "cells_of_64": round(float((torch.nn.functional.avg_pool2d(change, 2) > 0.5).float().sum((1, 2, 3)).mean()), 1),
         }
     return report
 

@@ -23,24 +23,8 @@ from torch import Tensor
 
 from miniature.classifier import AttributeClassifier, load_classifier
 from miniature.drawing import render
-from miniature.measures import (
-    JUDGED,
-    Scorer,
-    clip_image_report,
-    clip_report,
-    fresh_renders,
-    generate,
-    judge,
-    shares,
-    vae_report,
-)
-from miniature.prompts import (
-    Prompt,
-    breed_prompts,
-    description_prompts,
-    held_out_prompts,
-    whole_description_prompts,
-)
+from miniature.measures import JUDGED, Scorer, clip_image_report, clip_report, fresh_renders, generate, judge, shares, vae_report
+from miniature.prompts import Prompt, breed_prompts, description_prompts, held_out_prompts, whole_description_prompts
 from miniature.schedulers import SCHEDULERS
 from zoodip.model import is_quantized
 from zoodip.pictures import picture_sheet

@@ -12,13 +12,7 @@ import json
 import time
 from pathlib import Path
 
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline, UniPCMultistepScheduler
 
 from miniature.classifier import load_classifier
 from miniature.measures import generate, judge

@@ -52,13 +52,7 @@ class SceneSpec:
     breed: str | None = None
 
 
-def scene_spec(
-    critter: Critter | Breed,
-    scene: str,
-    accessory: str = "nothing",
-    *,
-    rng: np.random.Generator,
-) -> SceneSpec:
+def scene_spec(critter: Critter | Breed, scene: str, accessory: str = "nothing", *, rng: np.random.Generator) -> SceneSpec:
     """`critter` (or a breed's) in `scene` with `accessory`; place, size and small variations from `rng`."""
     if scene not in SCENES:
         raise ValueError(f"unknown scene {scene!r}; one of {SCENES}")
