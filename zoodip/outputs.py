@@ -22,6 +22,8 @@ class TokenOutputs:
     settings: the run's, as recorded. t_min, t_max: the timesteps [t_min, t_max) of the fixed evaluation set.
     """
 
+    draws_before = False  # whether pictures of the untrained model are drawn as well
+
     def __init__(
         self,
         trainer,
@@ -45,6 +47,7 @@ class TokenOutputs:
         self.norm_limit = 10 * mean_norm(inputs.initial_token)
         self.validates, self.compares, self.guidance = validation_prompt is not None, final_picture, validation_guidance
         self.seeds = [settings["seed"] + i for i in range(num_validation_images)]
+        self.files = ("learned_embeds*.safetensors", f"{file_stem(settings['placeholder_token'])}.safetensors")
         if self.validates or self.compares:
             self.drawer()  # loaded and let go: a folder that cannot draw is refused now, and training has the memory
 
@@ -108,6 +111,10 @@ class TokenOutputs:
             f"the token's norm has grown to {norm:.3g} by step {step}; where the loss no longer falls, start anew with "
             f"{self.trainer.remedy}, or with --mixed_precision fp32"
         )
+
+    def result(self, folder: Path) -> str:
+        """The last line of a run begins with it: the file, and what is in it."""
+        return f"{folder / 'learned_embeds.safetensors'}: {self.settings['placeholder_token']}"
 
     def save(self, folder: Path, step: int, final: bool) -> None:
         """The token as it stands, as an embedding file. Raises InputError."""
