@@ -11,7 +11,11 @@ import re
 from pathlib import Path
 
 MARK = re.compile(r"(<!-- flags of ([\w.]+): (.+) -->\n)(?:\n|\|.*\n)*")
-REQUIRED = {"train_data_dir", "initializer_token", "class_word"}  # a check says so, not the parser: --save_quantized alone needs neither
+REQUIRED = {
+    "train_data_dir",
+    "initializer_token",
+    "class_word",
+}  # a check says so, not the parser: --save_quantized alone needs neither
 
 
 def group_actions(module: str, title: str) -> list[argparse.Action]:

@@ -148,11 +148,8 @@ class Run:
         self.checkpointing_steps, self.checkpoints_total_limit = checkpointing_steps, checkpoints_total_limit
         self.validation_steps, self.unit = validation_steps, unit
         self.progress, self.seconds, self.stop, self.lock, self.bar = Progress(), 0.0, StopSignal(), None, None
-        self.first_step, self.produced, self.outputs = (
-            0,
-            {},
-            None,
-        )  # produced: {name: description} of what else is there at the end
+        self.first_step, self.outputs = 0, None
+        self.produced = {}  # {name: description} of what else is there at the end
 
     @property
     def is_main(self) -> bool:
@@ -443,8 +440,15 @@ class Run:
 
 def set_aside(folder: Path, results: Sequence[str]) -> None:
     """Move an earlier run's `results` (patterns) and what every run leaves to previous-N. Raises InputError."""
-    patterns = (*results, "checkpoint-*.safetensors", "training_log.csv", "run.json", "validation-*.png",
-                "before_after.png", TRACKER)  # fmt: skip
+    patterns = (
+        *results,
+        "checkpoint-*.safetensors",
+        "training_log.csv",
+        "run.json",
+        "validation-*.png",
+        "before_after.png",
+        TRACKER,
+    )
     earlier = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if not earlier:
         return
