@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Gauss-Newton by forward passes: learn the token in hundreds of forwards where ZOODiP takes thousands.
+"""Gauss-Newton by forward passes: a token learned from whole predictions, not from their losses alone.
 
 Every forward of train_zoodip.py returns a whole prediction, and its estimator keeps one number of it, the loss. This trainer
 keeps the prediction: the difference of two is a column of the Jacobian, and from m columns follow the gradient and the
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_token_flags(parser)
     arguments.add_subject_flags(parser)
     add = parser.add_argument_group("method").add_argument
-    add("--max_forwards", type=int, default=1500, help="UNet forwards of one image to spend; a step takes directions + 1 of them")
+    add("--max_forwards", type=int, default=1500, help="UNet forwards of a batch to spend; a step takes directions + 1 of them")
     add("--basis_size", type=int, default=16, help="k: directions of token space that are searched")
     add("--directions", type=int, default=8, help="m: mixtures of them that a step measures")
     add(
@@ -80,14 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
     args = arguments.parse(build_parser(), check_flags, argv)
-    args.max_train_steps = args.max_forwards // ((args.directions + 1) * args.train_batch_size)
+    args.max_train_steps = args.max_forwards // (args.directions + 1)
     return args
 
 
 def check_flags(flags: dict) -> None:
     """Refuse what can be refused without opening a file. Raises InputError."""
     require_at_least_one(flags, "basis_size", "directions", "train_batch_size")
-    per_step = (flags["directions"] + 1) * flags["train_batch_size"]
+    per_step = flags["directions"] + 1
     require(flags, "max_forwards", flags["max_forwards"] >= per_step, f"must be at least {per_step}, the forwards of one step")
     arguments.check_training_flags({**flags, "max_train_steps": 1})
     arguments.check_timestep_range(flags)
@@ -319,7 +319,7 @@ def train(
         mixtures, tokens = learner.candidates(generator)
         noise_preds = shared_predictions(run.accelerator, model, batch, tokens)  # forward passes, and nothing else
         loss = learner.step(mixtures, noise_preds, batch.target)
-        run.note(loss, forwards=len(tokens) * batch_size)
+        run.note(loss, forwards=len(tokens))
 
 
 def main(args: argparse.Namespace) -> int:

@@ -28,6 +28,12 @@ SHARED_SETTINGS = (
 
 OPTIONAL_SETTINGS = {"model_config": None}  # such flags that are recorded where they are not this
 
+TUNING_SETTINGS = (
+    "pretrained_model_name_or_path revision variant mixed_precision identifier class_word instance_prompt use_cc resolution "
+    "center_crop prior_preservation prior_loss_weight num_class_images learning_rate train_batch_size seed timestep_sampling "
+    "t_min t_max"
+).split()
+
 
 class OneLineArgumentParser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -44,8 +50,8 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     return OneLineArgumentParser(description=description, formatter_class=HelpFormatter)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
-    """Returns the group's `add_argument`, for flags of the script's own."""
+def add_model_flags(parser: argparse.ArgumentParser, packing: bool = True) -> Callable[..., argparse.Action]:
+    """Returns the group's `add_argument`, for flags of the script's own. `packing`: how weights are stored can be chosen."""
     add = parser.add_argument_group("model").add_argument
     add(
         "--pretrained_model_name_or_path",
@@ -66,13 +72,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.A
         default=None,
         help="weight file variant, for example fp16 for *.fp16.safetensors; the default for a hub model, where it has that",
     )
-    add(
-        "--quantization",
-        default=None,
-        choices=["nf4", "int8", "none"],
-        help="storage of every Linear and Conv2d weight: 4-bit NormalFloat, 8-bit rows, or 16/32-bit; the default is nf4, or "
-        "what a folder of --save_quantized is packed in",
-    )
+    if packing:
+        add(
+            "--quantization",
+            default=None,
+            choices=["nf4", "int8", "none"],
+            help="storage of every Linear and Conv2d weight: 4-bit NormalFloat, 8-bit rows, or 16/32-bit; the default is nf4, or "
+            "what a folder of --save_quantized is packed in",
+        )
     add(
         "--mixed_precision",
         default=None,
@@ -80,11 +87,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.A
         help="precision of activations; the default is fp16 on a GPU and fp32 on a CPU",
     )
     add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
-    add(
-        "--compile",
-        action="store_true",
-        help="torch.compile the UNet: minutes at the start, needs a C++ compiler (CPU) or Triton (GPU)",
-    )
+    if packing:  # the layers of weight tuning, and what they recompute, are not tested under a compiler
+        add(
+            "--compile",
+            action="store_true",
+            help="torch.compile the UNet: minutes at the start, needs a C++ compiler (CPU) or Triton (GPU)",
+        )
     return add
 
 
@@ -104,19 +112,74 @@ def add_token_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_subject_flags(parser: argparse.ArgumentParser) -> None:
+def add_subject_flags(parser: argparse.ArgumentParser, templates: bool = True) -> None:
+    """The photographs and their captions; `templates`: other prompts than captions can be chosen."""
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", default=None, help="folder of images of the subject")
     add(
         "--use_cc",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="use the comprehensive captions of --cc_file instead of templates",
+        help="use the comprehensive captions of --cc_file instead of " + ("templates" if templates else "the instance prompt"),
     )
     add("--cc_file", default="cc.json", help="captions: {folder name: {file name: caption with one {}}}")
-    add("--learnable_property", default="object", choices=["object", "style"], help="which templates, without --use_cc")
+    if templates:
+        add("--learnable_property", default="object", choices=["object", "style"], help="which templates, without --use_cc")
     add("--resolution", type=int, default=None, help="side of the training images in pixels; default: the model's own")
     add("--center_crop", action="store_true", help="crop the middle square instead of squeezing the image into one")
+
+
+def add_word_flags(parser: argparse.ArgumentParser) -> None:
+    """How a weight-tuning system names the subject: in words that the tokenizer has."""
+    add = parser.add_argument_group("words").add_argument
+    add("--identifier", default="sks", help="rare word(s) that come to mean the subject; no new token")
+    add("--class_word", default=None, help="the subject's class, for example dog")
+    add(
+        "--instance_prompt",
+        default="a photo of {}",
+        help="prompt of every photograph, without --use_cc; {}: identifier and class",
+    )
+
+
+def add_prior_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("prior preservation").add_argument
+    add(
+        "--prior_preservation",
+        action="store_true",
+        help="train on pictures of the class beside the photographs, so that it stays",
+    )
+    add("--prior_loss_weight", type=float, default=1.0, help="of their loss")
+    add(
+        "--num_class_images",
+        type=int,
+        default=200,
+        help="pictures of the class, drawn by the untuned model where there are fewer",
+    )
+    add("--class_data_dir", default=None, help="folder they are kept in; default: class_images in the output folder")
+
+
+def add_tuning_flags(
+    parser: argparse.ArgumentParser, learning_rate: float, max_train_steps: int
+) -> Callable[..., argparse.Action]:
+    """All that weight-tuning systems share, with a system's own defaults -> `add_argument` of the group "method"."""
+    add_model_flags(parser, packing=False)
+    add_word_flags(parser)
+    add_subject_flags(parser, templates=False)
+    add_prior_flags(parser)
+    add = parser.add_argument_group("method").add_argument
+    add("--learning_rate", type=float, default=learning_rate, help="of AdamW (betas .9, .999, weight decay .01), constant")
+    add("--max_train_steps", type=int, default=max_train_steps, help="steps of one forward and one backward")
+    add("--train_batch_size", type=int, default=1, help="images per step")
+    add("--gradient_checkpointing", action="store_true", help="keep few activations and compute the others again: less memory")
+    add("--seed", type=int, default=0, help="seed of every random draw")
+    add_timestep_flags(add, "uniform")
+    add_run_flags(parser)
+    return add
+
+
+def add_base_flag(add: Callable[..., argparse.Action]) -> None:
+    """How the frozen weights under trained updates are stored."""
+    add("--base", default="nf4", choices=["nf4", "none"], help="storage of the frozen weights: 4-bit NormalFloat, or 16/32-bit")
 
 
 def add_timestep_flags(add: Callable[..., argparse.Action], default: str) -> None:
@@ -133,8 +196,8 @@ def add_timestep_flags(add: Callable[..., argparse.Action], default: str) -> Non
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="results", help="folder for the embedding, checkpoints, curves and pictures")
-    add("--save_steps", type=int, default=1000, help="steps between learned_embeds-steps-N.safetensors; 0: only at the end")
+    add("--output_dir", default="results", help="folder for what is learned, checkpoints, curves and pictures")
+    add("--save_steps", type=int, default=1000, help="steps between copies of what is learned, NAME-steps-N; 0: only at the end")
     add(
         "--checkpointing_steps",
         type=int,
@@ -154,7 +217,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--validation_prompt",
         default=None,
-        help="prompt with the token (or {}) for the pictures; without it before_after.png shows 'a photo of a {}'",
+        help="prompt with the new word (or {}) for the pictures; without it before_after.png shows 'a photo of a {}'",
     )
     add("--validation_steps", type=int, default=0, help="steps between pictures of the prompt; 0: only at the end")
     add("--num_validation_images", type=int, default=4, help="pictures in a row")
@@ -228,7 +291,15 @@ def check_training_flags(flags: dict) -> None:
     """What training needs of the shared groups, as far as no file need be opened. Raises InputError."""
     for name in ("train_data_dir", "initializer_token"):
         require(flags, name, flags[name] is not None, "is required")
-    require_at_least_one(flags, "num_vectors", "train_batch_size", "max_train_steps", "num_eval_samples", "num_validation_images")
+    require_at_least_one(flags, "num_vectors")
+    check_shared_flags(flags)
+    check_token_flags(flags)
+    check_run_flags(flags, flags["placeholder_token"])
+
+
+def check_shared_flags(flags: dict) -> None:
+    """Numbers that every trainer takes. Raises InputError."""
+    require_at_least_one(flags, "train_batch_size", "max_train_steps", "num_eval_samples", "num_validation_images")
     resolution = flags["resolution"]
     require(
         flags, "resolution", resolution is None or (resolution >= 8 and resolution % 8 == 0), "must be a positive multiple of 8"
@@ -236,8 +307,23 @@ def check_training_flags(flags: dict) -> None:
     if "learning_rate" in flags:  # evolution has none; the limit: it must fit fp32
         require(flags, "learning_rate", 0 < flags["learning_rate"] < 1e37, "must be a positive number, for example 5e-3")
     require(flags, "seed", 0 <= flags["seed"] < 2**63, "must be in [0, 2^63)")
-    check_token_flags(flags)
-    check_run_flags(flags)
+
+
+def check_tuning_flags(flags: dict) -> None:
+    """What weight tuning needs of its groups, as far as no file need be opened. Raises InputError."""
+    for name in ("train_data_dir", "class_word"):
+        require(flags, name, flags[name] is not None, "is required")
+    check_shared_flags(flags)
+    check_timestep_range(flags)
+    for name in ("identifier", "class_word"):
+        plain = flags[name].strip() != "" and not re.search(r"[{}]", flags[name])
+        require(flags, name, plain and is_text(flags[name]), "must be plain words, for example sks and dog")
+    word, prompt = flags["identifier"], flags["instance_prompt"]
+    named = word in prompt or prompt.count("{}") == 1
+    require(flags, "instance_prompt", named and is_text(prompt), f"must contain {word} or one {{}}")
+    require_positive(flags, "prior_loss_weight", "1.0")
+    require_at_least_one(flags, "num_class_images")
+    check_run_flags(flags, word)
 
 
 def check_timestep_range(flags: dict) -> None:
@@ -274,14 +360,14 @@ def check_token_flags(flags: dict) -> None:
         require(flags, name, is_text(flags[name] or ""), "must be text in UTF-8")
 
 
-def check_run_flags(flags: dict) -> None:
-    """Intervals and pictures of a run. Raises InputError."""
+def check_run_flags(flags: dict, word: str) -> None:
+    """Intervals and pictures of a run that teaches `word`. Raises InputError."""
     for name in ("save_steps", "checkpointing_steps", "checkpoints_total_limit", "eval_steps", "validation_steps"):
         require(flags, name, flags[name] >= 0, "must not be negative")
     require(flags, "validation_guidance", 1 <= flags["validation_guidance"] < math.inf, "must be at least 1 (no guidance)")
-    prompt, token = flags["validation_prompt"], flags["placeholder_token"]
+    prompt = flags["validation_prompt"]
     if prompt is not None:
-        require(flags, "validation_prompt", token in prompt or "{}" in prompt, f"must contain the token {token} or {{}}")
+        require(flags, "validation_prompt", word in prompt or "{}" in prompt, f"must contain the token {word} or {{}}")
     require(flags, "validation_steps", flags["validation_steps"] == 0 or prompt is not None, "needs a --validation_prompt")
 
 

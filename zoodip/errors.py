@@ -84,8 +84,13 @@ def run_script(main: Callable[..., int | None], flags) -> int:
     except Exception as error:
         if not out_of_memory(error):
             raise
+        savers = {
+            "candidates_per_forward": "--candidates_per_forward 1, then ",
+            "gradient_checkpointing": "--gradient_checkpointing, then ",
+        }
+        first = "".join(advice for flag, advice in savers.items() if hasattr(flags, flag))
         print(
-            "error: out of memory; try --candidates_per_forward 1, then a smaller --train_batch_size or --resolution, or "
+            f"error: out of memory; try {first}a smaller --train_batch_size or --resolution, or "
             "--mixed_precision bf16. With --resume_from_checkpoint latest a run goes on from its last checkpoint "
             f"({printable(str(error))[:200]})",
             file=sys.stderr,

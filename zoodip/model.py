@@ -389,11 +389,17 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     model_config: str | None = None,
+    tuned_scales: str | Path | None = None,
 ) -> StableDiffusionPipeline:
     """A pipeline whose UNet, text encoder and VAE are quantised exactly as in training, by default too.
 
-    `load_textual_inversion` works on it as on any other. Raises InputError where `name` cannot be loaded.
+    `load_textual_inversion` works on it as on any other. With `tuned_scales`, a file of trainers/tuneqdm.py, it is the tuned
+    model, in the file's bits whatever `quantization` is. Raises InputError where `name` or the file cannot be loaded.
     """
+    if tuned_scales is not None:
+        from zoodip.tuned_files import load_tuned_pipeline
+
+        return load_tuned_pipeline(name, tuned_scales, dtype, device, revision, variant, model_config)
     from transformers import CLIPTokenizer
 
     variant = variant or hub_variant(name, revision)

@@ -23,6 +23,8 @@ class TokenOutputs:
     settings: the run's, as recorded. t_min, t_max: the timesteps [t_min, t_max) of the fixed evaluation set.
     """
 
+    draws_before = False  # whether pictures of the untrained model are drawn as well
+
     def __init__(
         self,
         trainer,
@@ -48,6 +50,7 @@ class TokenOutputs:
         self.seeds = [settings["seed"] + i for i in range(num_validation_images)]
         word = settings["initializer_token"]  # or a file, which has its word as its name
         self.initial_word = f"<{Path(word).stem}>" if is_embedding_file(word) else word
+        self.files = ("learned_embeds*.safetensors", f"{file_stem(settings['placeholder_token'])}.safetensors")
         if self.validates or self.compares:
             self.drawer()  # loaded and let go: a folder that cannot draw is refused now, and training has the memory
 
@@ -111,6 +114,10 @@ class TokenOutputs:
             f"the token's norm has grown to {norm:.3g} by step {step}; where the loss no longer falls, start anew with "
             f"{self.trainer.remedy}, or with --mixed_precision fp32"
         )
+
+    def result(self, folder: Path) -> str:
+        """The last line of a run begins with it: the file, and what is in it."""
+        return f"{folder / 'learned_embeds.safetensors'}: {self.settings['placeholder_token']}"
 
     def save(self, folder: Path, step: int, final: bool) -> None:
         """The token as it stands, as an embedding file. Raises InputError."""

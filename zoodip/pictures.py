@@ -57,6 +57,13 @@ class Drawer:
         states = encode_prompts(
             self.text_encoder, prompts.rows.to(device), prompts.ids.to(device), theta.detach()[None].to(device)
         )  # [P, L, d]
+        yield from self.draw_states(states, wanted, after_step)
+
+    @torch.no_grad()
+    def draw_states(
+        self, states: torch.Tensor, wanted: list[tuple[int, int]], after_step: Callable[[], None] | None = None
+    ) -> Iterator[Image.Image]:
+        """The same for text states [P, L, d] in place of prompts: (row, seed), and the last row is the empty prompt's."""
         for first in range(0, len(wanted), self.batch_size):
             rows, seeds = zip(*wanted[first : first + self.batch_size], strict=True)
             with damaged_model(self.folder):

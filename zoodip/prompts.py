@@ -23,12 +23,14 @@ if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import CLIPTextModel, CLIPTokenizer
 
 
-def load_tokenizer(folder: Path, placeholder_token: str, num_vectors: int) -> CLIPTokenizer:
-    """The model's CLIPTokenizer with the placeholder added. Raises InputError where the token is taken."""
+def load_tokenizer(folder: Path, placeholder_token: str | None = None, num_vectors: int = 1) -> CLIPTokenizer:
+    """The model's CLIPTokenizer, with a placeholder added where one is given. Raises InputError where it is taken."""
     from transformers import CLIPTokenizer
 
     with damaged_model(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    if placeholder_token is None:
+        return tokenizer
     vocabulary = tokenizer.get_vocab()
     names = [placeholder_token] + [f"{placeholder_token}_{i}" for i in range(1, num_vectors)]  # as diffusers names them
     taken = [word for name in names for word in (name, name + "</w>") if word in vocabulary]
@@ -106,14 +108,19 @@ class Prompts:
 
 
 def build_prompts(
-    tokenizer, folder: Path, variant: str | None, texts: list[str], placeholder_token: str, num_vectors: int
+    tokenizer, folder: Path, variant: str | None, texts: list[str], placeholder_token: str | None, num_vectors: int
 ) -> Prompts:
-    """Tokenise `texts` (each with {} or the placeholder) and read the rows they need. Raises InputError."""
-    placeholder_id = tokenizer.convert_tokens_to_ids(placeholder_token)
+    """Tokenise `texts` and read the rows they need. Raises InputError.
+
+    With a placeholder each text has {} or it; without (None, and 0 vectors) they are plain words.
+    """
+    if placeholder_token is None:
+        placeholder_id = len(tokenizer)  # of no word
+    else:
+        placeholder_id = tokenizer.convert_tokens_to_ids(placeholder_token)
+        texts = [text.replace("{}", placeholder_token) for text in texts]
     length = config_number(folder / "text_encoder" / "config.json", "max_position_embeddings", 77)
-    ids = torch.tensor(
-        [tokenize(tokenizer, text.replace("{}", placeholder_token), placeholder_id, num_vectors, length) for text in texts]
-    )
+    ids = torch.tensor([tokenize(tokenizer, text, placeholder_id, num_vectors, length) for text in texts])
     ordinary = ids[ids < placeholder_id].unique()  # sorted
     vectors = torch.arange(num_vectors) + placeholder_id
     local_ids = torch.searchsorted(torch.cat([ordinary, vectors]), ids)

@@ -1,7 +1,7 @@
 """A run that is recorded, interrupted and resumed exactly, whatever is trained.
 
 A trainer has `state_dict`, `load_state_dict` and `remedy` (what to try where its numbers run away); its outputs have
-`evaluate`, `draw`, `check`, `save` and `guide`, as `TokenOutputs`. Every training script then tells the same story:
+`evaluate`, `draw`, `check`, `save`, `result` and `guide`, as `TokenOutputs`. Every training script then tells the same story:
 
     run = Run(trainer, generator, accelerator, settings, fingerprint, ...)
     run.resume(checkpoint), run.claim()            # what is wrong is refused here, before a model is loaded
@@ -21,7 +21,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,6 @@ from tqdm import tqdm
 from zoodip.checkpoints import can_follow, checkpoint_step, list_checkpoints, read_checkpoint, write_checkpoint
 from zoodip.errors import BrokenCheckpoint, InputError, Interrupted
 from zoodip.files import lock_folder, write_atomically, write_image, write_json
-from zoodip.prompts import file_stem
 from zoodip.records import environment, peak_memory_gb
 
 TRACKER = "zoodip"  # the project in W&B, and TensorBoard's folder in the output folder
@@ -149,7 +148,8 @@ class Run:
         self.checkpointing_steps, self.checkpoints_total_limit = checkpointing_steps, checkpoints_total_limit
         self.validation_steps, self.unit = validation_steps, unit
         self.progress, self.seconds, self.stop, self.lock, self.bar = Progress(), 0.0, StopSignal(), None, None
-        self.first_step, self.produced = 0, {}  # produced: {name: description} of what else is there at the end
+        self.first_step, self.outputs = 0, None
+        self.produced = {}  # {name: description} of what else is there at the end
 
     @property
     def is_main(self) -> bool:
@@ -239,9 +239,6 @@ class Run:
     # --- the steps
 
     def __enter__(self) -> Run:
-        """Before a fresh run, an earlier one's results are set aside."""
-        if self.is_main and self.progress.step == 0:
-            set_aside(self.folder, self.settings["placeholder_token"])
         self.accelerator.init_trackers(TRACKER, {name: value for name, value in self.settings.items() if value is not None})
         self.stop.__enter__()
         return self
@@ -257,12 +254,16 @@ class Run:
     def steps(self, outputs) -> Iterator[int]:
         """The number of each step, from where the run stands to the last or to a signal; in between, and at the end, all that
         the run leaves. The caller trains one step and calls `note`. Raises InputError where the run cannot go on."""
-        progress, stopped = self.progress, False
+        progress, stopped, self.outputs = self.progress, False, outputs
+        if self.is_main and progress.step == 0:
+            set_aside(self.folder, outputs.files)
         self.limit_checkpoints()  # one too many is left of a run that was killed between writing and removing
         if self.eval_steps and not progress.curve:
             self.evaluate(outputs)
         if progress.step and not (self.folder / f"validation-{progress.step}.png").exists():  # stopped before it was drawn
             stopped = self.draw_if_due(outputs)
+        if outputs.draws_before and progress.step == 0 and self.is_main:
+            self.draw(outputs, final=False)
         self.bar = tqdm(
             total=self.max_train_steps,
             initial=progress.step,
@@ -423,7 +424,7 @@ class Run:
             )
         elif self.is_main:
             print(
-                f"{self.folder / 'learned_embeds.safetensors'}: {self.settings['placeholder_token']} after {step} {self.unit}s"
+                f"{self.outputs.result(self.folder)} after {step} {self.unit}s"
                 + (f" ({skipped} skipped: loss not finite)" if skipped else "")
             )
             for name, what in self.produced.items():
@@ -437,17 +438,16 @@ class Run:
         return 128 + (self.stop.number or signal.SIGTERM) if signalled else 0
 
 
-def set_aside(folder: Path, placeholder_token: str) -> None:
-    """Move an earlier run's results to previous-N. Raises InputError."""
+def set_aside(folder: Path, results: Sequence[str]) -> None:
+    """Move an earlier run's `results` (patterns) and what every run leaves to previous-N. Raises InputError."""
     patterns = (
-        "learned_embeds*.safetensors",
+        *results,
         "checkpoint-*.safetensors",
         "training_log.csv",
         "run.json",
         "validation-*.png",
         "before_after.png",
         TRACKER,
-        f"{file_stem(placeholder_token)}.safetensors",
     )
     earlier = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if not earlier:
