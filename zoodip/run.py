@@ -239,7 +239,6 @@ class Run:
     # --- the steps
 
     def __enter__(self) -> Run:
-        self.accelerator.init_trackers(TRACKER, {name: value for name, value in self.settings.items() if value is not None})
         self.stop.__enter__()
         return self
 
@@ -256,7 +255,8 @@ class Run:
         the run leaves. The caller trains one step and calls `note`. Raises InputError where the run cannot go on."""
         progress, stopped, self.outputs = self.progress, False, outputs
         if self.is_main and progress.step == 0:
-            set_aside(self.folder, outputs.files)
+            set_aside(self.folder, outputs.files)  # before a tracker opens its folder, which is moved too
+        self.accelerator.init_trackers(TRACKER, {name: value for name, value in self.settings.items() if value is not None})
         self.limit_checkpoints()  # one too many is left of a run that was killed between writing and removing
         if self.eval_steps and not progress.curve:
             self.evaluate(outputs)
