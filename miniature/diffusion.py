@@ -149,10 +149,13 @@ def form_weights(scheduler: PNDMScheduler) -> Tensor:
 
 
 def draw_timesteps(count: int, draws: Draws) -> Tensor:
-    """int64 [count]: three quarters of them evenly from `DECIDING`, the others from all 1000."""
+    """int64 [count]: half of them evenly from `DECIDING`, the others from all 1000.
+
+    With three quarters, 750 steps made the form right but the pictures soft: the mse at timestep 100 rose by 15 %.
+    """
     deciding = torch.randint(*DECIDING, (count,), generator=draws.torch)
     anywhere = torch.randint(0, 1000, (count,), generator=draws.torch)
-    return torch.where(draws.uniform(count) < 0.75, deciding, anywhere)
+    return torch.where(draws.uniform(count) < 0.5, deciding, anywhere)
 
 
 def start_from(folder: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:

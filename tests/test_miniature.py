@@ -222,7 +222,7 @@ def test_timesteps_are_mostly_those_that_decide():
     timesteps = draw_timesteps(4000, Draws(1, 0))
     first, last = diffusion.DECIDING
     share = ((timesteps >= first) & (timesteps < last)).float().mean().item()
-    expected = 0.75 + 0.25 * (last - first) / 1000
+    expected = 0.5 + 0.5 * (last - first) / 1000
     assert abs(share - expected) < 4 * (expected * (1 - expected) / 4000) ** 0.5  # four standard errors
     assert timesteps.min() >= 0 and timesteps.max() < 1000
 
