@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,7 @@ def save_lora(folder: Path, unet: nn.Module, stem: str, header: dict[str, str], 
     from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
     from peft import get_peft_model_state_dict
 
+    header = {**header, "zoodip.peft": version("peft")}
     state = {f"unet.{name}": tensor for name, tensor in get_peft_model_state_dict(unet).items()}
     path = folder / f"pytorch_lora_weights{suffix}.safetensors"
     write_tensors(path, convert_state_dict_to_diffusers(state), header)
