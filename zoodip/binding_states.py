@@ -104,6 +104,7 @@ class BoundGroup:
     row: int  # of its composite: the noun's first
     words: list[int]  # rows that still say something
     anchor: Tensor  # [L, d], states of the phrase alone
+    anchor_rows: list[int]  # of the phrase in it
     frame: Tensor  # [L, d], states of the noun alone with its article, where the composite will stand in row
     frame_row: int
 
@@ -140,7 +141,7 @@ def bind_prompt(marked: MarkedPrompt, encode: Encoder, settings: Settings, mean:
             gone = others + noun[1:]
         frame, frame_rows = bare.states.clone(), bare.rows(group.bare_noun)
         frame[frame_rows[1:]] = 0
-        groups.append(BoundGroup(noun[0], [row for row in words if row not in gone], anchor.states, frame, frame_rows[0]))
+        groups.append(BoundGroup(noun[0], [row for row in words if row not in gone], anchor.states, alone, frame, frame_rows[0]))
         erased += gone
     if settings.merge != "none":
         states = merge_groups(states, members, erase=settings.erase != "none", noun_weight=settings.noun_weight,
