@@ -206,14 +206,13 @@ def train_counter(path: Path, pictures: int, epochs: int = 8) -> float:
     return right
 
 
-@lru_cache
 def load_counter(path: Path) -> AttributeClassifier:
     counter = AttributeClassifier({"count": ("0", "1", "2")})
     counter.load_state_dict(load_file(path))
     return counter.eval()
 
 
-def score(task: Task, picture: Image.Image, counter: AttributeClassifier) -> dict[str, float]:
+def score(task: Task, picture: Image.Image, counter: AttributeClassifier | None) -> dict[str, float]:
     """What the judges say of one picture; shares of what was asked, of 0 to 1, and what was not."""
     count = len(task.creatures)
     halves = [picture.crop((k * SIDE, 0, (k + 1) * SIDE, SIDE)) for k in range(count)]
@@ -221,12 +220,13 @@ def score(task: Task, picture: Image.Image, counter: AttributeClassifier) -> dic
         logits = classifier()(pixels_of(halves))
         chance = logits["accessory"].softmax(1)
     read = classifier().read(pixels_of(halves))
-    creatures = [int(each["count"]) for each in counter.read(pixels_of(halves))]
     colours, wanted = [each["colour"] for each in read], [each.colour for each in task.creatures]
     scores: dict[str, float] = dict(
         right=colours == wanted if count == 1 else set(colours) == set(wanted), in_order=colours == wanted,
-        scene=all(each["scene"] == task.scene for each in read), one_each=creatures == [1] * count,
+        scene=all(each["scene"] == task.scene for each in read),
     )  # fmt: skip
+    if counter is not None:
+        scores["one_each"] = [each["count"] for each in counter.read(pixels_of(halves))] == ["1"] * count
     if count == 2:
         scores |= dict(leak=colours[0] == colours[1], first=wanted[0] in colours, second=wanted[1] in colours)
     asked = [each.accessory for each in task.creatures]
@@ -273,17 +273,22 @@ def pipeline_of(quantization: str, token: str | None):
 
 
 def draw_unit(unit: Unit, output: Path, tokens: Path | None) -> None:
-    """Draw and judge one picture: STEM.png, then STEM.json, which says that it is done."""
+    """Draw one picture: STEM.png, then STEM.json with its cost, which says that it is done."""
     torch.set_num_threads(1)
     breed = unit.task.creatures[0].breed
     pipeline = pipeline_of(unit.quantization, str(tokens / f"{breed}.safetensors") if breed and tokens else None)
     (picture,) = draw_bound(pipeline, [unit.task.prompt], settings=unit.settings, seeds=[unit.seed], height=SIDE,
                             width=SIDE * len(unit.task.creatures))  # fmt: skip
-    scores = score(unit.task, picture.image, load_counter(output / "counter.safetensors"))
     write_image(output / "pictures" / f"{unit.stem()}.png", picture.image)
-    write_json(output / "pictures" / f"{unit.stem()}.json",
-               dict(unit=asdict(unit), scores=scores, forwards=picture.forwards, backwards=picture.backwards,
-                    seconds=round(picture.seconds, 3)))  # fmt: skip
+    record = dict(forwards=picture.forwards, backwards=picture.backwards, seconds=round(picture.seconds, 3))
+    write_json(output / "pictures" / f"{unit.stem()}.json", dict(unit=asdict(unit), **record))
+
+
+def judged(unit: Unit, output: Path, counter: AttributeClassifier | None) -> dict:
+    """The record of a picture that is drawn, with its scores."""
+    with Image.open(output / "pictures" / f"{unit.stem()}.png") as picture:
+        scores = score(unit.task, picture, counter)
+    return dict(**json.loads((output / "pictures" / f"{unit.stem()}.json").read_text()), scores=scores)
 
 
 # ---------------------------------------------------------------------------------------------------------------- report
@@ -354,12 +359,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=Path, default=None, help="folder with BREED.safetensors for the twelve breeds, for S2 and S4")
     add("--steps", type=int, default=25, help="denoising steps (DDIM)")
     add("--guidance", type=float, default=5.0, help="classifier-free guidance scale")
-    add("--counter_pictures", type=int, default=6000, help="renders that the counter of creatures is trained on")
+    add("--counter_pictures", type=int, default=6000, help="renders that the counter of creatures learns from; 0: no counter")
     add("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each")
     add("--output", type=Path, default=Path("results/binding_evaluation"), help="folder for pictures and tables")
     add("--dry_run", action="store_true", help="print what would be drawn, and draw nothing")
     args = parser.parse_args(argv)
-    for name in ("prompts", "steps", "jobs", "counter_pictures"):
+    for name in ("prompts", "steps", "jobs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     return args
@@ -378,7 +383,7 @@ def units_of(args: argparse.Namespace) -> list[Unit]:
                 )
         units += [
             Unit(set_name, row, task, seed, quantization, replace(ROWS[row], steps=args.steps, guidance=args.guidance))
-            for quantization in args.quantization for row in args.rows for task in tasks for seed in args.seeds
+            for quantization in args.quantization for task in tasks for seed in args.seeds for row in args.rows
         ]  # fmt: skip
     return units
 
@@ -391,7 +396,7 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         return
     (output / "pictures").mkdir(parents=True, exist_ok=True)
-    if not (output / "counter.json").exists():
+    if args.counter_pictures and not (output / "counter.json").exists():
         right = train_counter(output / "counter.safetensors", args.counter_pictures)
         write_json(output / "counter.json", dict(pictures=args.counter_pictures, right=right))
     prepare_environment()
@@ -401,10 +406,14 @@ def main(args: argparse.Namespace) -> None:
         futures = [pool.submit(draw_unit, unit, output, args.tokens) for unit in waiting]
         for future in tqdm(futures, unit="picture"):
             future.result()
-    records = {unit: json.loads(done(unit).read_text()) for unit in units}
-    counter = json.loads((output / "counter.json").read_text())
     head = (f"# Binding on the miniature ({args.split} prompts)\n\nPer cent; mean ± half width of a 95 % interval over prompts "
-            f"(S2, S4: breeds). Creatures are counted right on {100 * counter['right']:.0f} % of fresh renders.\n")  # fmt: skip
+            "(S2, S4: breeds).\n")  # fmt: skip
+    counter = network = None
+    if args.counter_pictures:
+        network = load_counter(output / "counter.safetensors")
+        counter = json.loads((output / "counter.json").read_text())
+        head += f"Creatures are counted right on {100 * counter['right']:.0f} % of fresh renders.\n"
+    records = {unit: judged(unit, output, network) for unit in units}
     write_atomically(output / "RESULTS.md", f"{head}\n{report(units, records)}".encode())
     pictures = [dict(row=unit.row, **records[unit]) for unit in units]
     write_json(

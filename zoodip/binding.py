@@ -15,13 +15,13 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoodip.arguments import new_parser, parse, require
-from zoodip.binding_settings import METHODS, Settings, check_settings
+from zoodip.binding_settings import METHODS, PLAIN, Settings, check_settings
 from zoodip.errors import InputError, prepare_process, run_script
 from zoodip.marks import MarkedPrompt, parse_marks
 
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt", nargs="+", required=True, help="prompts with [groups], and a * after each group's noun")
     add("--clean_prompt", nargs="+", default=None, help="for each prompt, what end tokens come from; default: groups' nouns only")
     add("--negative_prompt", default="", help="what guidance leads away from")
-    add("--method", default="phrase", choices=list(METHODS), help="see docs/binding.md")
+    add("--method", nargs="+", default=["phrase"], choices=list(METHODS), help="one or more, to compare; see docs/binding.md")
     add("--quantization", default="none", choices=["nf4", "int8", "none"], help="storage of the model's weights")
     add("--width", type=int, default=None, help="of the picture in pixels; default: the model's own")
     add("--height", type=int, default=None, help="of the picture in pixels; default: the model's own")
@@ -59,13 +59,14 @@ def check_flags(flags: dict) -> None:
     if flags["clean_prompt"] is not None:
         count = len(flags["prompt"])
         require(flags, "clean_prompt", len(flags["clean_prompt"]) == count, f"must be one for each of the {count} prompts")
-    check_settings(settings_of_flags(flags))
+    for settings in settings_of_flags(flags).values():
+        check_settings(settings)
 
 
-def settings_of_flags(flags: dict) -> Settings:
-    """The method's settings, with those that the command line sets itself."""
+def settings_of_flags(flags: dict) -> dict[str, Settings]:
+    """The settings of each method, with those that the command line sets itself."""
     given = {each.name: flags[each.name] for each in fields(Settings) if flags[each.name] is not None}
-    return replace(METHODS[flags["method"]], **given)
+    return {method: replace(METHODS[method], **given) for method in flags["method"]}
 
 
 if __name__ == "__main__":
@@ -79,7 +80,7 @@ from torch import Tensor
 from zoodip.attention import attention_maps, biased_attention, entropy, equal_intervals, grid, location_bias, map_layers, word_map
 from zoodip.binding_losses import THRESHOLDS, Predictor, binding_losses, contexts, gradient_step, pose_loss
 from zoodip.binding_states import BoundPrompt, Encoder, bind_prompt, substitute_end_tokens, tokens_of
-from zoodip.files import write_image, write_json
+from zoodip.files import read_json, write_image, write_json
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -191,7 +192,7 @@ def draw_bound(
     """
     settings = settings or METHODS[method]
     check_settings(settings)
-    height, width = canvas(pipeline, height, width)
+    height, width = canvas(pipeline.unet.config, pipeline.vae_scale_factor, height, width)
     new_scheduler = scheduler_maker(pipeline, scheduler, settings.steps)
     words = [word for word in pipeline.tokenizer.added_tokens_encoder if word not in pipeline.tokenizer.all_special_tokens]
     expand = lambda text: pipeline.maybe_convert_prompt(text, pipeline.tokenizer)  # noqa: E731
@@ -303,11 +304,10 @@ def check_groups(prompt: MarkedPrompt, settings: Settings, intervals) -> None:
         raise InputError(f"the prompt {prompt.marked!r}: has {count} groups for {len(intervals)} intervals; give one for each")
 
 
-def canvas(pipeline: StableDiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
-    """Height and width in pixels, by default the model's own. Raises InputError where the UNet cannot halve them."""
-    config, scale = pipeline.unet.config, pipeline.vae_scale_factor
-    factor = scale * 2 ** (len(config.block_out_channels) - 1)
-    sides = [value or config.sample_size * scale for value in (height, width)]
+def canvas(unet_config: Mapping[str, Any], scale: int, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width in pixels, by default the model's own; `scale` is the VAE's. Raises InputError."""
+    factor = scale * 2 ** (len(unet_config["block_out_channels"]) - 1)
+    sides = [unet_config.get("sample_size", 64) * scale if side is None else side for side in (height, width)]
     for name, side in zip(("height", "width"), sides, strict=True):
         if side <= 0 or side % factor:
             raise InputError(f"--{name} must be a positive multiple of {factor} for this model, got {side}")
@@ -362,7 +362,7 @@ def read_words(paths: Sequence[Path]) -> dict[str, int]:
     return words
 
 
-def check_prompts(folder: Path, flags: dict, settings: Settings) -> None:
+def check_prompts(folder: Path, flags: dict, methods: Iterable[Settings]) -> None:
     """Marks and lengths of the prompts, before a model is loaded. Raises InputError."""
     from transformers import CLIPTokenizer
 
@@ -378,21 +378,24 @@ def check_prompts(folder: Path, flags: dict, settings: Settings) -> None:
 
     for k, text in enumerate(flags["prompt"]):
         prompt = parse_marks(text, list(words), expand)
-        check_groups(prompt, settings, None)
+        for settings in methods:
+            check_groups(prompt, settings, None)
         clean = expand(flags["clean_prompt"][k]) if flags["clean_prompt"] else prompt.clean
         for each in (prompt.prompt, clean, flags["negative_prompt"]):
             tokens_of(tokenizer, each)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Pictures prompt-seed.png, sheet.png and binding.json in --output. Raises InputError."""
+    """Pictures PROMPT-METHOD-SEED.png, sheet.png and binding.json in --output. Raises InputError."""
     from zoodip.model import find_model_folder, load_pipeline
     from zoodip.pictures import picture_sheet
     from zoodip.records import environment, plain_arguments
 
-    flags, settings = vars(args), settings_of_flags(vars(args))
+    flags, methods = vars(args), settings_of_flags(vars(args))
     folder = find_model_folder(args.model)
-    check_prompts(folder, flags, settings)
+    vae_levels = len(read_json(folder / "vae" / "config.json").get("block_out_channels", [0] * 4))
+    canvas(read_json(folder / "unet" / "config.json"), 2 ** (vae_levels - 1), args.height, args.width)
+    check_prompts(folder, flags, methods.values())
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -401,22 +404,22 @@ def main(args: argparse.Namespace) -> None:
     pipeline = load_pipeline(args.model, args.quantization, device=device)
     for path in args.embedding:
         pipeline.load_textual_inversion(str(path))
-    pictures = draw_bound(
-        pipeline, args.prompt, settings=settings, seeds=args.seeds, height=args.height, width=args.width,
-        clean_prompts=args.clean_prompt, negative_prompt=args.negative_prompt, batch_size=args.batch_size,
-    )  # fmt: skip
+    how = {name: flags[name] for name in ("seeds", "height", "width", "negative_prompt", "batch_size")}
     records, blocks = [], []
-    for n, picture in enumerate(pictures):
-        name = f"{n // len(args.seeds)}-{picture.seed}.png"
-        write_image(args.output / name, picture.image)
-        records.append(dict(file=name, prompt=picture.prompt, seed=picture.seed, forwards=picture.forwards,
-                            backwards=picture.backwards, seconds=round(picture.seconds, 3), steps=picture.steps))  # fmt: skip
-    for first in range(0, len(pictures), len(args.seeds)):
-        row = pictures[first : first + len(args.seeds)]
-        blocks.append(([picture.image for picture in row], f"{row[0].prompt} ({args.method})"))
-    write_image(args.output / "sheet.png", picture_sheet(blocks))
-    arguments = plain_arguments({name: value for name, value in flags.items() if name not in asdict(settings)})
-    record = dict(arguments=arguments, settings=asdict(settings), pictures=records, **environment(device))
+    for k, prompt in enumerate(args.prompt):
+        clean = None if args.clean_prompt is None else [args.clean_prompt[k]]
+        for method, settings in methods.items():
+            pictures = draw_bound(pipeline, [prompt], settings=settings, clean_prompts=clean, **how)
+            for picture in pictures:
+                name = f"{k}-{method}-{picture.seed}.png"
+                write_image(args.output / name, picture.image)
+                costs = dict(forwards=picture.forwards, backwards=picture.backwards, seconds=round(picture.seconds, 3))
+                records.append(dict(file=name, prompt=prompt, method=method, seed=picture.seed, **costs, steps=picture.steps))
+            blocks.append(([picture.image for picture in pictures], f"{method}: {prompt}"))
+    write_image(args.output / "sheet.png", picture_sheet(blocks, columns=len(methods)))
+    arguments = plain_arguments({name: value for name, value in flags.items() if name not in asdict(PLAIN)})
+    used = {method: asdict(settings) for method, settings in methods.items()}
+    record = dict(arguments=arguments, settings=used, pictures=records, **environment(device))
     write_json(args.output / "binding.json", record, indent=1)
 
 
