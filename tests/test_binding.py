@@ -51,7 +51,13 @@ def folder(tiny_model, tmp_path_factory):
 
     model = tmp_path_factory.mktemp("binding") / "model"
     shutil.copytree(tiny_model, model)
-    rewrite(model, "unet", lambda tensors: {name: 10 * t if "attn2.to_" in name else t for name, t in tensors.items()})
+    strength = {"attn2.to_q": 3, "attn2.to_k": 3, "attn2.to_v": 10}
+
+    def stronger(tensors: dict) -> dict:
+        factors = {name: factor for name in tensors for part, factor in strength.items() if part in name}
+        return {name: factors.get(name, 1) * tensor for name, tensor in tensors.items()}
+
+    rewrite(model, "unet", stronger)
     return model
 
 
