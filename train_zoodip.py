@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +36,8 @@ from zoodip.errors import prepare_process, run_script
 # The flags that decide what is learned. A checkpoint records them, and resuming under others is refused.
 METHOD_SETTINGS = "n mu tau nu t_min t_max timestep_sampling estimator learning_rate".split()
 SETTINGS = [*arguments.SHARED_SETTINGS, *METHOD_SETTINGS]
+# Flags that decide too, recorded where they are not these; a schedule that ends has its end recorded as well.
+OPTIONAL_SETTINGS = {**arguments.OPTIONAL_SETTINGS, "lr_scheduler": "constant", "lr_warmup_steps": 0}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,16 +70,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--tau", type=int, default=128, help="tokens in the Subspace Gradient buffer = steps between its refreshes")
     add("--nu", type=float, default=1e-3, help="share of the trajectory's variance to project out; 0: no projection")
-    add("--t_min", type=int, default=500, help="smallest timestep drawn by puts (T_L)")
-    add("--t_max", type=int, default=900, help="end of the timesteps drawn by puts (T_U), itself not drawn")
-    add(
-        "--timestep_sampling",
-        default="puts",
-        choices=["puts", "uniform", "snr"],
-        help="puts: uniform over [t_min, t_max); uniform: over all timesteps; snr: more the lower the SNR (TextBoost)",
-    )
+    arguments.add_timestep_flags(add, "puts")  # --t_min and --t_max: T_L and T_U of Eq. 9
     add("--estimator", default="rge", choices=["rge", "spsa", "one_point"], help="zeroth-order gradient estimator")
-    add("--learning_rate", type=float, default=5e-3, help="of Adam (betas .9, .999, epsilon 1e-3), constant")
+    add("--learning_rate", type=float, default=5e-3, help="of Adam (betas .9, .999, epsilon 1e-3)")
+    add(
+        "--lr_scheduler",
+        default="constant",
+        choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
+        help="how the learning rate goes on, as diffusers has them; all but the constant ones end at 0 after --max_train_steps",
+    )
+    add("--lr_warmup_steps", type=int, default=0, help="updates over which the learning rate rises from 0; not of constant")
     add("--train_batch_size", type=int, default=1, help="images per step; all candidates share them")
     add("--max_train_steps", type=int, default=30000, help="steps to train")
     add(
@@ -109,6 +112,7 @@ def check_flags(flags: dict) -> None:
         require_positive(flags, "mu", "1e-3")
     if flags["candidates_per_forward"] is not None:
         require_at_least_one(flags, "candidates_per_forward")
+    require(flags, "lr_warmup_steps", flags["lr_warmup_steps"] >= 0, "must not be negative")
     require(flags, "tau", flags["tau"] >= 2, "must be at least 2 (a variance needs two tokens)")
     require(flags, "nu", 0 <= flags["nu"] < 1, "must be in [0, 1)")
 
@@ -121,11 +125,20 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from zoodip.diffusion import Batch, Data, FrozenModel, draw_batch, load_model, read_inputs, snr_timesteps, uniform_timesteps
-from zoodip.model import native_resolution
+from zoodip.diffusion import (
+    Batch,
+    Data,
+    FrozenModel,
+    TimestepSampler,
+    draw_batch,
+    load_model,
+    read_inputs,
+    settle_flags,
+    snr_timesteps,
+    uniform_timesteps,
+)
 from zoodip.outputs import TokenOutputs
 from zoodip.packing import save_quantized
-from zoodip.quantize import default_precision
 from zoodip.run import Run, make_accelerator
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,7 +225,7 @@ class RGE:
 
 
 class SPSA(RGE):
-    """Central differences: 2n forwards, none of them at theta, where the loss is their mean to the order of mu."""
+    """Central differences: 2n forwards, none of them at theta; their mean differs from the loss there by the order of mu^2."""
 
     @staticmethod
     def num_candidates(n: int) -> int:
@@ -279,9 +292,9 @@ def zeroth_order_gradient(slopes: torch.Tensor, directions: torch.Tensor, effect
 def low_variance_directions(history: torch.Tensor, nu: float) -> torch.Tensor:
     """Directions in which the tokens of `history` [tau, D] hardly moved -> orthonormal rows [k, D], k < tau (Eqs. 4-7).
 
-    Columns are standardised; of the right singular vectors those are returned that follow the smallest number whose
-    variances sum to more than 1 - nu of the whole. The last one is of variance 0, as centred data have rank tau - 1; Eq. 7
-    includes it. Singular values in fp64: their squares span twelve decades.
+    Columns are standardised. i* is the smallest number of right singular vectors whose variances sum to more than 1 - nu of
+    the whole; those after it are returned. The last one has variance 0, as centred data have rank tau - 1; Eq. 7 includes it.
+    Singular values in fp64: their squares span twelve decades.
     """
     history = history.double()
     centred = history - history.mean(0)
@@ -322,6 +335,15 @@ class SubspaceGradient:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def learning_rate_factor(lr_scheduler: str, lr_warmup_steps: int, max_train_steps: int) -> Callable[[int], float]:
+    """diffusers' schedule of that name, as a function: number of updates done -> what the learning rate is multiplied by."""
+    from diffusers.optimization import get_scheduler
+
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # a scheduler is made for an optimiser; of ours it would wrap step()
+    schedule = get_scheduler(lr_scheduler, unused, num_warmup_steps=lr_warmup_steps, num_training_steps=max_train_steps)
+    return schedule.lr_lambdas[0]
+
+
 class ZOAdam:
     """theta and everything that moves it, fp32 on the CPU (a few KB): Adam with epsilon 1e-3 on the projected estimate."""
 
@@ -337,11 +359,15 @@ class ZOAdam:
         tau: int = 128,
         nu: float = 1e-3,
         learning_rate: float = 5e-3,
+        lr_scheduler: str = "constant",
+        lr_warmup_steps: int = 0,
+        max_train_steps: int = 30000,
     ):
         """token: [V, d], where the search starts."""
         self.theta = nn.Parameter(token.detach().clone().float())  # [V, d]
         self.estimator, self.n, self.mu = ESTIMATORS[estimator], n, mu
         self.subspace = SubspaceGradient(tau, nu, self.theta.numel())
+        self.learning_rate, self.factor = learning_rate, learning_rate_factor(lr_scheduler, lr_warmup_steps, max_train_steps)
         self.optimizer = torch.optim.Adam([self.theta], lr=learning_rate, betas=(0.9, 0.999), eps=1e-3)
         self.optimizer.state[self.theta] = dict(
             step=torch.tensor(0.0), exp_avg=torch.zeros_like(self.theta), exp_avg_sq=torch.zeros_like(self.theta)
@@ -359,6 +385,8 @@ class ZOAdam:
         effective_dim = self.theta.numel() - len(self.subspace.projection)
         gradient = zeroth_order_gradient(self.estimator.slopes(losses, self.mu), directions[-self.n :], effective_dim)
         self.theta.grad = self.subspace.project(gradient)
+        updates = int(self.optimizer.state[self.theta]["step"])  # Adam counts them, so a schedule has nothing to checkpoint
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate * self.factor(updates)
         self.optimizer.step()
         self.subspace.append(self.theta)
         return self.estimator.loss(losses).item()
@@ -391,11 +419,11 @@ def train(
     zo: ZOAdam,
     model: FrozenModel,
     data: Data,
-    sample,
+    sample: TimestepSampler,
     batch_size: int,
     generator: torch.Generator,
 ) -> None:
-    """Algorithm 1, from where `run` stands to its last step or to a signal. sample(batch size, generator) -> timesteps."""
+    """Algorithm 1, from where `run` stands to its last step or to a signal."""
     for _ in run.steps(outputs):
         batch = draw_batch(data, batch_size, sample, generator)  # what all candidates of a step share
         directions, candidates = zo.candidates(generator)
@@ -409,7 +437,7 @@ def main(args: argparse.Namespace) -> int:
 
     Returns the exit code: 0, or 128 + signal where the run was interrupted (and saved). Raises InputError.
     """
-    flags = vars(args)
+    flags = vars(args)  # a view: what is filled in below is in it too
     if args.train_data_dir is None:
         save_quantized(Path(args.save_quantized), **flags_for(save_quantized, flags))
         return 0
@@ -419,14 +447,17 @@ def main(args: argparse.Namespace) -> int:
     if args.save_quantized is not None:
         inputs.folder, inputs.variant = save_quantized(Path(args.save_quantized), **flags_for(save_quantized, flags)), None
         args.pretrained_model_name_or_path, args.variant = str(inputs.folder), None
-    args.mixed_precision = args.mixed_precision or default_precision(accelerator.device)
-    args.resolution = args.resolution or native_resolution(inputs.folder)
+    flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))
+    args.num_vectors = len(inputs.initial_token)  # of an embedding file its own
     if args.mu is None:  # bf16 keeps 8 bits: a smaller step drowns in rounding (docs/measurements.md)
         args.mu = 1e-2 if args.mixed_precision == "bf16" else 1e-3
 
     generator = torch.Generator().manual_seed(args.seed)
     zo = ZOAdam(inputs.initial_token, **flags_for(ZOAdam, flags))
-    run = Run(zo, generator, accelerator, arguments.settings_of(flags, SETTINGS), inputs.fingerprint(), **flags_for(Run, flags))
+    settings = arguments.settings_of(flags, SETTINGS, OPTIONAL_SETTINGS)
+    if not args.lr_scheduler.startswith("constant"):
+        settings["max_train_steps"] = args.max_train_steps
+    run = Run(zo, generator, accelerator, settings, inputs.fingerprint(), **flags_for(Run, flags))
     run.resume(args.resume_from_checkpoint)
     run.claim()
     model, data = load_model(inputs, device=accelerator.device, **flags_for(load_model, flags))

@@ -38,7 +38,7 @@ def run_watched(
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
     assert process.stdout is not None
     peaks = dict(resident=0, anonymous=0)
-    ended, pieces = threading.Event(), []
+    ended, chunks = threading.Event(), []
 
     def sample() -> None:
         while not ended.wait(interval):
@@ -47,10 +47,10 @@ def run_watched(
 
     sampler = threading.Thread(target=sample, daemon=True)
     sampler.start()
-    while piece := process.stdout.read(4096):
-        pieces.append(piece.decode(errors="replace"))
-        sys.stderr.write(pieces[-1])
+    while chunk := process.stdout.read(4096):
+        chunks.append(chunk.decode(errors="replace"))
+        sys.stderr.write(chunks[-1])
     code = process.wait()
     ended.set()
     sampler.join()
-    return code, "".join(pieces), peaks
+    return code, "".join(chunks), peaks

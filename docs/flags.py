@@ -11,7 +11,11 @@ import re
 from pathlib import Path
 
 MARK = re.compile(r"(<!-- flags of ([\w.]+): (.+) -->\n)(?:\n|\|.*\n)*")
-REQUIRED = {"train_data_dir", "initializer_token"}  # a check says so, not the parser: --save_quantized alone needs neither
+REQUIRED = {
+    "train_data_dir",
+    "initializer_token",
+    "class_word",
+}  # a check says so, not the parser: --save_quantized alone needs neither
 
 
 def group_actions(module: str, title: str) -> list[argparse.Action]:
@@ -24,7 +28,7 @@ def table(actions: list[argparse.Action]) -> str:
     """A Markdown table: flag and choices, default, help."""
     lines = ["| flag | default | |", "|---|---|---|"]
     for action in actions:
-        choices = f" ({', '.join(action.choices)})" if action.choices else ""
+        choices = f" ({', '.join(map(str, action.choices))})" if action.choices else ""
         default = "" if action.default is None else "off" if action.default is False else f"`{action.default}`"
         default = "required" if action.dest in REQUIRED else default
         lines.append(f"| `{action.option_strings[0]}`{choices} | {default} | {action.help} |")

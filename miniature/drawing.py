@@ -77,10 +77,7 @@ def _paint_pattern(p: Painter, critter: Critter, part: tuple[float, float, float
         radius = 0.085
         spots = SPOTS if rx * ry > 0.1 else SPOTS[::2]
         for dx, dy in spots:
-            draw.ellipse(
-                p.box(x + dx * rx - radius, y + dy * ry - radius, x + dx * rx + radius, y + dy * ry + radius),
-                fill=255,
-            )
+            draw.ellipse(p.box(x + dx * rx - radius, y + dy * ry - radius, x + dx * rx + radius, y + dy * ry + radius), fill=255)
     elif critter.pattern == "striped":
         step = 0.235
         for index in range(-3, 4):
@@ -108,21 +105,9 @@ def _paint_tail(p: Painter, critter: Critter, anatomy: Anatomy) -> None:
     if critter.tail == "bushy":
         for grow, fill in ((OUTLINE, dark), (0.0, body)):
             p.ellipse(x + 0.16, y - 0.12, 0.13 + grow, 0.24 + grow, fill)
-        p.ellipse(
-            x + 0.17,
-            y - 0.25,
-            0.085,
-            0.1,
-            critter.pattern_rgb if critter.pattern != "plain" else shade(body, 1.6),
-        )
+        p.ellipse(x + 0.17, y - 0.25, 0.085, 0.1, critter.pattern_rgb if critter.pattern != "plain" else shade(body, 1.6))
     elif critter.tail == "thin":
-        curve = [
-            (x - 0.05, y + 0.05),
-            (x + 0.12, y + 0.06),
-            (x + 0.22, y - 0.04),
-            (x + 0.2, y - 0.2),
-            (x + 0.27, y - 0.32),
-        ]
+        curve = [(x - 0.05, y + 0.05), (x + 0.12, y + 0.06), (x + 0.22, y - 0.04), (x + 0.2, y - 0.2), (x + 0.27, y - 0.32)]
         p.line(curve, dark, 0.12)
         p.line(curve, body, 0.065)
     elif critter.tail == "puffy":
@@ -140,17 +125,10 @@ def _paint_ears(p: Painter, critter: Critter, anatomy: Anatomy, front: bool) -> 
     for side in (-1, 1):
         if critter.ears == "pointed":
             base, top = y - ry * 0.5, y - ry - 0.22
-            outer = [
-                (x + side * rx * 0.18, base),
-                (x + side * rx * 1.05, base + 0.06),
-                (x + side * rx * 0.98, top),
-            ]
+            outer = [(x + side * rx * 0.18, base), (x + side * rx * 1.05, base + 0.06), (x + side * rx * 0.98, top)]
             p.polygon(outer, body)
             p.line([outer[0], outer[2], outer[1]], dark, OUTLINE)
-            p.polygon(
-                [(x + side * rx * 0.5, base), (x + side * rx * 0.9, base), (x + side * rx * 0.88, top + 0.1)],
-                inner,
-            )
+            p.polygon([(x + side * rx * 0.5, base), (x + side * rx * 0.9, base), (x + side * rx * 0.88, top + 0.1)], inner)
         elif critter.ears == "round":
             for radius, fill in ((0.17 + OUTLINE, dark), (0.17, body), (0.095, inner)):
                 p.ellipse(x + side * rx * 0.86, y - ry * 0.86, radius, radius, fill)
@@ -158,10 +136,7 @@ def _paint_ears(p: Painter, critter: Critter, anatomy: Anatomy, front: bool) -> 
             for grow, fill in ((OUTLINE, dark), (0.0, body), (-0.045, inner)):
                 p.ellipse(x + side * rx * 0.56, y - ry - 0.14, 0.095 + grow, 0.27 + grow, fill)
         else:
-            for grow, fill in (
-                (OUTLINE, dark),
-                (0.0, shade(body, 0.8) if critter.colour != "black" else shade(body, 1.15)),
-            ):
+            for grow, fill in ((OUTLINE, dark), (0.0, shade(body, 0.8) if critter.colour != "black" else shade(body, 1.15))):
                 p.ellipse(x + side * rx * 1.1, y - ry * 0.25, 0.105 + grow, 0.23 + grow, fill)
 
 
@@ -184,9 +159,7 @@ def _paint_face(p: Painter, critter: Critter, anatomy: Anatomy, accessory: str) 
         for side in (-1, 1):
             eye = x + side * gap
             p.draw.ellipse(
-                p.box(eye - gap * 1.12, y - gap * 1.05, eye + gap * 1.12, y + gap * 1.05),
-                outline=frame,
-                width=p.width(0.062),
+                p.box(eye - gap * 1.12, y - gap * 1.05, eye + gap * 1.12, y + gap * 1.05), outline=frame, width=p.width(0.062)
             )
         p.line([(x - gap * 2.6, y - 0.04), (x - gap * 2, y - 0.01)], frame, 0.05)
         p.line([(x + gap * 2.6, y - 0.04), (x + gap * 2, y - 0.01)], frame, 0.05)
@@ -210,14 +183,7 @@ def _paint_hat(p: Painter, anatomy: Anatomy, accessory: str) -> None:
             p.ellipse(x + 0.33, top - 0.13, 0.085 + grow, 0.085 + grow, fill)
 
 
-RAINBOW: tuple[Rgb, ...] = (
-    (228, 30, 40),
-    (255, 140, 10),
-    (255, 232, 40),
-    (40, 180, 70),
-    (40, 110, 230),
-    (150, 50, 190),
-)
+RAINBOW: tuple[Rgb, ...] = ((228, 30, 40), (255, 140, 10), (255, 232, 40), (40, 180, 70), (40, 110, 230), (150, 50, 190))
 
 
 def _paint_scarf(p: Painter, anatomy: Anatomy) -> None:

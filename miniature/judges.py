@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,44 +17,50 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from miniature.captions import sample_caption, vocabulary
+from miniature.captions import scorer_caption, vocabulary
 from miniature.classifier import LABELS, AttributeClassifier, truth
-from miniature.diffusion import MODEL, text_config
-from miniature.rendering import IMAGE_SIDE, WORK, judge_spec, rendered, to_float
+from miniature.diffusion import text_config
+from miniature.rendering import IMAGE_SIDE, judge_spec, rendered, to_float
 from miniature.tokenizer import build_tokenizer, save_tokenizer
-from miniature.trainer import Trainer, autocast, batches, edit_json, replace_folder
-from miniature.world import SceneSpec
+from miniature.trainer import Draws, Trainer, autocast, edit_json, recover_folder, replace_folder
+from miniature.world import SceneSpec, swapped
 
-HERE = MODEL.parent
+CLIP_STAGE, CLASSIFIER_STAGE = 2, 3
+# The tail is the smallest thing that is read, and the one most often misread.
+LABEL_WEIGHTS = {"tail": 3.0}
 
 
-def judge_images(args: argparse.Namespace, device: torch.device) -> Tensor:
-    """uint8 [N, 64, 64, 3]: renders, and the first quarter of them once more as the VAE gives them back.
+def judge_pictures(work: Path, model: Path, count: int, device: torch.device) -> Tensor:
+    """uint8 [N, 64, 64, 3]: renders, and the first quarter of them once more as the VAE of `model` gives them back.
 
     What is judged comes out of the VAE's decoder: judges trained on clean renders alone mistrust its blur.
     """
-    images = rendered("judge_images", judge_spec, args.judge_images)
-    path = WORK / "judge_round_trip.safetensors"
-    first = images[: len(images) // 4]
-    if not path.exists() or len(load_file(path)["images"]) != len(first):
-        vae = AutoencoderKL.from_pretrained(MODEL / "vae").float().to(device).eval()
-        outputs = []
-        with torch.no_grad(), autocast(device):
-            for chunk in tqdm(first.split(100), desc="round trip"):
-                outputs.append(vae(to_float(chunk).to(device)).sample.float().cpu())
-        pixels = ((torch.cat(outputs).clamp(-1, 1) + 1) * 127.5).round().byte()
-        save_file({"images": pixels.permute(0, 2, 3, 1).contiguous()}, path)
-    return torch.cat([images, load_file(path)["images"]])
+    images = rendered(work / "judge_images.npy", judge_spec, count)
+    vae = AutoencoderKL.from_pretrained(model / "vae").float().to(device).eval()
+    path, first = work / "judge_round_trip.safetensors", images[: count // 4]
+    digest = str(sum(parameter.double().abs().sum().item() for parameter in vae.parameters()))
+    if path.exists():
+        stored = load_file(path)
+        if len(stored["images"]) == len(first) and bytes(stored["vae"].tolist()).decode() == digest:
+            return torch.cat([images, stored["images"]])
+    outputs = []
+    with torch.no_grad(), autocast(device):
+        for chunk in tqdm(first.split(100), desc="round trip", mininterval=10):
+            pixels = vae(to_float(chunk).to(device)).sample.float().cpu().clamp(-1, 1)
+            outputs.append(((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1))
+    trips = torch.cat(outputs).contiguous()
+    save_file({"images": trips, "vae": torch.tensor(list(digest.encode()), dtype=torch.uint8)}, path)
+    return torch.cat([images, trips])
 
 
-def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Adds what separates a generated picture from a render: noise, slight blur, a shift of 1 or 2 pixels."""
-    noise = 0.06 * torch.rand(1, generator=generator) * torch.randn(pixels.shape, generator=generator)
-    dx, dy, blurred = (int(torch.randint(0, high, (1,), generator=generator)) for high in (5, 5, 3))
+def augment(pixels: Tensor, draws: Draws) -> Tensor:
+    """Adds what separates a generated picture from a render: noise, slight blur, a shift of 1 or 2 pixels, a mirror image."""
+    noise = 0.06 * draws.uniform(1) * draws.normal(*pixels.shape)
+    dx, dy, blurred, mirrored = (int(draws.numpy.integers(high)) for high in (5, 5, 3, 2))
     pixels = F.pad(pixels, (2, 2, 2, 2), mode="replicate")[..., dy : dy + IMAGE_SIDE, dx : dx + IMAGE_SIDE]
     if blurred == 0:
         pixels = 0.5 * pixels + 0.5 * F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    return pixels + noise
+    return (pixels + noise).flip(-1) if mirrored else pixels + noise
 
 
 def attribute_targets(specs: list[SceneSpec]) -> dict[str, Tensor]:
@@ -66,97 +72,136 @@ def attribute_targets(specs: list[SceneSpec]) -> dict[str, Tensor]:
     return targets
 
 
-def train_classifier(args: argparse.Namespace) -> None:
-    """Trains `AttributeClassifier` and writes `miniature/classifier`."""
-    device = torch.device(args.device)
-    images = judge_images(args, device)
-    specs = [judge_spec(index) for index in range(args.judge_images)]
-    targets = attribute_targets(specs)
-    torch.manual_seed(args.seed + 2)  # the initial weights
-    generator = torch.Generator().manual_seed(args.seed + 2)
+def train_classifier(
+    work: Path,
+    output: Path,
+    model: Path,
+    *,
+    images: int,
+    steps: int,
+    device: torch.device,
+    restart: bool = False,
+    until: int | None = None,
+) -> bool:
+    """Trains `AttributeClassifier` and writes the folder `output`; True once the last step is taken."""
+    pictures = judge_pictures(work, model, images, device)
+    targets = attribute_targets([judge_spec(index) for index in range(images)])
+    torch.manual_seed(CLASSIFIER_STAGE)  # the initial weights
     classifier = AttributeClassifier().to(device)
-    trainer = Trainer("classifier", {"classifier": classifier}, args.minutes_classifier, peak_lr=2e-3,
-                      max_steps=args.max_steps, ema_decay=0.99)  # fmt: skip
-    if not args.restart:
+    trainer = Trainer("classifier", CLASSIFIER_STAGE, {"classifier": classifier}, steps, 2e-3, work, ema_decay=0.99)
+    if not restart:
         trainer.resume()
-    order = batches(len(images), 64, generator)
 
-    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        chosen = next(order)
-        pixels = augment(to_float(images[chosen]), generator).to(device)
-        pixels = pixels.flip(-1) if step % 2 else pixels
-        logits = classifier(pixels)
-        indices = chosen % args.judge_images
-        losses = [F.cross_entropy(logits[name].float(), targets[name][indices].to(device)) for name in LABELS]
-        right = (logits["pattern"].argmax(1).cpu() == targets["pattern"][indices]).float().mean().item()
-        return torch.stack(losses).sum(), {"pattern": right}
+    def loss_of_step(draws: Draws) -> tuple[Tensor, dict[str, float]]:
+        chosen = draws.batch(len(pictures), 64)
+        logits = classifier(augment(to_float(pictures[chosen]), draws).to(device))
+        wanted = {name: values[chosen % images].to(device) for name, values in targets.items()}
+        losses = {name: F.cross_entropy(logits[name].float(), wanted[name]) for name in LABELS}
+        right = (logits["tail"].argmax(1) == wanted["tail"]).float().mean().item()
+        return sum(LABEL_WEIGHTS.get(name, 1.0) * loss for name, loss in losses.items()), {"tail": right}
 
-    trainer.run(loss_of_step)
-    part = HERE / "classifier.part"
+    finished = trainer.run(loss_of_step, until)
+    if finished:
+        export_classifier(classifier, output)
+    return finished
+
+
+def export_classifier(classifier: AttributeClassifier, folder: Path) -> None:
+    """Writes weights (fp16) and labels."""
+    part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    save_file(
-        {name: weight.half().cpu() for name, weight in classifier.state_dict().items()},
-        part / "model.safetensors",
-    )
+    part.mkdir(parents=True)
+    save_file({name: weight.half().cpu() for name, weight in classifier.state_dict().items()}, part / "model.safetensors")
     (part / "config.json").write_text(json.dumps({"image_side": IMAGE_SIDE, "labels": LABELS}, indent=1) + "\n")
-    replace_folder(part, HERE / "classifier")
+    replace_folder(part, folder)
 
 
-def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A CLIP of 16 x 16 patches, 192 wide, whose text tower begins as the diffusion model's text encoder."""
+def build_clip(tokenizer: CLIPTokenizer, model: Path) -> CLIPModel:
+    """A CLIP of 8 x 8 patches, 128 wide, whose text tower begins as the text encoder of `model`."""
     config = CLIPConfig(
         text_config=text_config(tokenizer, width=256, layers=3, heads=4).to_dict(),
         vision_config={
-            "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3,
-            "image_size": IMAGE_SIDE, "patch_size": 16,
+            "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 5, "num_attention_heads": 2,
+            "image_size": IMAGE_SIDE, "patch_size": 8,
         },
         projection_dim=128,
     )  # fmt: skip
     clip = CLIPModel(config)
-    text_encoder = CLIPTextModel.from_pretrained(MODEL / "text_encoder", dtype=torch.float32)
+    text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch.float32)
     clip.text_model.load_state_dict(text_encoder.state_dict())
     return clip
 
 
-def train_clip(args: argparse.Namespace) -> None:
-    """Trains the scorer contrastively and writes `miniature/clip`. Held-out breeds are never named."""
-    device = torch.device(args.device)
-    images = judge_images(args, device)
-    specs = [judge_spec(index) for index in range(args.judge_images)]
+def scorer_captions(specs: list[SceneSpec], draws: Draws) -> list[str]:
+    """A caption of every picture, then for every picture one that says a single thing differently."""
+    seeds = [int(seed) for seed in draws.numpy.integers(2**31, size=len(specs))]
+    true = [scorer_caption(spec, np.random.default_rng(seed)) for spec, seed in zip(specs, seeds, strict=True)]
+    false = [
+        scorer_caption(swapped(spec, draws.numpy), np.random.default_rng(seed)) for spec, seed in zip(specs, seeds, strict=True)
+    ]
+    return true + false
+
+
+def contrastive_loss(similarity: Tensor, captions: list[str]) -> Tensor:
+    """Of float [B, 2B]: pictures against true captions, then altered ones. A caption that also fits is no rival."""
+    count = len(similarity)
+    same = torch.tensor([[captions[i] == caption for caption in captions] for i in range(count)], device=similarity.device)
+    same[:, :count] &= ~torch.eye(count, dtype=torch.bool, device=similarity.device)
+    similarity = similarity.masked_fill(same, -1e4)
+    wanted = torch.arange(count, device=similarity.device)
+    return (F.cross_entropy(similarity, wanted) + F.cross_entropy(similarity[:, :count].T, wanted)) / 2
+
+
+def train_clip(
+    work: Path,
+    output: Path,
+    model: Path,
+    *,
+    images: int,
+    steps: int,
+    device: torch.device,
+    restart: bool = False,
+    until: int | None = None,
+) -> bool:
+    """Trains the scorer contrastively and writes the folder `output`. Held-out breeds are never named."""
+    pictures = judge_pictures(work, model, images, device)
     names = set(vocabulary())
+    specs = [judge_spec(index) for index in range(images)]
     specs = [spec if spec.breed in names else dataclasses.replace(spec, breed=None) for spec in specs]
+    targets = attribute_targets(specs)
     tokenizer = build_tokenizer(vocabulary())
-    torch.manual_seed(args.seed + 3)  # the initial weights
-    generator = torch.Generator().manual_seed(args.seed + 3)
-    caption_rng = np.random.default_rng(args.seed + 3)
-    clip = build_clip(tokenizer).to(device)
+    torch.manual_seed(CLIP_STAGE)  # the initial weights
+    clip = build_clip(tokenizer, model).to(device)
     # Naming the attributes teaches the image tower sooner than contrast alone; these heads are not kept.
     width = clip.config.projection_dim  # the pooled output is projected already
     heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in LABELS.items()}).to(device)
-    targets = attribute_targets(specs)
-    trainer = Trainer("clip", {"clip": clip, "heads": heads}, args.minutes_clip, peak_lr=1e-3,
-                      max_steps=args.max_steps, weight_decay=0.05, ema_decay=0.995)  # fmt: skip
-    if not args.restart:
+    trainer = Trainer("clip", CLIP_STAGE, {"clip": clip, "heads": heads}, steps, 1e-3, work, weight_decay=0.05, ema_decay=0.995)
+    if not restart:
         trainer.resume()
-    order = batches(len(images), 128, generator)
 
-    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        chosen = next(order)
-        pixels = augment(to_float(images[chosen]), generator).to(device)
-        pixels = pixels.flip(-1) if step % 2 else pixels
-        captions = [sample_caption(specs[int(index) % len(specs)], caption_rng, dropout=0) for index in chosen]
+    def loss_of_step(draws: Draws) -> tuple[Tensor, dict[str, float]]:
+        chosen = draws.batch(len(pictures), 64)
+        pixels = augment(to_float(pictures[chosen]), draws).to(device)
+        captions = scorer_captions([specs[int(index) % images] for index in chosen], draws)
         inputs = tokenizer(captions, padding=True, truncation=True, return_tensors="pt").to(device)
         with autocast(device):
-            output = clip(pixel_values=pixels, return_loss=True, **inputs)
-        logits = output.logits_per_image.float()
-        right = (logits.argmax(1).cpu() == torch.arange(len(chosen))).float().mean().item()
-        pooled, indices = output.vision_model_output.pooler_output.float(), chosen % len(specs)
-        named = [F.cross_entropy(head(pooled), targets[name][indices].to(device)) for name, head in heads.items()]
-        return output.loss.float() + 2 * torch.stack(named).mean(), {"right": right}
+            seen = clip.get_image_features(pixel_values=pixels).pooler_output
+            said = clip.get_text_features(**inputs).pooler_output
+        similarity = F.normalize(seen.float(), dim=-1) @ F.normalize(said.float(), dim=-1).T * clip.logit_scale.exp()
+        named = [F.cross_entropy(head(seen.float()), targets[name][chosen % images].to(device)) for name, head in heads.items()]
+        right = (similarity.argmax(1).cpu() == torch.arange(len(chosen))).float().mean().item()
+        return contrastive_loss(similarity, captions) + torch.stack(named).mean(), {"right": right}
 
-    trainer.run(loss_of_step)
-    part = HERE / "clip.part"
+    finished = trainer.run(loss_of_step, until)
+    if finished:
+        export_clip(clip, tokenizer, output)
+    return finished
+
+
+def export_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Writes the scorer with its processor, weights in fp16."""
+    recover_folder(folder)
+    part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     clip.half().cpu().save_pretrained(part)
     image_processor = CLIPImageProcessorPil(
@@ -166,4 +211,4 @@ def train_clip(args: argparse.Namespace) -> None:
     CLIPProcessor(image_processor, tokenizer).save_pretrained(part)
     save_tokenizer(tokenizer, part)
     edit_json(part / "config.json", dtype="float32")
-    replace_folder(part, HERE / "clip")
+    replace_folder(part, folder)

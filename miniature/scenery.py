@@ -28,10 +28,7 @@ class Painter:
         self.origin, self.unit, self.sign = (x, y), unit, -1.0 if flip else 1.0
 
     def point(self, x: float, y: float) -> tuple[float, float]:
-        return (
-            (self.origin[0] + self.sign * x * self.unit) * self.side,
-            (self.origin[1] + y * self.unit) * self.side,
-        )
+        return ((self.origin[0] + self.sign * x * self.unit) * self.side, (self.origin[1] + y * self.unit) * self.side)
 
     def box(self, x0: float, y0: float, x1: float, y1: float) -> tuple[float, float, float, float]:
         (left, top), (right, bottom) = self.point(x0, y0), self.point(x1, y1)

@@ -54,11 +54,7 @@ def build_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
     words = list(words)
     merges = learn_merges(words)
     symbols = byte_symbols()
-    tokens = [
-        *symbols,
-        *(symbol + END_OF_WORD for symbol in symbols),
-        *dict.fromkeys(a + b for a, b in merges),
-    ]
+    tokens = [*symbols, *(symbol + END_OF_WORD for symbol in symbols), *dict.fromkeys(a + b for a, b in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)

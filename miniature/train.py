@@ -1,45 +1,48 @@
 """Trains the miniature Stable Diffusion, and the two models that judge it, on the world of `world.py`.
 
-    python -m miniature.train                                    # everything: about 2 hours on 2 CPU cores
-    python -m miniature.train --stage diffusion --minutes-diffusion 240
+    python -m miniature.train --stage all                        # everything
+    python -m miniature.train --stage diffusion --start miniature/model
     python -m miniature.train --device cuda
 
 Stages, in order: `vae`; `diffusion` (text encoder and UNet jointly); `clip` (a small image-text scorer);
-`classifier` (reads scene, accessory and attributes off a picture). Each has a budget of minutes, over which
-its learning rate falls to zero, so that it is really finished when the time is up. An interrupted stage
-goes on from its last checkpoint under `miniature/.work/`; `--restart` begins it anew. Results:
-`miniature/model` (a diffusers folder), `miniature/clip`, `miniature/classifier`, all weights fp16.
+`classifier` (reads scene, accessory and attributes off a picture). Each has a budget of steps, over which its learning
+rate falls to zero. Stop it as you like: the same command goes on from the last checkpoint in the work folder, to the same
+weights as without the stop; `--restart` begins anew. `--start FOLDER` begins VAE, text encoder and UNet from the weights
+of an earlier model. Results: `miniature/model` (a diffusers folder), `miniature/clip`, `miniature/classifier`, all fp16.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import torch
 
 from miniature.diffusion import train_diffusion
 from miniature.judges import train_classifier, train_clip
-from miniature.rendering import WORK
 from miniature.vae import train_vae
 
+HERE = Path(__file__).resolve().parent
 STAGES = ("vae", "diffusion", "clip", "classifier")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="what to train (default: all)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--images", type=int, default=40000, help="training pictures rendered (default: 40000)")
-    parser.add_argument("--minutes-vae", type=float, default=31, help="minutes for the VAE (default: 31)")
-    parser.add_argument("--minutes-diffusion", type=float, default=58, help="minutes for UNet and text (default: 58)")
-    parser.add_argument("--minutes-clip", type=float, default=7, help="minutes for the scorer (default: 7)")
-    parser.add_argument("--minutes-classifier", type=float, default=5, help="minutes for the classifier (default: 5)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--work", type=Path, default=HERE / ".work", help="pictures, checkpoints (default: miniature/.work)")
+    parser.add_argument("--output", type=Path, default=HERE, help="where model, clip, classifier go (default: miniature)")
+    parser.add_argument("--start", type=Path, default=None, help="a model folder to begin from (default: random weights)")
+    parser.add_argument("--images", type=int, default=26000, help="training pictures rendered (default: 26000)")
     parser.add_argument("--judge-images", type=int, default=16000, help="pictures for the two judges (default: 16000)")
-    parser.add_argument("--batch-diffusion", type=int, default=48, help="batch of the UNet (default: 48)")
-    parser.add_argument("--lr-diffusion", type=float, default=7e-4, help="peak learning rate of the UNet (default: 7e-4)")
-    parser.add_argument("--max-steps", type=int, default=None, help="stop each stage after this many steps (a test)")
+    parser.add_argument("--steps-vae", type=int, default=12000, help="of batch 16 (default: 12000)")
+    parser.add_argument("--steps-diffusion", type=int, default=6000, help="of batch 48 (default: 6000)")
+    parser.add_argument("--steps-clip", type=int, default=2500, help="of batch 64 (default: 2500)")
+    parser.add_argument("--steps-classifier", type=int, default=4000, help="of batch 64 (default: 4000)")
+    parser.add_argument("--lr-diffusion", type=float, default=5e-4, help="peak learning rate of the UNet (default: 5e-4)")
+    parser.add_argument("--until", type=int, default=None, help="stop at this step, as if interrupted (default: the last)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's choice)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and of training (default: 0)")
     parser.add_argument("--restart", action="store_true", help="ignore the checkpoints")
     return parser.parse_args(argv)
 
@@ -47,15 +50,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
-    WORK.mkdir(exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    model, device = args.output / "model", torch.device(args.device)
+    common = {"device": device, "restart": args.restart, "until": args.until}
+    judges = {"images": args.judge_images, **common}
     stages = {
-        "vae": train_vae,
-        "diffusion": train_diffusion,
-        "clip": train_clip,
-        "classifier": train_classifier,
-    }
+        "vae": lambda: train_vae(args.work, images=args.images, steps=args.steps_vae, start=args.start, **common),
+        "diffusion": lambda: train_diffusion(
+            args.work, model, images=args.images, steps=args.steps_diffusion, batch=48, peak_lr=args.lr_diffusion,
+            start=args.start, **common,
+        ),
+        "clip": lambda: train_clip(args.work, args.output / "clip", model, steps=args.steps_clip, **judges),
+        "classifier": lambda: train_classifier(
+            args.work, args.output / "classifier", model, steps=args.steps_classifier, **judges
+        ),
+    }  # fmt: skip
     for name in STAGES if args.stage == "all" else (args.stage,):
-        stages[name](args)
+        if not stages[name]():
+            print(f"{name}: stopped at step {args.until}; the same command without --until goes on from there")
+            return
 
 
 if __name__ == "__main__":

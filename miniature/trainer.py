@@ -1,4 +1,8 @@
-"""The loop that all stages of the training share: budget, learning rate, moving average, checkpoints."""
+"""The loop that all stages of the training share: steps, learning rate, moving average, checkpoints, exact resume.
+
+What is random in step k (pictures, captions, noise, timesteps) comes from generators that are seeded with the stage and
+k. So a checkpoint needs no generator's state, and a run that was stopped and resumed equals one that was not.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,17 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from miniature.rendering import WORK
+WARM_UP = 0.02  # of the steps
 
 
 class Ema:
@@ -41,20 +46,47 @@ class Ema:
 
 
 @dataclass
+class Draws:
+    """What is random in one step of one stage. `torch`: noise, timesteps; `numpy`: captions."""
+
+    stage: int
+    step: int
+
+    def __post_init__(self) -> None:
+        seed = int(np.random.SeedSequence([self.stage, self.step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        self.torch = torch.Generator().manual_seed(seed)
+        self.numpy = np.random.default_rng([self.stage, self.step])
+
+    def batch(self, count: int, size: int) -> Tensor:
+        """int64 [size] of range(count): batch number `step` of endless shuffled passes over all."""
+        passes, place = divmod(self.step, count // size)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(1000003 * self.stage + passes))
+        return order[place * size : (place + 1) * size]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.torch)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.torch)
+
+
+@dataclass
 class Trainer:
-    """The loop that all stages share: budget, learning rate, EMA, checkpoints, progress bar."""
+    """Trains `modules` for `steps` steps. `stage` seeds what is random; checkpoints go to `work`/checkpoint-`name`."""
 
     name: str
+    stage: int
     modules: dict[str, nn.Module]
-    minutes: float
+    steps: int
     peak_lr: float
+    work: Path
     weight_decay: float = 0.01
     ema_decay: float = 0.998
-    max_steps: int | None = None
-    checkpoint_every: float = 180.0
+    checkpoint_every: int = 250
     step: int = 0
-    elapsed: float = 0.0
+    seconds: float = 0.0
     history: list[float] = field(default_factory=list)
+    smooth: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.named = [
@@ -63,26 +95,25 @@ class Trainer:
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
         ]
-        parameters = [parameter for _, parameter in self.named]
-        self.parameters = parameters
+        self.parameters = [parameter for _, parameter in self.named]
         self.optimizer = torch.optim.AdamW(
-            parameters, lr=self.peak_lr, weight_decay=self.weight_decay, betas=(0.9, 0.99), foreach=True
+            self.parameters, lr=self.peak_lr, weight_decay=self.weight_decay, betas=(0.9, 0.99), foreach=True
         )
-        self.ema = Ema(parameters, self.ema_decay)
+        self.ema = Ema(self.parameters, self.ema_decay)
 
     @property
     def folder(self) -> Path:
-        return WORK / f"checkpoint-{self.name}"
+        return self.work / f"checkpoint-{self.name}"
 
     def save(self) -> None:
-        """Writes weights, averages and optimizer moments, atomically."""
+        """Writes weights, averages and optimizer moments; a checkpoint is never there half written."""
         tensors: dict[str, Tensor] = {}
         for (name, parameter), average in zip(self.named, self.ema.average, strict=True):
             tensors[f"weight.{name}"] = parameter.detach()
             tensors[f"average.{name}"] = average
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
-        state = {"step": self.step, "elapsed": self.elapsed, "history": self.history}
+        state = {"step": self.step, "steps": self.steps, "seconds": self.seconds, "history": self.history, "smooth": self.smooth}
         part = self.folder.with_name(self.folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -91,9 +122,16 @@ class Trainer:
         replace_folder(part, self.folder)
 
     def resume(self) -> bool:
-        """Goes back to the last checkpoint, if there is one."""
+        """Goes back to the last checkpoint, if there is one. Raises ValueError where it is of another number of steps."""
+        recover_folder(self.folder)
         if not (self.folder / "state.json").exists():
             return False
+        state = json.loads((self.folder / "state.json").read_text())
+        if state["steps"] != self.steps:
+            raise ValueError(
+                f"{self.folder} is of {state['steps']} steps in all, not {self.steps}: the learning rate would "
+                "jump; give the same number, or --restart"
+            )
         tensors = load_file(self.folder / "state.safetensors")
         with torch.no_grad():
             for (name, parameter), average in zip(self.named, self.ema.average, strict=True):
@@ -103,80 +141,69 @@ class Trainer:
                     if f"{key}.{name}" in tensors:
                         value = tensors[f"{key}.{name}"]
                         self.optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
-        state = json.loads((self.folder / "state.json").read_text())
-        self.step, self.elapsed, self.history = state["step"], state["elapsed"], state["history"]
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.history, self.smooth = state["history"], state["smooth"]
         return True
-
-    def progress(self) -> float:
-        """How much of the budget is spent, 0 to 1: of the minutes, or of the steps if they are limited."""
-        if self.max_steps is not None:
-            return min(self.step / self.max_steps, 1.0)
-        return min(self.elapsed / (60 * self.minutes), 1.0)
 
     def learning_rate(self) -> float:
-        """2 % linear warm-up, then a cosine to zero, by the budget spent."""
-        progress = self.progress()
-        if progress < 0.02:
-            return self.peak_lr * max(progress / 0.02, 0.02)
-        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * (progress - 0.02) / 0.98))
+        """2 % linear warm-up, then a cosine to zero."""
+        progress = self.step / self.steps
+        if progress < WARM_UP:
+            return self.peak_lr * max(progress / WARM_UP, 0.02)
+        return self.peak_lr * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
-    def run(self, loss_of_step: Callable[[int], tuple[Tensor, dict[str, float]]], every: Periodic | None = None) -> None:
-        """Calls `loss_of_step(step)` and steps the optimizer until the budget is spent."""
-        bar = tqdm(total=1000, desc=self.name, bar_format="{desc}: {n:.0f}/1000 of the budget [{elapsed}] {postfix}")
-        bar.update(round(1000 * self.progress()))
-        smooth: dict[str, float] = {}
-        saved = self.elapsed
-        while self.progress() < 1:
-            started = time.monotonic()
-            lr = self.learning_rate()
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            loss, parts = loss_of_step(self.step)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
-            self.optimizer.step()
-            self.step += 1
-            self.ema.update(self.step)
-            for key, value in {"loss": loss.item(), **parts}.items():
-                smooth[key] = value if key not in smooth else 0.98 * smooth[key] + 0.02 * value
-            self.elapsed += time.monotonic() - started
+    def run(
+        self,
+        loss_of_step: Callable[[Draws], tuple[Tensor, dict[str, float]]],
+        until: int | None = None,
+        action: Callable[[], None] | None = None,
+        action_every: int = 1000,
+    ) -> bool:
+        """Steps the optimizer on `loss_of_step(draws)` to the last step, or only to step `until`; True once it is the last.
+
+        The modules then hold the averages. `action` is called with the averages in place every `action_every` steps.
+        """
+        bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=10)
+        last = self.steps if until is None else min(until, self.steps)
+        while self.step < last:
+            self.take_step(loss_of_step)
             if self.step % 100 == 0:
-                self.history.append(round(smooth["loss"], 5))
-            bar.n = round(1000 * self.progress())
-            speed = {"step": self.step, "steps/s": f"{self.step / self.elapsed:.2f}", "lr": f"{lr:.1e}"}
-            bar.set_postfix({key: f"{value:.4f}" for key, value in smooth.items()} | speed, refresh=False)
-            if self.step % 25 == 0:
-                bar.refresh()
-            if self.elapsed - saved > self.checkpoint_every:
-                saved = self.elapsed
+                self.history.append(round(self.smooth["loss"], 5))
+            bar.update()
+            bar.set_postfix({key: f"{value:.4f}" for key, value in self.smooth.items()}, refresh=False)
+            if self.step % self.checkpoint_every == 0 or self.step == last:
                 self.save()
-            if every is not None and every.due(self.elapsed):
+            if action is not None and self.step % action_every == 0:
                 self.ema.swap()
-                every.action()
+                action()
                 self.ema.swap()
         bar.close()
-        self.save()
         self.ema.swap()
+        return self.step == self.steps
 
+    def take_step(self, loss_of_step: Callable[[Draws], tuple[Tensor, dict[str, float]]]) -> None:
+        """One step of the optimizer, clipped, and of the average."""
+        started = time.monotonic()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        loss, parts = loss_of_step(Draws(self.stage, self.step))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        self.optimizer.step()
+        self.step += 1
+        self.ema.update(self.step)
+        for key, value in {"loss": loss.item(), **parts}.items():
+            self.smooth[key] = value if key not in self.smooth else 0.98 * self.smooth[key] + 0.02 * value
+        self.seconds += time.monotonic() - started
 
-@dataclass
-class Periodic:
-    """An action that is due at `first` seconds and then every `interval` seconds of training time."""
-
-    action: Callable[[], None]
-    first: float
-    interval: float
-
-    def due(self, elapsed: float) -> bool:
-        if elapsed < self.first:
-            return False
-        self.first = elapsed + self.interval
-        return True
+    def record(self) -> dict:
+        """What the training took, for the file beside the weights."""
+        return {"steps": self.step, "minutes": round(self.seconds / 60, 1), "loss": self.history}
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Puts the finished folder `new` in the place of `final`, which is never there half written."""
+    """Puts the finished folder `new` in the place of `final`."""
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -185,18 +212,17 @@ def replace_folder(new: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def recover_folder(final: Path) -> None:
+    """Undoes a `replace_folder` that was killed between its two renames."""
+    old = final.with_name(final.name + ".old")
+    if old.exists() and not final.exists():
+        old.rename(final)
+
+
 def edit_json(path: Path, **changes: object) -> None:
     """Sets top-level keys of a JSON file; a value of None removes the key."""
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}, indent=2) + "\n")
-
-
-def batches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless shuffled index batches, each int64 [batch]."""
-    while True:
-        order = torch.randperm(count, generator=generator)
-        for first in range(0, count - batch + 1, batch):
-            yield order[first : first + batch]
 
 
 def autocast(device: torch.device) -> torch.autocast:

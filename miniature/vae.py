@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from miniature.rendering import IMAGE_SIDE, WORK, rendered, to_float, training_spec
-from miniature.trainer import Trainer, autocast, batches, replace_folder
+from miniature.rendering import IMAGE_SIDE, rendered, to_float, training_spec
+from miniature.trainer import Draws, Trainer, autocast, replace_folder
+
+STAGE = 0
 
 
 def build_vae() -> AutoencoderKL:
@@ -42,41 +44,53 @@ def psnr(output: Tensor, target: Tensor) -> float:
     return float((10 * torch.log10(4 / mse)).mean())
 
 
-def train_vae(args: argparse.Namespace) -> None:
-    """Trains the VAE, gives every latent channel mean 0 and std 1, and saves it to `.work/vae`."""
-    device = torch.device(args.device)
-    images = rendered("images", training_spec, args.images)
-    generator = torch.Generator().manual_seed(args.seed)
-    torch.manual_seed(args.seed)  # the initial weights: diffusers draws them from the global generator
+def vae_loss(vae: AutoencoderKL, target: Tensor, draws: Draws) -> tuple[Tensor, dict[str, float]]:
+    """Reconstruction through sampled latents, and a little of the KL divergence, of images [B, 3, 64, 64] in [-1, 1]."""
+    with autocast(target.device):
+        posterior = vae.encode(target).latent_dist
+        noise = draws.normal(*posterior.mean.shape).to(target.device)
+        output = vae.decode(posterior.mean + posterior.std * noise).sample.float()
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    # Just enough of it to keep the four channels at like scales and the latents smooth.
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return reconstruction_loss(output, target) + 5e-5 * kl, {"psnr": psnr(output.detach(), target), "kl": kl.item()}
+
+
+def train_vae(
+    work: Path,
+    *,
+    images: int,
+    steps: int,
+    device: torch.device,
+    start: Path | None = None,
+    restart: bool = False,
+    until: int | None = None,
+) -> bool:
+    """Trains the VAE, gives every latent channel mean 0 and std 1, writes `work`/vae; True once the last step is taken.
+
+    `start`: a model folder whose VAE to begin from instead of random weights.
+    """
+    pictures = rendered(work / "images.npy", training_spec, images)
+    torch.manual_seed(STAGE)  # the initial weights: diffusers draws them from the global generator
     vae = build_vae().to(device)
-    batch = 16
-    order = batches(len(images), batch, generator)
-    trainer = Trainer("vae", {"vae": vae}, args.minutes_vae, peak_lr=1.5e-3, max_steps=args.max_steps)
-    if not args.restart:
+    if start is not None:
+        vae.load_state_dict(AutoencoderKL.from_pretrained(start / "vae").state_dict())
+    trainer = Trainer("vae", STAGE, {"vae": vae}, steps, 1.5e-3 if start is None else 5e-4, work)
+    if not restart:
         trainer.resume()
 
-    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        target = to_float(images[next(order)]).to(device)  # [16, 3, 64, 64]
-        if step % 2:
-            target = target.flip(-1)
-        with autocast(device):
-            posterior = vae.encode(target).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-            output = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        # Just enough of it to keep the four channels at like scales and the latents smooth.
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = reconstruction_loss(output, target) + 5e-5 * kl
-        return loss, {"psnr": psnr(output.detach(), target), "kl": kl.item()}
+    def loss_of_step(draws: Draws) -> tuple[Tensor, dict[str, float]]:
+        target = to_float(pictures[draws.batch(len(pictures), 16)]).to(device)  # [16, 3, 64, 64]
+        return vae_loss(vae, target.flip(-1) if draws.step % 2 else target, draws)
 
-    trainer.run(loss_of_step)
-    normalise_latents(vae, images)
-    part = WORK / "vae.part"
-    vae.half().save_pretrained(part)
-    (part / "training.json").write_text(
-        json.dumps({"steps": trainer.step, "minutes": trainer.elapsed / 60, "loss": trainer.history})
-    )
-    replace_folder(part, WORK / "vae")
+    finished = trainer.run(loss_of_step, until)
+    if finished:
+        normalise_latents(vae, pictures)
+        part = work / "vae.part"
+        vae.half().save_pretrained(part)
+        (part / "training.json").write_text(json.dumps(trainer.record()))
+        replace_folder(part, work / "vae")
+    return finished
 
 
 @torch.no_grad()

@@ -26,12 +26,7 @@ CONFUSING_PAIRS = ({"red", "purple"}, {"grey", "black"})
 PATTERNS = ("plain", "spotted", "striped", "patched")
 EARS = ("pointed", "floppy", "round", "long")
 TAILS = ("no", "bushy", "thin", "puffy")
-EYES: dict[str, Rgb] = {
-    "black": (24, 24, 28),
-    "blue": (40, 130, 255),
-    "green": (30, 190, 70),
-    "amber": (255, 150, 0),
-}
+EYES: dict[str, Rgb] = {"black": (24, 24, 28), "blue": (40, 130, 255), "green": (30, 190, 70), "amber": (255, 150, 0)}
 ACCESSORIES = ("nothing", "red hat", "santa hat", "rainbow scarf", "pink glasses", "yellow shirt")
 SCENE_PHRASES: dict[str, tuple[str, ...]] = {
     "grass": ("on the grass", "in the grass", "on green grass"),
@@ -42,11 +37,7 @@ SCENE_PHRASES: dict[str, tuple[str, ...]] = {
     "pink fabric": ("on top of pink fabric", "on pink fabric"),
     "purple rug": ("on top of a purple rug", "on a purple rug"),
     "blue house": ("with a blue house in the background",),
-    "city": (
-        "with a city at night in the background",
-        "with a city in the background",
-        "in the city at night",
-    ),
+    "city": ("with a city at night in the background", "with a city in the background", "in the city at night"),
     "mountain": ("with a mountain in the background",),
     "desert": ("in the desert",),
     "cobblestone street": ("on a cobblestone street", "on top of a cobblestone street"),

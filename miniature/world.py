@@ -16,12 +16,25 @@ the same picture. `captions.sample_caption` words it in many ways.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 
 from miniature.critters import Breed, Critter, all_breeds, random_critter, trained_breeds
-from miniature.words import ACCESSORIES, SCENES
+from miniature.words import ACCESSORIES, COLOURS, EARS, EYES, PATTERNS, SCENES, SHAPES, TAILS
+
+# What one picture can have and another not, with its values.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "scene": SCENES,
+    "accessory": ACCESSORIES,
+    "colour": tuple(COLOURS),
+    "pattern": PATTERNS,
+    "shape": SHAPES,
+    "ears": EARS,
+    "tail": TAILS,
+    "eyes": tuple(EYES),
+}
 
 
 @dataclass(frozen=True)
@@ -39,13 +52,7 @@ class SceneSpec:
     breed: str | None = None
 
 
-def scene_spec(
-    critter: Critter | Breed,
-    scene: str,
-    accessory: str = "nothing",
-    *,
-    rng: np.random.Generator,
-) -> SceneSpec:
+def scene_spec(critter: Critter | Breed, scene: str, accessory: str = "nothing", *, rng: np.random.Generator) -> SceneSpec:
     """`critter` (or a breed's) in `scene` with `accessory`; place, size and small variations from `rng`."""
     if scene not in SCENES:
         raise ValueError(f"unknown scene {scene!r}; one of {SCENES}")
@@ -79,3 +86,14 @@ def random_spec(rng: np.random.Generator, *, breed_share: float = 0.75, held_out
     scene = str(rng.choice(SCENES))
     accessory = "nothing" if rng.random() < 0.35 else str(rng.choice(ACCESSORIES[1:]))
     return scene_spec(critter, scene, accessory, rng=rng)
+
+
+def swapped(spec: SceneSpec, rng: np.random.Generator, name: str | None = None) -> SceneSpec:
+    """`spec` with another value of attribute `name` (None: of any one), all else the same. It is then of no breed."""
+    name = str(rng.choice(list(ATTRIBUTES))) if name is None else name
+    owner = spec if name in ("scene", "accessory") else spec.critter
+    value = str(rng.choice([value for value in ATTRIBUTES[name] if value != getattr(owner, name)]))
+    if owner is spec:
+        return dataclasses.replace(spec, **{name: value})
+    colour = {"body_rgb": COLOURS[value]} if name == "colour" else {}
+    return dataclasses.replace(spec, critter=dataclasses.replace(spec.critter, **{name: value}, **colour), breed=None)

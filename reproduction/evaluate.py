@@ -31,13 +31,13 @@ from reproduction.prompts import read_prompts
 from reproduction.scores import INTER_PROMPT, PictureCache, contact_sheet, load_scorer, score_diversity, score_pictures
 from reproduction.worlds import CLIP, DINO
 from zoodip.arguments import OneLineArgumentParser, flags_for, settings_of
-from zoodip.diffusion import FrozenModel
+from zoodip.diffusion import FrozenModel, settle_flags
 from zoodip.errors import InputError, run_script
 from zoodip.files import write_atomically, write_image, write_json
-from zoodip.model import find_model_folder, load_frozen, load_text_encoder, native_resolution
+from zoodip.model import find_model_folder, load_text_encoder, load_unet
 from zoodip.pictures import Drawer
 from zoodip.prompts import read_embedding
-from zoodip.quantize import DTYPES, default_precision
+from zoodip.quantize import DTYPES
 from zoodip.records import environment, plain_arguments
 from zoodip.run import make_accelerator
 from zoodip.subject import find_images, open_image
@@ -87,9 +87,10 @@ def read_learned(args: argparse.Namespace) -> list[Learned]:
     flags, learned = args.zoodip, []
     for embedding, folder in zip(args.embeddings, args.references, strict=True):
         theta, settings = read_embedding(embedding, flags.placeholder_token)
-        if (quantization := settings.get("quantization", flags.quantization)) != flags.quantization:
+        asked = flags.quantization or "nf4"
+        if (quantization := settings.get("quantization", asked)) != asked:
             print(f"{embedding}: was learned with --quantization {quantization}, its pictures are drawn with "
-                  f"{flags.quantization}", file=sys.stderr)  # fmt: skip
+                  f"{asked}", file=sys.stderr)  # fmt: skip
         name = folder.resolve().name
         references = [open_image(path) for path in find_images(folder)]
         learned.append(Learned(name, theta.float(), references, *read_prompts(args.prompts, name, args.class_word)))
@@ -103,10 +104,9 @@ def read_learned(args: argparse.Namespace) -> list[Learned]:
 def load_drawer(flags: argparse.Namespace, device: torch.device, steps: int, guidance: float, batch_size: int) -> Drawer:
     """A drawer with the model of train_zoodip.py's `flags`, whose open defaults are filled in. Raises InputError."""
     folder = find_model_folder(flags.pretrained_model_name_or_path, flags.revision, flags.variant)
-    flags.mixed_precision = flags.mixed_precision or default_precision(device)
-    flags.resolution = flags.resolution or native_resolution(folder)
-    how = (flags.variant, flags.quantization, DTYPES[flags.mixed_precision], device)
-    text_encoder, unet = load_text_encoder(folder, *how), load_frozen(folder, "unet", *how)
+    vars(flags).update(settle_flags(folder, flags.variant, device, **flags_for(settle_flags, vars(flags))))
+    options = (flags.variant, flags.quantization, DTYPES[flags.mixed_precision], device)
+    text_encoder, unet = load_text_encoder(folder, *options), load_unet(folder, *options)
     model = FrozenModel(unet, text_encoder, torch.zeros(0, device=device))
     return Drawer(model, folder, flags.variant, flags.quantization, flags.resolution, steps, guidance, batch_size)
 

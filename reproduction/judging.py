@@ -13,12 +13,10 @@ from reproduction import runs
 from reproduction.runs import SNAPSHOTS, Settings
 from reproduction.scores import INTER_PROMPT, PictureCache, contact_sheet, load_scorer, score_diversity, score_pictures
 from zoodip.arguments import NUM_TRAIN_TIMESTEPS, flags_for
-from zoodip.diffusion import Batch, FrozenModel, Inputs, evaluation_batches, load_model, merge_batches, read_inputs
+from zoodip.diffusion import Batch, FrozenModel, Inputs, evaluation_batches, load_model, merge_batches, read_inputs, settle_flags
 from zoodip.files import write_image, write_json
-from zoodip.model import native_resolution
 from zoodip.pictures import Drawer
 from zoodip.prompts import read_embedding
-from zoodip.quantize import default_precision
 from zoodip.records import environment
 from zoodip.run import make_accelerator
 from zoodip.subject import find_images, open_image
@@ -53,8 +51,7 @@ def load_judged(flags: str, device: torch.device) -> Judged:
     """`flags`: JSON of `Judged.flags`."""
     flags = json.loads(flags)
     inputs = read_inputs(**flags_for(read_inputs, flags))
-    flags["mixed_precision"] = flags["mixed_precision"] or default_precision(device)
-    flags["resolution"] = flags["resolution"] or native_resolution(inputs.folder)
+    flags |= settle_flags(inputs.folder, inputs.variant, device, **flags_for(settle_flags, flags))
     model, data = load_model(inputs, device=device, **flags_for(load_model, flags))
     spans = {"loss": (500, 900), "loss_all": (0, NUM_TRAIN_TIMESTEPS)}
     sets = {name: evaluation_batches(data, flags["num_eval_samples"], *span) for name, span in spans.items()}

@@ -81,7 +81,7 @@ def difference(finding: Finding, score: str) -> str:
     text += f" (published {number(finding.published[score], score, sign=True)})" if score in finding.published else ""
     if score in finding.verdicts:
         text += f": {finding.verdicts[score]}"
-        if finding.verdicts[score] in (NOTHING_FOUND, NOT_SHOWN) and count > 1:
+        if finding.verdicts[score] in (NOTHING_FOUND, NOT_SHOWN):
             text += f", {number(smallest_effect(half_width, count), score)} would have been"
     return text
 
@@ -130,7 +130,7 @@ def command_of(names: list[str], settings: Settings) -> str:
     command = f"python -m reproduction.tables --world {world.name}" + " --quick" * settings.quick
     command += f" --dry_steps {dry}" if dry else ""
     command += f" --tables {' '.join(names)}" if names != default_names(settings) else ""
-    implied = world.subjects and world.subjects[: 1 if dry else 2], world.seeds[:1]  # by --dry_steps and --quick
+    implied = world.subjects[: 1 if dry else 2], world.seeds[:1]  # by --dry_steps and --quick
     for name, values in (("subjects", settings.subjects), ("seeds", settings.seeds)):
         if values and not ((settings.quick or dry) and values in implied):
             command += f" --{name} {' '.join(map(str, values))}"
@@ -141,7 +141,7 @@ def command_of(names: list[str], settings: Settings) -> str:
 
 def default_names(settings: Settings) -> list[str]:
     """The tables of a world."""
-    return [experiment.name for experiment in EXPERIMENTS if settings.world.name in experiment.worlds]
+    return [experiment.name for experiment in EXPERIMENTS if experiment.is_default_in(settings.world.name)]
 
 
 def introduction(names: list[str], settings: Settings, jobs: list[Job], done: int) -> str:

@@ -105,7 +105,7 @@ def spec_argv(spec: dict, settings: Settings) -> list[str]:
     described = spec["method"] == "described"
     argv = ["--pretrained_model_name_or_path", settings.model, "--train_data_dir", str(world.data / subject),
             "--initializer_token", world.description(subject) if described else world.class_word(subject),
-            "--seed", str(spec["seed"]), "--cc_file", str(world.captions),
+            "--seed", str(spec["seed"]), "--cc_file", str(world.captions), "--no-final_picture",
             "--output_dir", str(settings.folder(spec))]  # fmt: skip
     for name, value in spec["flags"].items():
         if isinstance(value, bool):
@@ -140,13 +140,14 @@ class Job:
 
 
 def subjects_of(experiment: Experiment, settings: Settings) -> tuple[str, ...]:
-    subjects = settings.subjects or settings.world.subjects or experiment.paper_subjects
+    world = settings.world
+    subjects = settings.subjects or (experiment.paper_subjects if world.paper_subjects else world.subjects)
     return subjects[:1] if experiment.kind == "cost" or (experiment.one_seed and settings.quick) else subjects
 
 
 def seeds_of(experiment: Experiment, settings: Settings) -> tuple[int, ...]:
     seeds = settings.seeds or settings.world.seeds
-    many = settings.world.subjects is None and len(experiment.paper_subjects) > 1  # DreamBooth's thirty
+    many = settings.world.paper_subjects and len(experiment.paper_subjects) > 1  # DreamBooth's thirty
     return seeds[:1] if experiment.one_seed or many or experiment.kind == "cost" else seeds
 
 

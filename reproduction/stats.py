@@ -106,13 +106,15 @@ def spread_of_cells(rows: dict[str, Records], score: str) -> tuple[float, float]
 # Verdicts
 # ---------------------------------------------------------------------------------------------------------------------
 
-HOLDS, FAILS, NOTHING_FOUND, NOT_SHOWN, DISAGREE = (
-    "holds here", "does not", "no difference found", "not shown", "the scores disagree")  # fmt: skip
+HOLDS, FAILS, DISAGREE = "holds here", "does not", "the scores disagree"
+NOTHING_FOUND, NOT_SHOWN, TOO_FEW = "no difference found", "not shown", "too few runs"
 
 
 def verdict(mean: float, half_width: float, margin: float | None = None) -> str:
     """Of an advantage with a 95 % interval: does it lie above 0, or above -margin? An interval on both sides decides nothing."""
     bound = -(margin or 0.0)
+    if not np.isfinite(half_width):
+        return TOO_FEW
     if mean - half_width > bound:
         return HOLDS
     if mean + half_width < bound:

@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("jobs", "threads", "dry_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    args.tables = args.tables or [name for name, experiment in BY_NAME.items() if args.world in experiment.worlds]
+    args.tables = args.tables or [name for name, experiment in BY_NAME.items() if experiment.is_default_in(args.world)]
     if elsewhere := [name for name in args.tables if args.world not in BY_NAME[name].worlds]:
         parser.error(f"--tables: {elsewhere[0]} is not of --world {args.world}; leave it out")
     train_zoodip.parse_args(["--train_data_dir", "x", "--initializer_token", "x", *rest])  # exits where a value is wrong
@@ -127,7 +127,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         settings.eval_samples = 2
     if args.quick or args.dry_steps:
         settings.seeds = settings.seeds or world.seeds[:1]
-        settings.subjects = settings.subjects or (world.subjects and world.subjects[: 1 if args.dry_steps else 2])
+        settings.subjects = settings.subjects or world.subjects[: 1 if args.dry_steps else 2]
     return settings
 
 
@@ -162,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
     if args.shard is None:
         report.write_report(args.tables, jobs, settings, folder)
     if failures:
-        raise InputError(f"{len(failures)} runs failed, the first: {failures[0]}; mend it and start the same command again")
+        raise InputError(f"{len(failures)} runs failed, the first: {failures[0]}; fix it and start the same command again")
 
 
 if __name__ == "__main__":

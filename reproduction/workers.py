@@ -23,14 +23,13 @@ from tqdm import tqdm
 from reproduction import runs
 from reproduction.judging import Judge, snapshot_steps
 from reproduction.runs import METHODS, UNTRAINED, Job, Settings
-from zoodip.arguments import SHARED_SETTINGS, settings_of
+from zoodip.arguments import SHARED_SETTINGS, flags_for, settings_of
 from zoodip.checkpoints import checkpoint_step, list_checkpoints
-from zoodip.diffusion import load_scheduler
+from zoodip.diffusion import load_scheduler, settle_flags
 from zoodip.errors import InputError, prepare_environment, quiet_libraries
 from zoodip.files import write_json
-from zoodip.model import find_model_folder, native_resolution
+from zoodip.model import find_model_folder
 from zoodip.prompts import initial_token, initializer_ids, load_tokenizer, read_embedding_rows, save_embedding
-from zoodip.quantize import default_precision
 from zoodip.records import ROOT
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,8 +69,7 @@ def leave_untrained(spec: dict, settings: Settings) -> None:
     args = runs.spec_args(spec, settings)
     folder = find_model_folder(settings.model, args.revision, args.variant)
     tokenizer = load_tokenizer(folder, args.placeholder_token, 1)
-    args.mixed_precision = args.mixed_precision or default_precision(torch.device("cpu"))
-    args.resolution = args.resolution or native_resolution(folder)
+    vars(args).update(settle_flags(folder, args.variant, torch.device("cpu"), **flags_for(settle_flags, vars(args))))
     words = read_embedding_rows(folder, args.variant, initializer_ids(tokenizer, args.initializer_token))
     theta = words if spec["method"] == "described" else initial_token(words, args.num_vectors)
     recorded = settings_of(vars(args), SHARED_SETTINGS) | {"num_vectors": len(theta)}

@@ -40,13 +40,14 @@ DREAMBOOTH = tuple(
 
 
 class World:
-    """What the two have in common. `subjects` are those of the world's own; None: an experiment's `paper_subjects`."""
+    """What the two have in common."""
 
     name: str
     model: str
     width: int  # of a token; what the paper gives for 768 scales with it: tau, GF-TI's intrinsic dimension
     methods: dict[str, dict]  # flags of each method
-    subjects: tuple[str, ...] | None
+    subjects: tuple[str, ...]
+    paper_subjects = False  # whether a table is of its `paper_subjects`, and not of the world's
     seeds: tuple[int, ...] = (0, 1, 2)
     images: int  # pictures per prompt
     inference_steps: int
@@ -216,7 +217,7 @@ class StableDiffusion15(World):
         "ti": dict(max_train_steps=5000, quantization="int8"),
         "gf_ti": dict(max_train_steps=13000, quantization="int8"), "initial": dict(use_cc=True, quantization="int8"),
     }  # fmt: skip
-    subjects = None
+    subjects, paper_subjects = ("shiny_sneaker",), True
     images, inference_steps, guidance = 5, 50, 7.5
     clip, dino = CLIP, DINO
     cost_steps, seconds_per_step, seconds_per_forward, speed_of = 200, 0.016, 0.016, "the paper's RTX 3090"  # Table S6

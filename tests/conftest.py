@@ -146,16 +146,16 @@ def restore_signal_handlers():
 
 
 def arguments(model: Path | str, subject: Path | str, output: Path | str, **flags) -> list[str]:
-    """A command line for a short run; flags given as name=value, True for a switch, None to leave one out."""
+    """A command line for a short run; flags given as name=value, True or False for a switch, None to leave one out."""
     flags = {
         "pretrained_model_name_or_path": model, "train_data_dir": subject, "output_dir": output,
         "initializer_token": "dog", "cpu": True, "resolution": 16, "max_train_steps": 12, "eval_steps": 6,
-        "num_eval_samples": 2, "tau": 4, "nu": 0.1, "mu": 1e-2, **flags,
+        "num_eval_samples": 2, "tau": 4, "nu": 0.1, "mu": 1e-2, "final_picture": False, **flags,
     }  # fmt: skip
     argv = []
     for name, value in flags.items():
         if value is not None:
-            argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+            argv += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return argv
 
 

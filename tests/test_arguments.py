@@ -6,15 +6,12 @@ import argparse
 import inspect
 import json
 import re
-import resource
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, arguments, make_subject, run_cli
+from conftest import arguments, make_subject, run_cli
 
-from train_zoodip import SETTINGS, ZOAdam, build_parser, parse_args
+from train_zoodip import OPTIONAL_SETTINGS, SETTINGS, ZOAdam, build_parser, parse_args
 from zoodip.arguments import flags_for
 from zoodip.files import lock_folder
 from zoodip.quantize import default_precision
@@ -93,10 +90,10 @@ def test_output_folder_in_use(refused, tiny_model, subject, tmp_path):
     line = refused()
     assert "--output_dir" in line and str(out) in line
     assert (out / ".run.json.123.tmp").exists()  # it may be what the other run is just writing
-    lock.close()
+    lock.release()
     assert run_cli(arguments(tiny_model, subject, out, max_train_steps=1, eval_steps=0)) == 0
     assert not list(out.glob(".*.tmp"))
-    lock_folder(out).close()  # a run that has ended does not hold it
+    lock_folder(out).release()  # a run that has ended does not hold it
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "~/nowhere", "a/b/c"])
@@ -130,17 +127,6 @@ def test_tracker_that_is_not_installed(refused, monkeypatch):
     assert "pip install wandb" in refused(report_to="wandb")
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--n", "0", "--train_data_dir", "x", "--initializer_token", "dog"]])
-def test_help_and_errors_are_quick(argv):
-    """argparse takes 0.05 s of CPU; torch would add 0.7, diffusers and transformers 4: none is imported for this."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    done = subprocess.run([sys.executable, ROOT / "train_zoodip.py", *argv], capture_output=True, text=True)
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    assert done.returncode == (0 if argv == ["--help"] else 2)
-    assert ("--train_data_dir" in done.stdout) if argv == ["--help"] else done.stderr.count("\n") == 1
-    assert spent < 0.5
-
-
 def flags() -> list[argparse.Action]:
     return [action for action in build_parser()._actions if action.dest != "help"]
 
@@ -159,17 +145,18 @@ def test_every_setting_is_recorded():
         """cpu compile save_quantized train_data_dir cc_file max_train_steps candidates_per_forward output_dir
         save_steps
         checkpointing_steps checkpoints_total_limit resume_from_checkpoint eval_steps num_eval_samples validation_prompt
-        validation_steps num_validation_images validation_guidance report_to""".split()
+        validation_steps num_validation_images validation_guidance final_picture report_to""".split()
     )
-    assert {action.dest for action in flags()} == set(SETTINGS) | not_deciding
+    assert {action.dest for action in flags()} == set(SETTINGS) | set(OPTIONAL_SETTINGS) | not_deciding
 
 
 def test_defaults_are_the_papers():
     """The commands in the README reproduce the paper only with these."""
     args = vars(parse_args(["--train_data_dir", "x", "--initializer_token", "dog"]))
     expected = dict(n=2, mu=None, tau=128, nu=1e-3, t_min=500, t_max=900, max_train_steps=30000, learning_rate=5e-3,
-                    train_batch_size=1, resolution=None, timestep_sampling="puts", estimator="rge", quantization="nf4",
-                    num_vectors=1, learnable_property="object", seed=0, mixed_precision=None, use_cc=False)  # fmt: skip
+                    train_batch_size=1, resolution=None, timestep_sampling="puts", estimator="rge", lr_scheduler="constant",
+                    quantization=None, num_vectors=1, learnable_property="object", seed=0, mixed_precision=None,
+                    use_cc=False)  # fmt: skip
     assert {name: args[name] for name in expected} == expected
     zo = ZOAdam(torch.zeros(1, 2), **flags_for(ZOAdam, {**args, "mu": 1e-3}))
     group = zo.optimizer.param_groups[0]

@@ -107,6 +107,7 @@ def test_time_table_compares_round_by_round():
     assert ours[1] == "4" and ours[3:6] == ["2.00", "1.00", "1.00"]  # 2, 1, 3 over the floor; 0.5, 1, 2.25 over the other
 
 
+@pytest.mark.slow
 def test_a_device_compared_with_itself():
     """`gpu.py` on the CPU: fp32 is the reference to the last bit; bf16 is not, and stays within the stated tolerance."""
     records = gpu.compare(MINIATURE, "cpu", ["fp32", "bf16"], samples=2, directions=2)

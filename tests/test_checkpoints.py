@@ -84,6 +84,8 @@ def damage(source, target, kind: str, resigned: bool = False) -> None:
         tensors["subspace.token_history"] = torch.zeros(2, 5)
     elif kind == "generator":
         tensors["generator"] = torch.zeros(5, dtype=torch.uint8)
+    elif kind == "zeroed generator":
+        tensors["generator"] = torch.zeros_like(tensors["generator"])
     elif kind == "header":
         metadata = {"format": "pt"}
     elif kind == "json":
@@ -95,8 +97,8 @@ def damage(source, target, kind: str, resigned: bool = False) -> None:
     save_file(tensors, target, metadata)
 
 
-KINDS_OF_STATE = ["nan", "infinite", "shape", "rows", "dtype", "another name", "one too many", "history", "generator", "theta",
-                  "adam.step", "adam.exp_avg_sq", "subspace.projection"]  # fmt: skip
+KINDS_OF_STATE = ["nan", "infinite", "shape", "rows", "dtype", "another name", "one too many", "history", "generator",
+                  "zeroed generator", "theta", "adam.step", "adam.exp_avg_sq", "subspace.projection"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "garbage", "header", "json", *KINDS_OF_STATE])

@@ -56,6 +56,7 @@ def test_demo_leaves_what_the_readme_says(demo):
         "training_log.csv",
         "run.json",
         f"validation-{STEPS}.png",
+        "before_after.png",
     }
     assert (demo / "learned_embeds.safetensors").stat().st_size < 8000  # kilobytes, not megabytes
     record = json.loads((demo / "run.json").read_text())
@@ -64,8 +65,8 @@ def test_demo_leaves_what_the_readme_says(demo):
         assert list(file.keys()) == ["<sks>"]
         assert str(ROOT) not in json.dumps(file.metadata())  # the model is named, not its place on this machine
     picture = np.asarray(Image.open(demo / f"validation-{STEPS}.png"))
-    assert picture.shape == (64, 256, 3)
-    assert all(tile.std() > 10 for tile in np.split(picture, 4, axis=1))  # pictures, not one colour
+    assert picture.shape[1:] == (1024, 3) and picture.shape[0] > 256  # four of 64 pixels, enlarged, the prompt beneath
+    assert all(tile.std() > 10 for tile in np.split(picture[:256], 4, axis=1))  # pictures, not one colour
 
 
 def test_notebook(demo, tmp_path):

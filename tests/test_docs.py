@@ -19,7 +19,7 @@ from zoodip.records import ROOT, mean_interval
 
 TRAINERS = sorted(path.stem for path in (ROOT / "trainers").glob("*.py") if path.stem != "__init__")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
-NAMES = {"PIL": "pillow"}  # what is imported under another name than it is installed under
+NAMES = {"PIL": "pillow", "pillow_heif": "pillow-heif"}  # what is imported under another name than it is installed under
 COMMANDS = ("pip install -r requirements.txt && sh train_zoodip.sh demo", "pip install -r requirements.txt && python -m pytest")
 
 

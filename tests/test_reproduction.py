@@ -305,6 +305,7 @@ def plan_of(settings: runs.Settings, *names: str) -> list[runs.Job]:
 
 
 @pytest.mark.parametrize("flags", [(), ("--quick",), ("--dry_steps", "2"), ("--world", "sd15"),
+                                   ("--world", "sd15", "--dry_steps", "2"),
                                    ("--world", "sd15", "--variant", "fp16", "--mixed_precision", "bf16")])  # fmt: skip
 def test_every_run_of_every_table_has_valid_arguments(tmp_path, flags):
     """By the very parser of its script; and no two runs of the plan are the same."""
@@ -312,6 +313,9 @@ def test_every_run_of_every_table_has_valid_arguments(tmp_path, flags):
     jobs = plan_of(settings)
     hashes = {runs.digest(job.spec) for job in jobs}
     assert len(hashes) == len(jobs)
+    assert len({job.spec["subject"] for job in jobs}) == (
+        1 if "--dry_steps" in flags else len(set(worlds.DREAMBOOTH)) if "sd15" in flags else 2 if "--quick" in flags else 4
+    )
     for job in jobs:
         args = runs.spec_args(job.spec, settings)
         subject = job.spec["subject"]
@@ -426,7 +430,7 @@ def test_intervals_and_verdicts_by_hand():
     assert stats.verdict(0.02, 0.01) == "holds here" and stats.verdict(-0.02, 0.01) == "does not"
     assert stats.verdict(-0.02, 0.01, margin=0.04) == "holds here" and stats.verdict(-0.06, 0.01, margin=0.04) == "does not"
     assert stats.verdict(-0.04, 0.01, margin=0.04) == "not shown"
-    assert stats.verdict(0.02, math.nan) == "no difference found"  # one run proves nothing
+    assert stats.verdict(0.02, math.nan) == "too few runs"  # one run proves nothing
 
 
 @pytest.mark.parametrize("count", [3, 4, 12, 40])
@@ -668,6 +672,7 @@ def test_a_new_method_is_one_line(tiny_settings, monkeypatch):
     assert result["forwards"] == 20 and [point["step"] for point in result["curve"]] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_cost_run_is_the_script_in_a_process_of_its_own(tiny_settings, monkeypatch, tmp_path):
     """Started anywhere: it finds the code by itself."""
     monkeypatch.setattr(TinyWorld, "cost_steps", 3, raising=False)
@@ -690,7 +695,7 @@ def test_a_run_that_fails_is_told_with_its_log(tiny_settings):
 def test_tokens_that_nothing_is_learned_for(tmp_path):
     """The class word's embedding, and a description's with one vector for each word: a prompt with it is encoded as the prompt
     with the words written out."""
-    from zoodip.model import load_text_encoder
+    from zoodip.model import load_text_encoder, native_resolution
     from zoodip.prompts import build_prompts, encode_prompts, load_tokenizer
 
     settings, theta = settings_of(tmp_path), {}
@@ -699,7 +704,7 @@ def test_tokens_that_nothing_is_learned_for(tmp_path):
         settings.folder(spec).mkdir(parents=True)
         workers.leave_untrained(spec, settings)
         theta[method], recorded = read_embedding(settings.folder(spec) / "learned_embeds.safetensors", "<sks>")
-        assert recorded["num_vectors"] == len(theta[method]) and recorded["resolution"] == 128
+        assert recorded["num_vectors"] == len(theta[method]) and recorded["resolution"] == native_resolution(MINIATURE)
     assert theta["initial"].shape == (1, 256) and len(theta["described"]) > 5
     text_encoder = load_text_encoder(MINIATURE, None, "none", torch.float32, "cpu")
     tokenizer = load_tokenizer(MINIATURE, "<sks>", 1)

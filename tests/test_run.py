@@ -47,7 +47,7 @@ def base(tiny_model, subject, tmp_path_factory) -> Path:
     )
     done = subprocess.run([sys.executable, SCRIPT, *argv], cwd=out.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{out / 'learned_embeds.safetensors'}: <sks> after 24 steps\n"
+    assert done.stdout.splitlines()[0] == f"{out / 'learned_embeds.safetensors'}: <sks> after 24 steps"
     return out
 
 
@@ -72,8 +72,8 @@ def test_files(base):
         "learned_embeds-steps-20.safetensors", "checkpoint-16.safetensors", "checkpoint-24.safetensors",
         "training_log.csv", "run.json",
     }  # fmt: skip
-    # A1111 and ComfyUI take the file's name as the word
-    assert (base / "sks.safetensors").read_bytes() == (base / "learned_embeds.safetensors").read_bytes()
+    # other programs take the file's name as the word, and this key
+    assert torch.equal(load_file(base / "sks.safetensors")["emb_params"], theta(base))
     assert torch.equal(theta(base), load_file(base / "checkpoint-24.safetensors")["theta"])
 
 
@@ -225,6 +225,7 @@ def test_v_prediction_model(train, tmp_path):
         assert handle.metadata()["modelspec.prediction_type"] == "v"
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(train):
     """On its one image the token of a random network still gets better, by far more than evaluation noise (none)."""
     out = train(max_train_steps=200, eval_steps=200, n=8, learning_rate=0.05, tau=500, num_eval_samples=16, mu=0.05)
@@ -234,14 +235,16 @@ def test_training_lowers_the_loss(train):
 
 # --- interruption ---
 
+RESUMED = {
+    "defaults": dict(), "spsa": dict(estimator="spsa", num_vectors=2), "one_point": dict(estimator="one_point", nu=0.5),
+    "snr": dict(timestep_sampling="snr", n=1), "batch": dict(train_batch_size=2, quantization="none"),
+}  # fmt: skip
 
-@pytest.mark.parametrize("flags", [
-    dict(), dict(estimator="spsa", num_vectors=2), dict(estimator="one_point", nu=0.5), dict(timestep_sampling="snr", n=1),
-    dict(train_batch_size=2, quantization="none"),
-], ids=["defaults", "spsa", "one_point", "snr", "batch"])  # fmt: skip
-def test_resumed_equals_uninterrupted(train, flags):
+
+@pytest.mark.parametrize("case", sample(RESUMED, "defaults", "spsa"))
+def test_resumed_equals_uninterrupted(train, case):
     """Bit for bit, from the middle of a tau window: theta, moments, history, projection, generator, curve."""
-    flags = dict(max_train_steps=20, checkpointing_steps=5, checkpoints_total_limit=0, eval_steps=5, **flags)
+    flags = dict(max_train_steps=20, checkpointing_steps=5, checkpoints_total_limit=0, eval_steps=5, **RESUMED[case])
     whole, resumed = train("whole", **flags), train("resumed", **{**flags, "max_train_steps": 10})
     assert not torch.equal(theta(whole), theta(resumed))
     train("resumed", **flags, resume_from_checkpoint="latest")
@@ -310,8 +313,8 @@ def test_validation_pictures(base, train):
     )
     assert {name for name in names(out) if name.endswith(".png")} == {"validation-16.png", "validation-24.png"}
     pictures = [Image.open(out / f"validation-{step}.png") for step in (16, 24)]
-    assert all(picture.size == (32, 16) and picture.mode == "RGB" for picture in pictures)
-    left, right = np.asarray(pictures[0])[:, :16], np.asarray(pictures[0])[:, 16:]
+    assert all(picture.width == 512 and picture.height > 256 and picture.mode == "RGB" for picture in pictures)
+    left, right = np.asarray(pictures[0])[:256, :256], np.asarray(pictures[0])[:256, 256:]
     assert left.std() > 0 and not np.array_equal(left, right)  # two pictures, from two noises
     for name in ("learned_embeds", "checkpoint-24"):
         assert (out / f"{name}.safetensors").read_bytes() == (base / f"{name}.safetensors").read_bytes()

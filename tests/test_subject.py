@@ -242,19 +242,6 @@ def test_find_images(tmp_path, capsys):
     assert [path.name for path in find_images(f"{folder}/")] == expected
 
 
-def test_heic_hint(tmp_path, capsys):
-    """iPhone pictures: say what to do, also where they are all there is."""
-    folder = make_subject(tmp_path / "dog")
-    (folder / "a.HEIC").write_bytes(b"x")
-    find_images(folder)
-    assert "convert HEIC to JPEG" in capsys.readouterr().err
-    only = tmp_path / "only"
-    only.mkdir()
-    (only / "a.heic").write_bytes(b"x")
-    with pytest.raises(InputError, match="no images in .*convert HEIC to JPEG"):
-        find_images(only)
-
-
 # --- captions ---
 
 

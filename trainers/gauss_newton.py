@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Gauss-Newton by forward passes: learn the token in hundreds of forwards where ZOODiP takes thousands.
+"""Gauss-Newton by forward passes: a token learned from whole predictions, not from their losses alone.
 
 Every forward of train_zoodip.py returns a whole prediction, and its estimator keeps one number of it, the loss. This trainer
 keeps the prediction: the difference of two is a column of the Jacobian, and from m columns follow the gradient and the
@@ -16,7 +16,7 @@ Run it with the flags of train_zoodip.py, --max_forwards in place of steps:
 
     python trainers/gauss_newton.py --train_data_dir dataset/dog6 --initializer_token dog --use_cc --max_forwards 1500
 
-It is an experiment beside the paper's method, not part of it; docs/gauss_newton.md says what was measured.
+It is an experiment beside the paper's method, not part of it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_token_flags(parser)
     arguments.add_subject_flags(parser)
     add = parser.add_argument_group("method").add_argument
-    add("--max_forwards", type=int, default=1500, help="UNet forwards of one image to spend; a step takes directions + 1 of them")
+    add("--max_forwards", type=int, default=1500, help="UNet forwards of a batch to spend; a step takes directions + 1 of them")
     add("--basis_size", type=int, default=16, help="k: directions of token space that are searched")
     add("--directions", type=int, default=8, help="m: mixtures of them that a step measures")
     add(
@@ -80,16 +80,16 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
     args = arguments.parse(build_parser(), check_flags, argv)
-    args.max_train_steps = args.max_forwards // ((args.directions + 1) * args.train_batch_size)
+    args.max_train_steps = args.max_forwards // (args.directions + 1)
     return args
 
 
 def check_flags(flags: dict) -> None:
     """Refuse what can be refused without opening a file. Raises InputError."""
     require_at_least_one(flags, "basis_size", "directions", "train_batch_size")
-    per_step = (flags["directions"] + 1) * flags["train_batch_size"]
+    per_step = flags["directions"] + 1
     require(flags, "max_forwards", flags["max_forwards"] >= per_step, f"must be at least {per_step}, the forwards of one step")
-    arguments.check_training_flags({**flags, "max_train_steps": 1, "learning_rate": 1.0})
+    arguments.check_training_flags({**flags, "max_train_steps": 1})
     arguments.check_timestep_range(flags)
     most = flags["basis_size"]
     require(flags, "directions", flags["directions"] <= most, f"must be at most --basis_size {most}")
@@ -103,17 +103,26 @@ def check_flags(flags: dict) -> None:
         require_at_least_one(flags, "candidates_per_forward")
 
 
+# torch takes a second to import: --help and wrong arguments are answered before.
 if __name__ == "__main__":
     ARGS = parse_args()
     prepare_process()
 
 import torch
 
-from zoodip.diffusion import Batch, Data, FrozenModel, draw_batch, load_model, read_inputs, uniform_timesteps
-from zoodip.model import native_resolution
+from zoodip.diffusion import (
+    Batch,
+    Data,
+    FrozenModel,
+    TimestepSampler,
+    draw_batch,
+    load_model,
+    read_inputs,
+    settle_flags,
+    uniform_timesteps,
+)
 from zoodip.outputs import TokenOutputs
 from zoodip.prompts import encode_prompts
-from zoodip.quantize import default_precision
 from zoodip.run import Run, make_accelerator
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,12 +306,12 @@ def train(
     learner: GaussNewton,
     model: FrozenModel,
     data: Data,
-    sample,
+    sample: TimestepSampler,
     batch_size: int,
     generator: torch.Generator,
     rebase_steps: list[int],
 ) -> None:
-    """From where `run` stands to its last step or to a signal. sample(batch size, generator) -> timesteps."""
+    """From where `run` stands to its last step or to a signal."""
     for step in run.steps(outputs):
         if step == 1 or step - 1 in rebase_steps:
             take_basis(learner, model, data)
@@ -310,16 +319,16 @@ def train(
         mixtures, tokens = learner.candidates(generator)
         noise_preds = shared_predictions(run.accelerator, model, batch, tokens)  # forward passes, and nothing else
         loss = learner.step(mixtures, noise_preds, batch.target)
-        run.note(loss, forwards=len(tokens) * batch_size)
+        run.note(loss, forwards=len(tokens))
 
 
 def main(args: argparse.Namespace) -> int:
     """Check, load, train, save. Returns the exit code; raises InputError."""
-    flags = vars(args)
+    flags = vars(args)  # a view: what is filled in below is in it too
     inputs = read_inputs(**flags_for(read_inputs, flags))
     accelerator = make_accelerator(args.directions + 1, **flags_for(make_accelerator, flags))
-    args.mixed_precision = args.mixed_precision or default_precision(accelerator.device)
-    args.resolution = args.resolution or native_resolution(inputs.folder)
+    flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))
+    args.num_vectors = len(inputs.initial_token)  # of an embedding file its own
     args.rho = args.rho or RHO[args.mixed_precision]
     generator = torch.Generator().manual_seed(args.seed)
     learner = GaussNewton(inputs.initial_token, **flags_for(GaussNewton, flags))

@@ -98,13 +98,13 @@ from zoodip.diffusion import (
     evaluation_batches,
     load_model,
     read_inputs,
+    settle_flags,
     timestep_sampler,
     uniform_timesteps,
 )
-from zoodip.model import config_number, native_resolution
+from zoodip.model import config_number
 from zoodip.outputs import TokenOutputs
 from zoodip.prompts import read_embedding_rows
-from zoodip.quantize import default_precision
 from zoodip.run import Run, due, make_accelerator
 
 CHECK_EVERY = 10  # generations between looks at the fixed set in --mode fair
@@ -287,14 +287,14 @@ def train(run: Run, outputs: TokenOutputs, evolution: GFTI, model: FrozenModel, 
 
 def main(args: argparse.Namespace) -> int:
     """Check, load, train, save. Returns the exit code: 0, or 128 + signal where interrupted (and saved). Raises InputError."""
-    flags = vars(args)
+    flags = vars(args)  # a view: what is filled in below is in it too
     if find_spec("cma") is None:
         raise InputError("GF-TI needs the package cma, which is not installed; run pip install cma")
     inputs = read_inputs(**flags_for(read_inputs, flags))
     basis = make_basis(vocabulary(inputs.folder, args.variant), **flags_for(make_basis, flags))
     accelerator = make_accelerator(1, **flags_for(make_accelerator, flags))
-    args.mixed_precision = args.mixed_precision or default_precision(accelerator.device)
-    args.resolution = args.resolution or native_resolution(inputs.folder)
+    flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))
+    args.num_vectors = len(inputs.initial_token)  # of an embedding file its own
 
     generator = torch.Generator().manual_seed(args.seed)
     evolution = GFTI(inputs.initial_token, basis, **flags_for(GFTI, flags))

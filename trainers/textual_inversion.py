@@ -8,7 +8,7 @@ captions, timesteps, evaluation set and output files are the same, only the upda
 
     python trainers/textual_inversion.py --train_data_dir dataset/dog6 --initializer_token dog --use_cc
 
-A backward pass keeps every activation and every dequantised weight: at the size of Stable Diffusion v1.5 expect several times
+A backward pass keeps every activation (weights are dequantised again): at the size of Stable Diffusion v1.5 expect several times
 the memory of train_zoodip.py.
 """
 
@@ -64,10 +64,18 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from zoodip.diffusion import Batch, Data, FrozenModel, TimestepSampler, draw_batch, load_model, read_inputs, timestep_sampler
-from zoodip.model import native_resolution
+from zoodip.diffusion import (
+    Batch,
+    Data,
+    FrozenModel,
+    TimestepSampler,
+    draw_batch,
+    load_model,
+    read_inputs,
+    settle_flags,
+    timestep_sampler,
+)
 from zoodip.outputs import TokenOutputs
-from zoodip.quantize import default_precision
 from zoodip.run import Run, make_accelerator
 
 LOSS_SCALE = 1024.0  # a power of two: exact in fp32 and bf16, and keeps fp16 gradients from vanishing
@@ -121,11 +129,11 @@ def train(run: Run, outputs: TokenOutputs, inversion: TextualInversion, model: F
 
 def main(args: argparse.Namespace) -> int:
     """Check, load, train, save. Returns the exit code: 0, or 128 + signal where interrupted (and saved). Raises InputError."""
-    flags = vars(args)
+    flags = vars(args)  # a view: what is filled in below is in it too
     inputs = read_inputs(**flags_for(read_inputs, flags))
     accelerator = make_accelerator(1, **flags_for(make_accelerator, flags))
-    args.mixed_precision = args.mixed_precision or default_precision(accelerator.device)
-    args.resolution = args.resolution or native_resolution(inputs.folder)
+    flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))
+    args.num_vectors = len(inputs.initial_token)  # of an embedding file its own
 
     generator = torch.Generator().manual_seed(args.seed)
     inversion = TextualInversion(inputs.initial_token, **flags_for(TextualInversion, flags))

@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import os
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from zoodip.errors import InputError
@@ -22,6 +24,14 @@ NUM_TRAIN_TIMESTEPS = 1000  # of every Stable Diffusion 1.x and 2.x
 SHARED_SETTINGS = (
     "pretrained_model_name_or_path revision variant quantization mixed_precision placeholder_token initializer_token "
     "num_vectors learnable_property use_cc resolution center_crop train_batch_size seed"
+).split()
+
+OPTIONAL_SETTINGS = {"model_config": None}  # such flags that are recorded where they are not this
+
+TUNING_SETTINGS = (
+    "pretrained_model_name_or_path revision variant mixed_precision identifier class_word instance_prompt use_cc resolution "
+    "center_crop prior_preservation prior_loss_weight num_class_images learning_rate train_batch_size seed timestep_sampling "
+    "t_min t_max"
 ).split()
 
 
@@ -40,23 +50,36 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     return OneLineArgumentParser(description=description, formatter_class=HelpFormatter)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
-    """Returns the group's `add_argument`, for flags of the script's own."""
+def add_model_flags(parser: argparse.ArgumentParser, packing: bool = True) -> Callable[..., argparse.Action]:
+    """Returns the group's `add_argument`, for flags of the script's own. `packing`: how weights are stored can be chosen."""
     add = parser.add_argument_group("model").add_argument
     add(
         "--pretrained_model_name_or_path",
         default=DEFAULT_MODEL,
         metavar="PATH_OR_NAME",
-        help="folder in diffusers format, or hub name, of a Stable Diffusion 1.x or 2.x",
+        help="folder in diffusers format, hub name, or .safetensors file, of a Stable Diffusion 1.x or 2.x",
+    )
+    add(
+        "--model_config",
+        default=None,
+        metavar="PATH_OR_NAME",
+        help="of a .safetensors file: folder in diffusers format, or hub name, with its configurations and tokenizer; "
+        "the default is the published model of its kind",
     )
     add("--revision", default=None, help="branch, tag or commit of the hub repository")
-    add("--variant", default=None, help="weight file variant, for example fp16 for *.fp16.safetensors")
     add(
-        "--quantization",
-        default="nf4",
-        choices=["nf4", "int8", "none"],
-        help="storage of every Linear and Conv2d weight: 4-bit NormalFloat, 8-bit rows, or 16/32-bit",
+        "--variant",
+        default=None,
+        help="weight file variant, for example fp16 for *.fp16.safetensors; the default for a hub model, where it has that",
     )
+    if packing:
+        add(
+            "--quantization",
+            default=None,
+            choices=["nf4", "int8", "none"],
+            help="storage of every Linear and Conv2d weight: 4-bit NormalFloat, 8-bit rows, or 16/32-bit; the default is nf4, or "
+            "what a folder of --save_quantized is packed in",
+        )
     add(
         "--mixed_precision",
         default=None,
@@ -64,34 +87,99 @@ def add_model_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.A
         help="precision of activations; the default is fp16 on a GPU and fp32 on a CPU",
     )
     add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
-    add(
-        "--compile",
-        action="store_true",
-        help="torch.compile the UNet: minutes at the start, needs a C++ compiler (CPU) or Triton (GPU)",
-    )
+    if packing:  # the layers of weight tuning, and what they recompute, are not tested under a compiler
+        add(
+            "--compile",
+            action="store_true",
+            help="torch.compile the UNet: minutes at the start, needs a C++ compiler (CPU) or Triton (GPU)",
+        )
     return add
 
 
 def add_token_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("token").add_argument
     add("--placeholder_token", default="<sks>", help="the new word, in <...>, lower case")
-    add("--initializer_token", default=None, help="word(s) whose embedding the token starts from: the subject's class")
-    add("--num_vectors", type=int, default=1, help="embedding vectors of the token, all of them trained")
+    add(
+        "--initializer_token",
+        default=None,
+        help="word(s) whose embedding the token starts from: the subject's class; or an embedding file to continue",
+    )
+    add(
+        "--num_vectors",
+        type=int,
+        default=1,
+        help="embedding vectors of the token, all of them trained; of an embedding file its own",
+    )
 
 
-def add_subject_flags(parser: argparse.ArgumentParser) -> None:
+def add_subject_flags(parser: argparse.ArgumentParser, templates: bool = True) -> None:
+    """The photographs and their captions; `templates`: other prompts than captions can be chosen."""
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", default=None, help="folder of images of the subject")
     add(
         "--use_cc",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="use the comprehensive captions of --cc_file instead of templates",
+        help="use the comprehensive captions of --cc_file instead of " + ("templates" if templates else "the instance prompt"),
     )
     add("--cc_file", default="cc.json", help="captions: {folder name: {file name: caption with one {}}}")
-    add("--learnable_property", default="object", choices=["object", "style"], help="which templates, without --use_cc")
+    if templates:
+        add("--learnable_property", default="object", choices=["object", "style"], help="which templates, without --use_cc")
     add("--resolution", type=int, default=None, help="side of the training images in pixels; default: the model's own")
     add("--center_crop", action="store_true", help="crop the middle square instead of squeezing the image into one")
+
+
+def add_word_flags(parser: argparse.ArgumentParser) -> None:
+    """How a weight-tuning system names the subject: in words that the tokenizer has."""
+    add = parser.add_argument_group("words").add_argument
+    add("--identifier", default="sks", help="rare word(s) that come to mean the subject; no new token")
+    add("--class_word", default=None, help="the subject's class, for example dog")
+    add(
+        "--instance_prompt",
+        default="a photo of {}",
+        help="prompt of every photograph, without --use_cc; {}: identifier and class",
+    )
+
+
+def add_prior_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("prior preservation").add_argument
+    add(
+        "--prior_preservation",
+        action="store_true",
+        help="train on pictures of the class beside the photographs, so that it stays",
+    )
+    add("--prior_loss_weight", type=float, default=1.0, help="of their loss")
+    add(
+        "--num_class_images",
+        type=int,
+        default=200,
+        help="pictures of the class, drawn by the untuned model where there are fewer",
+    )
+    add("--class_data_dir", default=None, help="folder they are kept in; default: class_images in the output folder")
+
+
+def add_tuning_flags(
+    parser: argparse.ArgumentParser, learning_rate: float, max_train_steps: int
+) -> Callable[..., argparse.Action]:
+    """All that weight-tuning systems share, with a system's own defaults -> `add_argument` of the group "method"."""
+    add_model_flags(parser, packing=False)
+    add_word_flags(parser)
+    add_subject_flags(parser, templates=False)
+    add_prior_flags(parser)
+    add = parser.add_argument_group("method").add_argument
+    add("--learning_rate", type=float, default=learning_rate, help="of AdamW (betas .9, .999, weight decay .01), constant")
+    add("--max_train_steps", type=int, default=max_train_steps, help="steps of one forward and one backward")
+    add("--train_batch_size", type=int, default=1, help="images per step")
+    add("--gradient_checkpointing", action="store_true", help="keep few activations and compute the others again: less memory")
+    add("--seed", type=int, default=0, help="seed of every random draw")
+    add_timestep_flags(add, "uniform")
+    add_run_flags(parser)
+    return add
+
+
+def add_base_flag(add: Callable[..., argparse.Action]) -> None:
+    """How the frozen weights under trained updates are stored."""
+    add("--base", default="nf4", choices=["nf4", "none"], help="storage of the frozen weights: 4-bit NormalFloat, or 16/32-bit")
 
 
 def add_timestep_flags(add: Callable[..., argparse.Action], default: str) -> None:
@@ -108,8 +196,8 @@ def add_timestep_flags(add: Callable[..., argparse.Action], default: str) -> Non
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="results", help="folder for the embedding, checkpoints, curves and pictures")
-    add("--save_steps", type=int, default=0, help="steps between learned_embeds-steps-N.safetensors; 0: only at the end")
+    add("--output_dir", default="results", help="folder for what is learned, checkpoints, curves and pictures")
+    add("--save_steps", type=int, default=1000, help="steps between copies of what is learned, NAME-steps-N; 0: only at the end")
     add(
         "--checkpointing_steps",
         type=int,
@@ -120,21 +208,63 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--resume_from_checkpoint", default=None, metavar="PATH_OR_latest", help="checkpoint file to continue from")
     add("--eval_steps", type=int, default=250, help="steps between evaluations of the fixed set; 0: never")
     add("--num_eval_samples", type=int, default=16, help="(image, timestep, noise) triples in the fixed evaluation set")
-    add("--validation_prompt", default=None, help="prompt with the token (or {}) to draw pictures of while training")
-    add("--validation_steps", type=int, default=0, help="steps between those pictures; 0: only at the end")
-    add("--num_validation_images", type=int, default=4, help="pictures a time")
-    add("--validation_guidance", type=float, default=7.5, help="classifier-free guidance scale of those pictures")
+    add(
+        "--final_picture",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="at the end draw before_after.png: the initial word above the learned one, from the same noise",
+    )
+    add(
+        "--validation_prompt",
+        default=None,
+        help="prompt with the new word (or {}) for the pictures; without it before_after.png shows 'a photo of a {}'",
+    )
+    add("--validation_steps", type=int, default=0, help="steps between pictures of the prompt; 0: only at the end")
+    add("--num_validation_images", type=int, default=4, help="pictures in a row")
+    add("--validation_guidance", type=float, default=7.5, help="classifier-free guidance scale of the pictures")
     add("--report_to", default="none", choices=["none", "tensorboard", "wandb"], help="experiment tracker")
 
 
 def parse(parser: argparse.ArgumentParser, check, argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line (`sys.argv` when `argv` is None); where `check(flags)` raises InputError, exit in one line."""
+    """Read the command line (`sys.argv` when `argv` is None); where `check(flags)` raises InputError, exit in one line.
+
+    Of the command line itself says which flags have no effect in their combination.
+    """
     flags = parser.parse_args(argv)
     try:
         check(vars(flags))
     except InputError as error:
         parser.error(str(error))
+    if argv is None and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        for line in without_effect(vars(flags), parser):
+            print(line, file=sys.stderr)
     return flags
+
+
+def without_effect(flags: dict, parser: argparse.ArgumentParser) -> Iterator[str]:
+    """A line for each flag that is not the parser's default and does nothing in this combination."""
+    given = {name: value for name, value in flags.items() if value != parser.get_default(name)}
+    if flags.get("train_data_dir") is None:
+        return
+    if "cc_file" in given and not flags["use_cc"]:
+        yield f"--cc_file {given['cc_file']} has no effect without --use_cc"
+    if "learnable_property" in given and flags["use_cc"]:
+        yield f"--learnable_property {given['learnable_property']} has no effect with --use_cc: it chooses among templates"
+    sampling = flags.get("timestep_sampling", "puts")
+    for name in ("t_min", "t_max"):
+        if name in given and sampling != "puts":
+            yield f"--{name} {given[name]} moves the evaluation set only: --timestep_sampling is {sampling}"
+    if flags["validation_prompt"] is None and not flags["final_picture"]:
+        for name in ("num_validation_images", "validation_guidance"):
+            if name in given:
+                yield f"--{name} {given[name]} has no effect: with --no-final_picture only a --validation_prompt is drawn"
+    if "lr_warmup_steps" in given and flags.get("lr_scheduler") == "constant":
+        yield f"--lr_warmup_steps {given['lr_warmup_steps']} has no effect with --lr_scheduler constant"
+    model = Path(flags["pretrained_model_name_or_path"])
+    if "revision" in given and model.exists():
+        yield f"--revision {given['revision']} has no effect: {model} is on this machine, not on the hub"
+    if "model_config" in given and not model.is_file():
+        yield f"--model_config {given['model_config']} has no effect: it is for a model in one .safetensors file"
 
 
 def require(flags: dict, name: str, condition: bool, rule: str) -> None:
@@ -161,7 +291,15 @@ def check_training_flags(flags: dict) -> None:
     """What training needs of the shared groups, as far as no file need be opened. Raises InputError."""
     for name in ("train_data_dir", "initializer_token"):
         require(flags, name, flags[name] is not None, "is required")
-    require_at_least_one(flags, "num_vectors", "train_batch_size", "max_train_steps", "num_eval_samples", "num_validation_images")
+    require_at_least_one(flags, "num_vectors")
+    check_shared_flags(flags)
+    check_token_flags(flags)
+    check_run_flags(flags, flags["placeholder_token"])
+
+
+def check_shared_flags(flags: dict) -> None:
+    """Numbers that every trainer takes. Raises InputError."""
+    require_at_least_one(flags, "train_batch_size", "max_train_steps", "num_eval_samples", "num_validation_images")
     resolution = flags["resolution"]
     require(
         flags, "resolution", resolution is None or (resolution >= 8 and resolution % 8 == 0), "must be a positive multiple of 8"
@@ -169,8 +307,23 @@ def check_training_flags(flags: dict) -> None:
     if "learning_rate" in flags:  # evolution has none; the limit: it must fit fp32
         require(flags, "learning_rate", 0 < flags["learning_rate"] < 1e37, "must be a positive number, for example 5e-3")
     require(flags, "seed", 0 <= flags["seed"] < 2**63, "must be in [0, 2^63)")
-    check_token_flags(flags)
-    check_run_flags(flags)
+
+
+def check_tuning_flags(flags: dict) -> None:
+    """What weight tuning needs of its groups, as far as no file need be opened. Raises InputError."""
+    for name in ("train_data_dir", "class_word"):
+        require(flags, name, flags[name] is not None, "is required")
+    check_shared_flags(flags)
+    check_timestep_range(flags)
+    for name in ("identifier", "class_word"):
+        plain = flags[name].strip() != "" and not re.search(r"[{}]", flags[name])
+        require(flags, name, plain and is_text(flags[name]), "must be plain words, for example sks and dog")
+    word, prompt = flags["identifier"], flags["instance_prompt"]
+    named = word in prompt or prompt.count("{}") == 1
+    require(flags, "instance_prompt", named and is_text(prompt), f"must contain {word} or one {{}}")
+    require_positive(flags, "prior_loss_weight", "1.0")
+    require_at_least_one(flags, "num_class_images")
+    check_run_flags(flags, word)
 
 
 def check_timestep_range(flags: dict) -> None:
@@ -207,14 +360,14 @@ def check_token_flags(flags: dict) -> None:
         require(flags, name, is_text(flags[name] or ""), "must be text in UTF-8")
 
 
-def check_run_flags(flags: dict) -> None:
-    """Intervals and pictures of a run. Raises InputError."""
+def check_run_flags(flags: dict, word: str) -> None:
+    """Intervals and pictures of a run that teaches `word`. Raises InputError."""
     for name in ("save_steps", "checkpointing_steps", "checkpoints_total_limit", "eval_steps", "validation_steps"):
         require(flags, name, flags[name] >= 0, "must not be negative")
     require(flags, "validation_guidance", 1 <= flags["validation_guidance"] < math.inf, "must be at least 1 (no guidance)")
-    prompt, token = flags["validation_prompt"], flags["placeholder_token"]
+    prompt = flags["validation_prompt"]
     if prompt is not None:
-        require(flags, "validation_prompt", token in prompt or "{}" in prompt, f"must contain the token {token} or {{}}")
+        require(flags, "validation_prompt", word in prompt or "{}" in prompt, f"must contain the token {word} or {{}}")
     require(flags, "validation_steps", flags["validation_steps"] == 0 or prompt is not None, "needs a --validation_prompt")
 
 
@@ -228,10 +381,21 @@ def flags_for(function: Callable, flags: dict) -> dict:
     return {name: flags[name] for name in names if name in flags}
 
 
-def settings_of(flags: dict, names: Iterable[str]) -> dict:
-    """The flags `names`, to be recorded; of a local model only the folder's name, which gives nothing away."""
+def is_embedding_file(initializer_token: str) -> bool:
+    """Whether --initializer_token is a file and no word. Its name decides, so that one that is not there is missed."""
+    return initializer_token.lower().endswith((".safetensors", ".pt", ".bin"))
+
+
+def settings_of(flags: dict, names: Iterable[str], optional: dict = OPTIONAL_SETTINGS) -> dict:
+    """The flags `names`, and of `optional` those that are not as there, to be recorded; of a local model or file only its name,
+    which gives nothing away."""
     settings = {name: flags[name] for name in names}
+    settings |= {name: flags[name] for name, default in optional.items() if flags[name] != default}
     model = Path(flags["pretrained_model_name_or_path"])
-    if model.is_dir():
-        settings["pretrained_model_name_or_path"] = model.resolve().name
+    if model.exists():
+        settings["pretrained_model_name_or_path"] = model.resolve().name if model.is_dir() else model.name
+    if is_embedding_file(settings.get("initializer_token", "")):
+        settings["initializer_token"] = Path(settings["initializer_token"]).name
+    if "model_config" in settings and Path(settings["model_config"]).exists():
+        settings["model_config"] = Path(settings["model_config"]).resolve().name
     return settings

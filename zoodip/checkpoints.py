@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from zoodip.errors import BrokenCheckpoint, InputError
-from zoodip.files import serialize, why_unreadable, write_atomically
+from zoodip.files import why_unreadable, write_tensors
 
 
 def state_digest(header: str, tensors: dict[str, torch.Tensor]) -> str:
@@ -27,7 +27,7 @@ def write_checkpoint(path: Path, header: dict, tensors: dict[str, torch.Tensor])
     """Tensors and a JSON header with their checksum, as safetensors. Raises InputError."""
     text = json.dumps(header, sort_keys=True)
     metadata = {"format": "pt", "zoodip.checkpoint": text, "zoodip.sha256": state_digest(text, tensors)}
-    write_atomically(path, serialize(tensors, metadata))
+    write_tensors(path, tensors, metadata)
 
 
 def read_checkpoint(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:

@@ -12,19 +12,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from zoodip.arguments import NUM_TRAIN_TIMESTEPS
+from zoodip.arguments import NUM_TRAIN_TIMESTEPS, is_embedding_file
 from zoodip.errors import DamagedModel, InputError, damaged_model
-from zoodip.model import find_model_folder, load_text_encoder, load_unet, load_vae_encoder, model_digest
-from zoodip.prompts import (
-    Prompts,
-    build_prompts,
-    encode_prompts,
-    initial_token,
-    initializer_ids,
-    load_tokenizer,
-    read_embedding_rows,
+from zoodip.model import (
+    choose_quantization,
+    find_model_folder,
+    hub_variant,
+    load_text_encoder,
+    load_unet,
+    load_vae_encoder,
+    model_digest,
+    native_resolution,
 )
-from zoodip.quantize import DTYPES
+from zoodip.prompts import Prompts, build_prompts, encode_prompts, load_tokenizer, starting_token, warn_of_an_ordinary_word
+from zoodip.quantize import DTYPES, default_precision
 from zoodip.subject import Subject, load_subject, open_image, to_square
 from zoodip.thrift import computed_once, modules_before_text, split_feed_forward, tune_malloc
 
@@ -50,7 +51,8 @@ class Inputs:
     initial_token: torch.Tensor  # [V, d]
     choices: list[list[int]]  # per image, the rows of prompts.ids that describe it
     prompts: Prompts
-    validation_prompts: Prompts | None  # the prompt and the empty one
+    picture_prompt: str | None  # of the pictures, with {} or the placeholder
+    picture_prompts: Prompts | None  # that prompt and the empty one
 
     def fingerprint(self) -> dict[str, str]:
         """{what: SHA-256}: a run is resumed only on the same."""
@@ -63,32 +65,63 @@ def read_inputs(
     cc_file: str | Path | None = None,
     use_cc: bool = False,
     learnable_property: str = "object",
+    center_crop: bool = False,
     pretrained_model_name_or_path: str,
     revision: str | None = None,
     variant: str | None = None,
+    model_config: str | None = None,
     placeholder_token: str,
     initializer_token: str,
     num_vectors: int = 1,
     validation_prompt: str | None = None,
+    final_picture: bool = False,
 ) -> Inputs:
     """Photographs, captions, model folder, tokenizer, prompts and initial token of a run. Raises InputError."""
-    subject = load_subject(train_data_dir, cc_file if use_cc else None, learnable_property)
-    folder = find_model_folder(pretrained_model_name_or_path, revision, variant)
+    class_word = None if is_embedding_file(initializer_token) else initializer_token
+    subject = load_subject(train_data_dir, cc_file if use_cc else None, learnable_property, class_word, center_crop)
+    variant = variant or hub_variant(pretrained_model_name_or_path, revision)
+    folder = find_model_folder(pretrained_model_name_or_path, revision, variant, model_config)
     tokenizer = load_tokenizer(folder, placeholder_token, num_vectors)
-    initializer = read_embedding_rows(folder, variant, initializer_ids(tokenizer, initializer_token))
+    warn_of_an_ordinary_word(tokenizer, placeholder_token)
+    token = starting_token(tokenizer, folder, variant, initializer_token, num_vectors)
 
     def prompts_of(texts: list[str]) -> Prompts:
-        return build_prompts(tokenizer, folder, variant, texts, placeholder_token, num_vectors)
+        return build_prompts(tokenizer, folder, variant, texts, placeholder_token, len(token))
 
+    picture_prompt = validation_prompt
+    if final_picture and validation_prompt is None:
+        picture_prompt = "a photo of a {}" if learnable_property == "object" else "a painting in the style of {}"
     texts = sorted({text for captions in subject.captions for text in captions})
     return Inputs(
         subject,
         folder,
         variant,
-        initial_token(initializer, num_vectors),
+        token,
         choices=[[texts.index(text) for text in captions] for captions in subject.captions],
         prompts=prompts_of(texts),
-        validation_prompts=prompts_of([validation_prompt, ""]) if validation_prompt else None,
+        picture_prompt=picture_prompt,
+        picture_prompts=prompts_of([picture_prompt, ""]) if picture_prompt else None,
+    )
+
+
+def settle_flags(
+    folder: Path,
+    variant: str | None,
+    device: torch.device,
+    *,
+    quantization: str | None,
+    mixed_precision: str | None,
+    resolution: int | None,
+) -> dict:
+    """The flags whose default depends on the model's folder or the device, as they are from here on.
+
+    Raises InputError where --quantization contradicts a packed folder.
+    """
+    return dict(
+        variant=variant,
+        quantization=choose_quantization(folder, variant, quantization),
+        mixed_precision=mixed_precision or default_precision(device),
+        resolution=resolution or native_resolution(folder),
     )
 
 
@@ -216,7 +249,7 @@ def draw_batch(data: Data, batch_size: int, sample_timesteps: TimestepSampler, g
     flips = torch.randint(2, (batch_size,), generator=generator)
     draws = torch.rand(batch_size, generator=generator)
     described_by = [data.choices[i] for i in images.tolist()]
-    captions = [rows[int(u * len(rows))] for rows, u in zip(described_by, draws.tolist(), strict=True)]
+    captions = [choices[int(u * len(choices))] for choices, u in zip(described_by, draws.tolist(), strict=True)]
     timesteps = sample_timesteps(batch_size, generator)
     return noise_batch(data.latents[images, flips], timesteps, data.prompts.ids[captions], data.scheduler, generator)
 
@@ -232,8 +265,8 @@ def evaluation_batches(data: Data, count: int, t_min: int, t_max: int) -> list[B
     batches = []
     for k in range(count):
         image, flip = k % len(data.latents), (k // len(data.latents)) % 2
-        rows = data.choices[image]
-        caption = rows[int(torch.randint(len(rows), (1,), generator=generator))]
+        choices = data.choices[image]
+        caption = choices[int(torch.randint(len(choices), (1,), generator=generator))]
         batches.append(
             noise_batch(
                 data.latents[image, flip][None], timesteps[k, None], data.prompts.ids[caption][None], data.scheduler, generator

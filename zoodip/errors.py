@@ -1,4 +1,4 @@
-"""What the user can mend, as types, and as the one line that is printed of it."""
+"""What the user can fix, as types, and as the one line that is printed of it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,10 @@ class BrokenCheckpoint(InputError):
         super().__init__(f"--resume_from_checkpoint {path}: is not a whole checkpoint ({fault}); use an older one")
 
 
+class Interrupted(Exception):
+    """The user stops something that can be left out, such as a picture."""
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether there was not enough memory: on a CPU torch says so in a plain RuntimeError."""
     import torch
@@ -44,7 +48,7 @@ def damaged_model(path: Path) -> Iterator[None]:
     """Within: whatever a library raises on a damaged folder becomes one DamagedModel that names `path`."""
     try:
         yield
-    except InputError:
+    except (InputError, Interrupted):
         raise
     except Exception as error:  # each class of each library raises its own
         if out_of_memory(error):
@@ -67,7 +71,7 @@ def quiet_libraries() -> None:
 
 
 def run_script(main: Callable[..., int | None], flags) -> int:
-    """`main(flags)` for the command line -> exit code: what the user can mend is one line on stderr and code 2."""
+    """`main(flags)` for the command line -> exit code: what the user can fix is one line on stderr and code 2."""
     quiet_libraries()
     try:
         return main(flags) or 0
@@ -80,8 +84,13 @@ def run_script(main: Callable[..., int | None], flags) -> int:
     except Exception as error:
         if not out_of_memory(error):
             raise
+        savers = {
+            "candidates_per_forward": "--candidates_per_forward 1, then ",
+            "gradient_checkpointing": "--gradient_checkpointing, then ",
+        }
+        first = "".join(advice for flag, advice in savers.items() if hasattr(flags, flag))
         print(
-            "error: out of memory; try --candidates_per_forward 1, then a smaller --train_batch_size or --resolution, or "
+            f"error: out of memory; try {first}a smaller --train_batch_size or --resolution, or "
             "--mixed_precision bf16. With --resume_from_checkpoint latest a run goes on from its last checkpoint "
             f"({printable(str(error))[:200]})",
             file=sys.stderr,
@@ -112,8 +121,10 @@ def prepare_environment() -> None:
     """What torch reads from the environment when it starts, for this process before its import, or for processes to come."""
     # on Linux CPUs: large tensors on huge pages, which saves a tenth of the time (benchmarks/NOTES.md)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # idle threads sleep, not spin: beside another busy program a small model is otherwise three times slower, or stands still
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # idle threads spin for a moment, then sleep: a small model's step is faster than if they sleep at once, and beside another
+    # busy program than if they spin for longer (benchmarks/threads.md)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def prepare_process() -> None:

@@ -7,24 +7,23 @@ import errno
 import io
 import json
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 
 from zoodip.errors import DamagedModel, InputError
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     """Write under a temporary name, then rename: `path` is the old file or the whole new one. Raises InputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -58,13 +57,39 @@ def read_json(path: Path) -> dict:
     return content
 
 
+SAFETENSORS_DTYPES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
+    torch.int64: "I64", torch.int8: "I8", torch.uint8: "U8",
+}  # fmt: skip
+
+
+def safetensors_parts(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """A safetensors file in parts, one tensor at a time, as the library writes it but with a sorted header.
+
+    The library's order of metadata differs from process to process.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned
+    header: dict = {"__metadata__": metadata}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = dict(dtype=SAFETENSORS_DTYPES[tensor.dtype], shape=list(tensor.shape), data_offsets=[begin, end])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def serialize(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file with a sorted header: the library's order of metadata differs from process to process."""
-    content = safetensors_bytes({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata)
-    size = int.from_bytes(content[:8], "little")
-    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+    """A safetensors file, for small ones."""
+    return b"".join(safetensors_parts(tensors, metadata))
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, whole or not at all, with no more than a tensor of it in memory. Raises InputError."""
+    write_atomically(path, safetensors_parts(tensors, metadata))
 
 
 def read_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -110,20 +135,19 @@ def not_safetensors(path: Path, error: Exception) -> InputError:
     return InputError(f"{path}: is not a whole safetensors file ({error}); download it again")
 
 
-def lock_folder(folder: Path):
-    """Hold the output folder for this process alone -> the lock, to be kept until the run ends.
+def lock_folder(folder: Path) -> FileLock:
+    """Hold the output folder, which takes files, for this process alone -> the lock, to be released when the run ends.
 
-    Raises InputError where another run holds it, or it cannot be written.
+    Raises InputError where another run holds it.
     """
+    path = folder / ".lock"
+    lock = FileLock(path)
     try:
-        lock = open(folder / ".lock", "a")
+        if path.is_symlink():  # somebody's; a run follows no links
+            path.unlink()
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"--output_dir {str(folder)!r} is in use by another run; choose another") from None
     except OSError as error:
         raise InputError(f"--output_dir {str(folder)!r} cannot be written ({error.strerror}); choose another") from error
-    if sys.platform != "win32":
-        import fcntl
-
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"--output_dir {str(folder)!r} is in use by another run; choose another") from None
     return lock

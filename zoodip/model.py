@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from zoodip.errors import DamagedModel, InputError, damaged_model
-from zoodip.files import read_json, read_tensors
+from zoodip.files import not_safetensors, read_json, read_tensors
 from zoodip.quantize import pack_weight, quantized_layer
+from zoodip.single_file import (
+    KINDS,
+    checkpoint_kind,
+    folder_of_single_file,
+    published_configuration,
+    read_single_file,
+    single_file_of,
+)
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -22,30 +32,30 @@ if TYPE_CHECKING:  # diffusers and transformers take seconds to import
 
 MAX_LAYERS = 100  # in a row; a damaged configuration that promises more would keep us building for hours
 WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+PACKED_NAME = "packed"  # of weights that --save_quantized wrote: under the usual names others would load them, as noise
+NEEDED = ["model_index.json", "tokenizer", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in WEIGHT_NAMES)]
 VAE_ENCODER, VAE_DECODER = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.")  # names of parameters begin so
 
 
 # ----------------------------------------------------------------------------------------------------- the folder
 
 
-def find_model_folder(name: str, revision: str | None = None, variant: str | None = None) -> Path:
-    """The local folder of a model, downloaded from the hub if need be. Raises InputError that says how to get it."""
+def find_model_folder(
+    name: str, revision: str | None = None, variant: str | None = None, model_config: str | None = None
+) -> Path:
+    """The local folder of a model, downloaded from the hub if need be, or one that stands for a single file, with the
+    configurations of `model_config`. Raises InputError that says how to get it."""
     folder = Path(name)
+    if folder.is_file():
+        folder = open_single_file(folder, model_config)
     if not folder.is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
             raise InputError(
-                f"--pretrained_model_name_or_path: there is no folder {name!r}; give one in diffusers "
-                "format (with model_index.json) or a hub name"
+                f"--pretrained_model_name_or_path: there is no folder or file {name!r}; give a folder in diffusers format (with "
+                "model_index.json), a .safetensors checkpoint, or a hub name"
             )
         folder = download_model(name, revision, variant)
-    for needed in (
-        "model_index.json",
-        "tokenizer",
-        "scheduler/scheduler_config.json",
-        "unet/config.json",
-        "vae/config.json",
-        "text_encoder/config.json",
-    ):
+    for needed in NEEDED:
         if not (folder / needed).exists():
             raise InputError(
                 f"{folder}: {needed} is missing; a Stable Diffusion folder in diffusers format holds "
@@ -64,15 +74,52 @@ def find_model_folder(name: str, revision: str | None = None, variant: str | Non
     return folder
 
 
-def download_model(name: str, revision: str | None, variant: str | None) -> Path:
+def open_single_file(file: Path, model_config: str | None) -> Path:
+    """A folder that stands for a checkpoint in one file. Configurations and tokenizer, 2 MB, are those of the folder or hub name
+    `model_config`, or of the published model of the file's kind. Raises InputError."""
+    kind, tensors = checkpoint_kind(file)
+    source = Path(model_config or published_configuration(kind))
+    if not source.is_dir():
+        try:
+            source = download_model(str(source), None, None, weights=False)
+        except InputError as error:
+            raise InputError(
+                f"{file}: a single file has neither configuration nor tokenizer; give a {KINDS[kind]} in diffusers format, of "
+                f"which no weights are needed, as --model_config ({error})"
+            ) from None
+    for needed in NEEDED:
+        if not (source / needed).exists():
+            raise InputError(f"--model_config {source}: {needed} is missing; give a folder in diffusers format")
+    return folder_of_single_file(file, tensors, source)
+
+
+def hub_variant(name: str, revision: str | None = None) -> str | None:
+    """The variant to take of a hub model where the user names none: fp16, half the download, where all its weights have it."""
+    if Path(name).exists():
+        return None
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    wanted = [f"{component}/{stem}.fp16.safetensors" for component, stem in WEIGHT_NAMES.items()]
+    try:
+        if all(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in wanted):
+            return "fp16"
+        return "fp16" if set(wanted) <= set(HfApi().list_repo_files(name, revision=revision)) else None
+    except Exception:  # network, authorisation, spelling: said by whoever downloads
+        return None
+
+
+def download_model(name: str, revision: str | None, variant: str | None, weights: bool = True) -> Path:
     """The folder of a hub model in the local cache: configurations, tokenizer, weights of `variant`. Raises InputError."""
     from huggingface_hub import snapshot_download
 
     suffix = f".{variant}" if variant else ""
     patterns = ["model_index.json", "tokenizer/*", "scheduler/*"]
     for component, stem in WEIGHT_NAMES.items():
+        patterns.append(f"{component}/config.json")
+        if not weights:
+            continue
         patterns += [
-            f"{component}/config.json",
+            f"{component}/{PACKED_NAME}*",
             f"{component}/{stem}{suffix}.safetensors",
             f"{component}/{stem}{suffix}-*-of-*.safetensors",
             f"{component}/{stem}.safetensors.index{suffix}.json",
@@ -89,11 +136,17 @@ def download_model(name: str, revision: str | None, variant: str | None) -> Path
 
 def find_weights(folder: Path, component: str, variant: str | None) -> list[Path]:
     """The safetensors file, or shards, of a component of the model. Raises InputError; a pickle is never an answer."""
+    single_file = single_file_of(folder, component)
+    if single_file is not None:
+        return [single_file]
     stem = WEIGHT_NAMES[component] + (f".{variant}" if variant else "")
     whole = folder / component / f"{stem}.safetensors"
     index = folder / component / f"{WEIGHT_NAMES[component]}.safetensors.index{f'.{variant}' if variant else ''}.json"
     if whole.is_file():
         return [whole]
+    packed_index = folder / component / f"{PACKED_NAME}.safetensors.index.json"
+    if packed_index.is_file() and not variant:
+        index = packed_index
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
@@ -111,6 +164,38 @@ def find_weights(folder: Path, component: str, variant: str | None) -> list[Path
         else "download the folder again"
     )
     raise InputError(f"{folder / component}: {stem}.safetensors is missing (found: {', '.join(found) or 'nothing'}); {remedy}")
+
+
+def component_tensors(folder: Path, component: str, variant: str | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of all that a component's weight files hold, one at a time. Raises InputError."""
+    if single_file_of(folder, component) is not None:
+        return read_single_file(folder, component)
+    return read_tensors(find_weights(folder, component, variant))
+
+
+def packed_as(folder: Path, variant: str | None) -> str | None:
+    """The quantization in which --save_quantized packed a folder's weights; None where they are not packed."""
+    for path in find_weights(folder, "unet", variant):
+        try:
+            with safe_open(path, framework="pt") as handle:
+                names = list(handle.keys())
+        except (SafetensorError, OSError) as error:
+            raise not_safetensors(path, error) from error
+        for name in names:
+            if name.endswith((".weight.nf4", ".weight.int8")):
+                return name.rpartition(".")[2]
+    return None
+
+
+def choose_quantization(folder: Path, variant: str | None, wanted: str | None) -> str:
+    """--quantization, or by default what the folder is packed in, or nf4. Raises InputError where flag and folder disagree."""
+    packed = packed_as(folder, variant)
+    if wanted and packed and wanted != packed:
+        raise InputError(
+            f"--quantization {wanted}: the weights in {folder} are packed as {packed}; leave the flag out, or give "
+            "the model that they were made from"
+        )
+    return wanted or packed or "nf4"
 
 
 def model_digest(folder: Path, variant: str | None) -> str:
@@ -161,7 +246,7 @@ def load_frozen(
     """
     model, where = build_model(folder, component), folder / component
     packed_weights: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in read_tensors(find_weights(folder, component, variant)):
+    for name, tensor in component_tensors(folder, component, variant):
         name = modern_name(name, component)
         module_name, _, leaf = name.rpartition(".")
         if name.endswith("position_ids"):
@@ -194,8 +279,8 @@ def load_frozen(
             ) from None
         if quantization != layer.quantization:
             raise InputError(
-                f"{where}: the weights are packed as {layer.quantization}; use that as --quantization, or the "
-                "model they were made from"
+                f"{where}: {module_name} is packed as {layer.quantization}, not {quantization}; write the folder "
+                "again with --save_quantized"
             )
         model.set_submodule(module_name, layer)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -298,19 +383,28 @@ def is_quantized(component: str, name: str, module: nn.Module) -> bool:
 
 def load_pipeline(
     name: str,
-    quantization: str = "nf4",
+    quantization: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     revision: str | None = None,
     variant: str | None = None,
+    model_config: str | None = None,
+    tuned_scales: str | Path | None = None,
 ) -> StableDiffusionPipeline:
-    """A pipeline whose UNet, text encoder and VAE are quantised exactly as in training.
+    """A pipeline whose UNet, text encoder and VAE are quantised exactly as in training, by default too.
 
-    `load_textual_inversion` works on it as on any other. Raises InputError where `name` cannot be loaded.
+    `load_textual_inversion` works on it as on any other. With `tuned_scales`, a file of trainers/tuneqdm.py, it is the tuned
+    model, in the file's bits whatever `quantization` is. Raises InputError where `name` or the file cannot be loaded.
     """
+    if tuned_scales is not None:
+        from zoodip.tuned_files import load_tuned_pipeline
+
+        return load_tuned_pipeline(name, tuned_scales, dtype, device, revision, variant, model_config)
     from transformers import CLIPTokenizer
 
-    folder = find_model_folder(name, revision, variant)
+    variant = variant or hub_variant(name, revision)
+    folder = find_model_folder(name, revision, variant, model_config)
+    quantization = choose_quantization(folder, variant, quantization)
     components = {component: load_frozen(folder, component, variant, quantization, dtype, device) for component in WEIGHT_NAMES}
     with damaged_model(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")

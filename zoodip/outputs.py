@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from PIL import Image
+from tqdm import tqdm
 
 from zoodip.diffusion import Data, FrozenModel, Inputs, evaluation_batches
-from zoodip.errors import InputError
+from zoodip.errors import InputError, Interrupted
 from zoodip.pictures import Drawer, picture_sheet
-from zoodip.prompts import save_embedding
+from zoodip.prompts import file_stem, save_embedding
 
 
 class TokenOutputs:
@@ -18,6 +21,8 @@ class TokenOutputs:
 
     settings: the run's, as recorded. t_min, t_max: the timesteps [t_min, t_max) of the fixed evaluation set.
     """
+
+    draws_before = False  # whether pictures of the untrained model are drawn as well
 
     def __init__(
         self,
@@ -34,32 +39,65 @@ class TokenOutputs:
         validation_prompt: str | None,
         num_validation_images: int,
         validation_guidance: float,
+        final_picture: bool = False,
     ):
-        self.trainer, self.model, self.settings = trainer, model, settings
+        self.trainer, self.inputs, self.model, self.settings = trainer, inputs, model, settings
         self.prediction_type = data.scheduler.config["prediction_type"]
         self.fixed_set = evaluation_batches(data, num_eval_samples, t_min, t_max) if eval_steps else []
         self.norm_limit = 10 * mean_norm(inputs.initial_token)
-        self.prompts, self.drawer = inputs.validation_prompts, None
-        if validation_prompt is not None:
-            self.drawer = Drawer(
-                model,
-                inputs.folder,
-                inputs.variant,
-                settings["quantization"],
-                settings["resolution"],
-                guidance=validation_guidance,
-            )
-            self.seeds = [settings["seed"] + i for i in range(num_validation_images)]
+        self.validates, self.compares, self.guidance = validation_prompt is not None, final_picture, validation_guidance
+        self.seeds = [settings["seed"] + i for i in range(num_validation_images)]
+        self.files = ("learned_embeds*.safetensors", f"{file_stem(settings['placeholder_token'])}.safetensors")
+        if self.validates or self.compares:
+            self.drawer()  # loaded and let go: a folder that cannot draw is refused now, and training has the memory
+
+    def drawer(self) -> Drawer:
+        """Raises InputError where the folder's decoder or scheduler is damaged."""
+        return Drawer(
+            self.model,
+            self.inputs.folder,
+            self.inputs.variant,
+            self.settings["quantization"],
+            self.settings["resolution"],
+            guidance=self.guidance,
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Columns of the curve: the loss on the fixed set, and the mean length of the token's vectors."""
         return dict(eval_loss=self.model.mean_loss(self.fixed_set, self.trainer.theta), token_norm=mean_norm(self.trainer.theta))
 
-    def draw(self) -> Image.Image:
-        """Pictures of the validation prompt side by side: 50 steps, the same noises every time."""
-        assert self.drawer is not None and self.prompts is not None
-        pictures = self.drawer.draw(self.prompts, self.trainer.theta, [(0, seed) for seed in self.seeds])
-        return picture_sheet([(list(pictures), "")], cell=self.drawer.resolution, gap=0)
+    def draw(self, step: int, final: bool, stopped: Callable[[], bool]) -> Iterator[tuple[str, Image.Image]]:
+        """(file name, picture): of the validation prompt, and at the end the initial word above the learned one.
+
+        50 steps, the same noises every time. Raises Interrupted between two denoising steps once `stopped()`.
+        """
+        compare = final and self.compares
+        if not (self.validates or compare):
+            return
+        drawer, prompt = self.drawer(), self.inputs.picture_prompt
+        cell = drawer.resolution * math.ceil(256 / drawer.resolution)  # a miniature's 64 pixels are hard to see
+        rows, total = 1 + compare, len(self.seeds) * drawer.forwards
+        with tqdm(total=rows * total, desc=f"drawing {prompt!r}", unit="step", leave=False) as bar:
+
+            def after_step() -> None:
+                bar.update()
+                if stopped():
+                    raise Interrupted
+
+            def row(theta: torch.Tensor) -> list[Image.Image]:
+                assert self.inputs.picture_prompts is not None
+                return list(drawer.draw(self.inputs.picture_prompts, theta, [(0, seed) for seed in self.seeds], after_step))
+
+            learned = row(self.trainer.theta), f"{self.prompt_with(self.settings['placeholder_token'])}, after {step} steps"
+            if self.validates:
+                yield f"validation-{step}.png", picture_sheet([learned], cell=cell, gap=0)
+            if compare:
+                initial = row(self.inputs.initial_token), f"{self.prompt_with(self.settings['initializer_token'])}, before"
+                yield "before_after.png", picture_sheet([initial, learned], cell=cell)
+
+    def prompt_with(self, word: str) -> str:
+        """The pictures' prompt with a word in the place of the token."""
+        return (self.inputs.picture_prompt or "").replace(self.settings["placeholder_token"], "{}").replace("{}", word)
 
     def check(self, step: int) -> str | None:
         """A warning where the token has grown out of proportion. Raises InputError where it is NaN or Inf."""
@@ -74,9 +112,21 @@ class TokenOutputs:
             f"{self.trainer.remedy}, or with --mixed_precision fp32"
         )
 
+    def result(self, folder: Path) -> str:
+        """The last line of a run begins with it: the file, and what is in it."""
+        return f"{folder / 'learned_embeds.safetensors'}: {self.settings['placeholder_token']}"
+
     def save(self, folder: Path, step: int, final: bool) -> None:
         """The token as it stands, as an embedding file. Raises InputError."""
         save_embedding(folder, self.trainer.theta, self.settings, self.prediction_type, step, final)
+
+    def guide(self) -> dict[str, str]:
+        """{name: what it is and what to do with it} of the final files besides learned_embeds.safetensors."""
+        token, stem = self.settings["placeholder_token"], file_stem(self.settings["placeholder_token"])
+        files = {f"{stem}.safetensors": f"the same for AUTOMATIC1111, Forge, ComfyUI and InvokeAI, where the word is {stem}"}
+        if self.compares:
+            files["before_after.png"] = f"{self.prompt_with(self.settings['initializer_token'])!r} above, with {token} below"
+        return files
 
 
 def mean_norm(theta) -> float:

@@ -12,14 +12,17 @@ import torch
 from tqdm import tqdm
 
 from zoodip.errors import UNFINISHED, InputError
-from zoodip.files import read_tensors, serialize, write_atomically
+from zoodip.files import read_json, serialize, write_atomically, write_json
 from zoodip.model import (
+    PACKED_NAME,
     VAE_ENCODER,
     WEIGHT_NAMES,
     build_model,
     check_parameter,
+    choose_quantization,
+    component_tensors,
     find_model_folder,
-    find_weights,
+    hub_variant,
     is_quantized,
     modern_name,
     module_of,
@@ -31,11 +34,16 @@ def save_quantized(
     target: Path,
     *,
     pretrained_model_name_or_path: str,
-    quantization: str,
+    quantization: str | None,
     revision: str | None = None,
     variant: str | None = None,
+    model_config: str | None = None,
 ) -> Path:
-    """Write a model, packed, to the new folder `target`. Loading either gives the same bits. Raises InputError."""
+    """Write a model, packed, to the new folder `target`. Loading either gives the same bits. Raises InputError.
+
+    Plain diffusers cannot read packed weights, and initialises at random what it does not find in a weight file that it knows.
+    So the files have names of their own, for which it stops, and model_index.json says what the folder is.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             f"--save_quantized {str(target)!r}: is for one process, not {os.environ['WORLD_SIZE']}; start it with "
@@ -45,16 +53,19 @@ def save_quantized(
         raise InputError(
             f"--save_quantized: {str(target)!r} exists; give it as --pretrained_model_name_or_path, or write to a new folder"
         )
-    folder = find_model_folder(pretrained_model_name_or_path, revision, variant)
+    variant = variant or hub_variant(pretrained_model_name_or_path, revision)
+    folder = find_model_folder(pretrained_model_name_or_path, revision, variant, model_config)
+    quantization = choose_quantization(folder, variant, quantization)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     UNFINISHED.append(unfinished)
     try:
-        for component, stem in WEIGHT_NAMES.items():
+        for component in WEIGHT_NAMES:
             (unfinished / component).mkdir(parents=True)
             shutil.copy(folder / component / "config.json", unfinished / component)
             tensors = packed_tensors(folder, component, variant, quantization)
-            write_shards(unfinished / component, stem, tqdm(tensors, desc=f"packing {component}", unit="tensor"))
-        shutil.copy(folder / "model_index.json", unfinished)
+            write_shards(unfinished / component, PACKED_NAME, tqdm(tensors, desc=f"packing {component}", unit="tensor"))
+        marker = dict(_zoodip_packed=quantization, _zoodip_note="packed weights: load the folder with zoodip.model.load_pipeline")
+        write_json(unfinished / "model_index.json", {**read_json(folder / "model_index.json"), **marker}, indent=2)
         for other in ("tokenizer", "scheduler"):
             shutil.copytree(folder / other, unfinished / other)
         unfinished.rename(target)
@@ -71,10 +82,10 @@ def save_quantized(
 def packed_tensors(folder: Path, component: str, variant: str | None, quantization: str) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a component with the weights packed: what `load_frozen` makes of them, to be stored.
 
-    As they are stay the VAE's encoder, which training uses unpacked, norms, biases, and what is packed already.
+    The VAE's encoder (which training uses unpacked), norms, biases and what is packed already stay as they are.
     """
     model, where = build_model(folder, component), folder / component
-    for name, tensor in read_tensors(find_weights(folder, component, variant)):
+    for name, tensor in component_tensors(folder, component, variant):
         modern = modern_name(name, component)
         module_name, _, leaf = modern.rpartition(".")
         if module_name.endswith(".weight") or leaf == "position_ids":  # packed already, or a constant of older files

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -39,17 +39,31 @@ class Drawer:
         vae = load_vae_decoder(folder, variant, quantization, weight.dtype, weight.device)
         self.pipeline = assemble_pipeline(folder, unet=model.unet, vae=vae)
         self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.scheduler.set_timesteps(steps)
+        self.forwards = len(
+            self.pipeline.scheduler.timesteps
+        )  # denoising steps of a picture: PNDM takes one more than it is asked for
 
     @torch.no_grad()
-    def draw(self, prompts: Prompts, theta: torch.Tensor, wanted: list[tuple[int, int]]) -> Iterator[Image.Image]:
+    def draw(
+        self, prompts: Prompts, theta: torch.Tensor, wanted: list[tuple[int, int]], after_step: Callable[[], None] | None = None
+    ) -> Iterator[Image.Image]:
         """One picture for each (row of `prompts`, seed), with theta [V, d] as the token. The last prompt is the empty one.
 
-        A seed is the same first noise for every prompt and token. Raises InputError where the model's folder is damaged.
+        A seed is the same first noise for every prompt and token. after_step() is called after every denoising step, and may
+        raise Interrupted. Raises InputError where the model's folder is damaged.
         """
         device = self.pipeline.unet.conv_in.weight.device
         states = encode_prompts(
             self.text_encoder, prompts.rows.to(device), prompts.ids.to(device), theta.detach()[None].to(device)
         )  # [P, L, d]
+        yield from self.draw_states(states, wanted, after_step)
+
+    @torch.no_grad()
+    def draw_states(
+        self, states: torch.Tensor, wanted: list[tuple[int, int]], after_step: Callable[[], None] | None = None
+    ) -> Iterator[Image.Image]:
+        """The same for text states [P, L, d] in place of prompts: (row, seed), and the last row is the empty prompt's."""
         for first in range(0, len(wanted), self.batch_size):
             rows, seeds = zip(*wanted[first : first + self.batch_size], strict=True)
             with damaged_model(self.folder):
@@ -61,6 +75,7 @@ class Drawer:
                     guidance_scale=self.guidance,
                     height=self.resolution,
                     width=self.resolution,
+                    callback_on_step_end=None if after_step is None else lambda *state: after_step() or state[-1],
                     return_dict=False,
                 )[0]
             yield from pictures
@@ -88,11 +103,8 @@ def picture_sheet(
     foot = max(len(lines) for lines in captions) * line_height
     head = (line_height + gap) if headings else 0
     columns = min(columns, len(blocks))
-    size = (
-        columns * block_width + (columns + 1) * gap - gap * (columns > 0),
-        head + -(-len(blocks) // columns) * (cell + foot + gap),
-    )
-    sheet = Image.new("RGB", (size[0], size[1] - (0 if foot else gap)), "white")
+    height = head + -(-len(blocks) // columns) * (cell + foot + gap)
+    sheet = Image.new("RGB", (columns * (block_width + gap), height - (0 if foot else gap)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, heading in enumerate(headings or []):
         pen.text((gap + i * (width + gap) + width / 2, line_height / 2), heading, fill="black", font=font, anchor="mm")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
+from zoodip.arguments import is_embedding_file
 from zoodip.errors import DamagedModel, InputError, damaged_model
 from zoodip.files import not_safetensors, serialize, why_unreadable, write_atomically
 from zoodip.model import config_number, find_weights
@@ -21,12 +23,14 @@ if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import CLIPTextModel, CLIPTokenizer
 
 
-def load_tokenizer(folder: Path, placeholder_token: str, num_vectors: int) -> CLIPTokenizer:
-    """The model's CLIPTokenizer with the placeholder added. Raises InputError where the token is taken."""
+def load_tokenizer(folder: Path, placeholder_token: str | None = None, num_vectors: int = 1) -> CLIPTokenizer:
+    """The model's CLIPTokenizer, with a placeholder added where one is given. Raises InputError where it is taken."""
     from transformers import CLIPTokenizer
 
     with damaged_model(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    if placeholder_token is None:
+        return tokenizer
     vocabulary = tokenizer.get_vocab()
     names = [placeholder_token] + [f"{placeholder_token}_{i}" for i in range(1, num_vectors)]  # as diffusers names them
     taken = [word for name in names for word in (name, name + "</w>") if word in vocabulary]
@@ -74,7 +78,7 @@ def read_embedding_rows(folder: Path, variant: str | None, ids: Sequence[int]) -
     for path in find_weights(folder, "text_encoder", variant):
         try:
             with safe_open(path, framework="pt") as handle:
-                names = [name for name in handle.keys() if name.endswith("embeddings.token_embedding.weight")]
+                names = [name for name in handle.keys() if name.endswith("token_embedding.weight")]
                 if names:
                     return select_rows(handle.get_slice(names[0]), ids, f"{path}: {names[0]}", folder)
         except (SafetensorError, OSError) as error:
@@ -104,18 +108,43 @@ class Prompts:
 
 
 def build_prompts(
-    tokenizer, folder: Path, variant: str | None, texts: list[str], placeholder_token: str, num_vectors: int
+    tokenizer, folder: Path, variant: str | None, texts: list[str], placeholder_token: str | None, num_vectors: int
 ) -> Prompts:
-    """Tokenise `texts` (each with {} or the placeholder) and read the rows they need. Raises InputError."""
-    placeholder_id = tokenizer.convert_tokens_to_ids(placeholder_token)
+    """Tokenise `texts` and read the rows they need. Raises InputError.
+
+    With a placeholder each text has {} or it; without (None, and 0 vectors) they are plain words.
+    """
+    if placeholder_token is None:
+        placeholder_id = len(tokenizer)  # of no word
+    else:
+        placeholder_id = tokenizer.convert_tokens_to_ids(placeholder_token)
+        texts = [text.replace("{}", placeholder_token) for text in texts]
     length = config_number(folder / "text_encoder" / "config.json", "max_position_embeddings", 77)
-    ids = torch.tensor(
-        [tokenize(tokenizer, text.replace("{}", placeholder_token), placeholder_id, num_vectors, length) for text in texts]
-    )
+    ids = torch.tensor([tokenize(tokenizer, text, placeholder_id, num_vectors, length) for text in texts])
     ordinary = ids[ids < placeholder_id].unique()  # sorted
     vectors = torch.arange(num_vectors) + placeholder_id
     local_ids = torch.searchsorted(torch.cat([ordinary, vectors]), ids)
     return Prompts(local_ids, read_embedding_rows(folder, variant, ordinary.tolist()))
+
+
+def starting_token(tokenizer, folder: Path, variant: str | None, initializer_token: str, num_vectors: int) -> torch.Tensor:
+    """theta [V, d] where training starts: the initializer's embeddings, one each or their mean, or those in an embedding file.
+
+    A file has as many vectors as it has: num_vectors must be that or 1. Raises InputError.
+    """
+    if not is_embedding_file(initializer_token):
+        rows = read_embedding_rows(folder, variant, initializer_ids(tokenizer, initializer_token))
+        return initial_token(rows, num_vectors)
+    theta, _ = read_embedding(Path(initializer_token), None)
+    width = read_embedding_rows(folder, variant, [0]).shape[1]
+    if theta.shape[1] != width:
+        raise InputError(
+            f"--initializer_token {initializer_token}: its vectors have {theta.shape[1]} numbers, this model's words {width}; "
+            "give an embedding of the same kind of model"
+        )
+    if num_vectors not in (1, len(theta)):
+        raise InputError(f"--num_vectors {num_vectors}: {initializer_token} holds {len(theta)}; leave the flag out")
+    return theta.float()
 
 
 def initial_token(rows: torch.Tensor, num_vectors: int) -> torch.Tensor:
@@ -138,6 +167,20 @@ def encode_prompts(text_encoder: CLIPTextModel, rows: torch.Tensor, ids: torch.T
 
 
 # ----------------------------------------------------------------------------------------------------- the embedding file
+
+
+SHARED_KEY = "emb_params"  # of the copy for other programs
+
+
+def warn_of_an_ordinary_word(tokenizer, placeholder_token: str) -> None:
+    """One line where the copy's file name, which is the word in AUTOMATIC1111 and Forge, is a word that people write."""
+    stem = file_stem(placeholder_token)
+    if f"{stem}</w>" in tokenizer.get_vocab() and stem != "sks":  # one that nobody writes, which is why it became the custom
+        print(
+            f"--placeholder_token {placeholder_token}: in AUTOMATIC1111 and Forge the file's name is the word, so "
+            f"{stem}.safetensors would be meant by every prompt with the ordinary word {stem!r}; choose for example <my-{stem}>",
+            file=sys.stderr,
+        )
 
 
 def file_stem(token: str) -> str:
@@ -166,20 +209,30 @@ def embedding_metadata(settings: dict, step: int, prediction_type: str, width: i
 
 
 def save_embedding(folder: Path, theta: torch.Tensor, settings: dict, prediction_type: str, step: int, final: bool) -> None:
-    """Write theta [num_vectors, d] to `folder`: one tensor, key = the placeholder token, fp32, which diffusers, A1111 and ComfyUI
-    read. The final one is `learned_embeds.safetensors` and a copy named after the token. Raises InputError."""
+    """Write theta [num_vectors, d] to `folder`, one tensor, fp32. Raises InputError.
+
+    learned_embeds.safetensors has the placeholder token as its key, as diffusers names it. The final copy, named after the token,
+    has the key that kohya's scripts write: under it AUTOMATIC1111, Forge, ComfyUI and InvokeAI all find the width in the last
+    dimension, whereas InvokeAI takes the first one, the number of vectors, under any other.
+    """
     token = settings["placeholder_token"]
-    content = serialize({token: theta}, embedding_metadata(settings, step, prediction_type, theta.shape[-1]))
-    for name in ["learned_embeds", file_stem(token)] if final else [f"learned_embeds-steps-{step}"]:
-        write_atomically(folder / f"{name}.safetensors", content)
+    metadata = embedding_metadata(settings, step, prediction_type, theta.shape[-1])
+    name = "learned_embeds" if final else f"learned_embeds-steps-{step}"
+    write_atomically(folder / f"{name}.safetensors", serialize({token: theta}, metadata))
+    if final:
+        write_atomically(folder / f"{file_stem(token)}.safetensors", serialize({SHARED_KEY: theta}, metadata))
 
 
-def read_embedding(path: Path, placeholder_token: str) -> tuple[torch.Tensor, dict]:
-    """(theta [V, d], the settings it was learned with, if recorded) of a learned_embeds.safetensors. Raises InputError."""
+def read_embedding(path: Path, placeholder_token: str | None) -> tuple[torch.Tensor, dict]:
+    """(theta [V, d], the settings it was learned with, if recorded) of a learned_embeds.safetensors, or with None for the token
+    of an embedding file of any program that holds one token. Raises InputError."""
     try:
         with safe_open(path, framework="pt") as handle:
             settings = json.loads((handle.metadata() or {}).get("zoodip.settings", "{}"))
-            theta = handle.get_tensor(placeholder_token)
+            names = list(handle.keys()) if placeholder_token is None else [placeholder_token]
+            if len(names) != 1:
+                raise ValueError(f"it holds {len(names)} tensors")
+            theta = handle.get_tensor(names[0])
         if theta.dim() == 1:  # as others save a single vector
             theta = theta[None]
         if theta.dim() != 2 or not theta.numel() or not theta.is_floating_point() or not torch.isfinite(theta).all():
@@ -187,7 +240,7 @@ def read_embedding(path: Path, placeholder_token: str) -> tuple[torch.Tensor, di
     except (SafetensorError, OSError, ValueError) as error:
         reason = why_unreadable(path, error)
         raise InputError(
-            f"{path}: does not hold the token {placeholder_token} ({reason}); give a learned_embeds.safetensors, or "
-            "its --placeholder_token"
+            f"{path}: does not hold the token {placeholder_token or 'that training could start from'} ({reason}); give a "
+            "learned_embeds.safetensors" + (", or its --placeholder_token" if placeholder_token else "")
         ) from error
     return theta, settings if isinstance(settings, dict) else {}

@@ -1,4 +1,7 @@
-"""Weights in 4 or 8 bits: packing a weight, and the layers that hold it packed and dequantise it at the moment of use."""
+"""Weights in 4 or 8 bits: packing a weight, and the layers that hold it packed and dequantise it at the moment of use.
+
+A backward pass through such a layer dequantises again, so that no dequantised weight is kept in between.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,11 @@ def default_precision(device: torch.device) -> str:
     return "fp16" if device.type == "cuda" else "fp32"
 
 
+def frozen_format(quantization: str) -> str:
+    """How text encoder and VAE are stored beside a UNet of `quantization`: at as many bits, in a format that nothing tunes."""
+    return {"affine8": "int8", "affine4": "nf4"}.get(quantization, quantization)
+
+
 def pack_weight(weight: torch.Tensor, quantization: str) -> dict[str, torch.Tensor]:
     """The tensors that stand for a Linear or Conv2d weight, as the layers below hold and --save_quantized writes them.
 
@@ -27,10 +35,15 @@ def pack_weight(weight: torch.Tensor, quantization: str) -> dict[str, torch.Tens
           quantising takes ten times a slice's memory, and a convolution's with the input channels last, as
           the convolution kernels read it.
     int8: one scale per output row (absolute maximum / 127), as in the paper's INT8 rows.
+    affine8, affine4: scale and zero point of each output row, as `affine_integers` makes them; two 4-bit integers a byte.
     """
     if weight.dim() == 4:
         weight = weight.permute(0, 2, 3, 1)
     rows = weight.reshape(len(weight), -1)
+    if quantization in ("affine8", "affine4"):
+        bits = int(quantization[-1])
+        integers, scale, zero = affine_integers(rows, bits)
+        return {quantization: integers.flatten() if bits == 8 else two_a_byte(integers.flatten()), "scale": scale, "zero": zero}
     if quantization == "int8":
         scale = rows.float().abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
         return dict(int8=(rows / scale).round().to(torch.int8), scale=scale)
@@ -48,11 +61,58 @@ def pack_weight(weight: torch.Tensor, quantization: str) -> dict[str, torch.Tens
     )
 
 
+def affine_integers(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Asymmetric integers per output row: weights [O, ...] -> (q int8 [O, ...], scale [O], zero point [O]); W = scale (q - zero).
+
+    The range of a row includes 0, so that 0 is exact and the zero point a whole number within the integers' range. Scale
+    and zero point are fixed by minimum and maximum, without a search (PEQA, Kim et al. 2023, Eq. 1; TuneQDM, Ryu et al.
+    2024). The authors of TuneQDM leave 0 out of the range; it differs only for rows of one sign.
+    """
+    rows = rows.float()
+    low, high = rows.amin(1, keepdim=True).clamp_max(0), rows.amax(1, keepdim=True).clamp_min(0)
+    scale = ((high - low) / (2**bits - 1)).clamp_min(1e-8)
+    smallest, largest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    zero = smallest - (low / scale).round()
+    integers = (rows / scale + zero).round().clamp(smallest, largest).to(torch.int8)
+    return integers, scale.flatten(), zero.flatten()
+
+
+def two_a_byte(integers: torch.Tensor) -> torch.Tensor:
+    """Integers in [-8, 7], flat [n] -> bytes [ceil(n / 2)], the first of each two in the lower half."""
+    nibbles = F.pad((integers + 8).to(torch.uint8), (0, len(integers) % 2))
+    return nibbles[0::2] | (nibbles[1::2] << 4)
+
+
 def quantized_layer(layer: nn.Module, packed: dict[str, torch.Tensor], dtype: torch.dtype) -> QuantizedLayer:
     """A Linear or Conv2d with its weight as `pack_weight` packed it. Raises ValueError where `packed` does not fit the layer."""
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
         raise ValueError(f"{type(layer).__name__} is never packed")
-    return (NF4Layer if "nf4" in packed else Int8Layer)(layer, packed, dtype)
+    formats = dict(nf4=NF4Layer, int8=Int8Layer, affine8=Affine8Layer, affine4=Affine4Layer)
+    return formats[next(name for name in formats if name in packed)](layer, packed, dtype)
+
+
+class RecomputedProduct(torch.autograd.Function):
+    """A packed layer's product, whose backward pass dequantises the weight again instead of keeping it.
+
+    Autograd keeps both factors of a product even where one is frozen: for SD v1.5 that would be 1.7 GB of dequantised
+    weights in 16 bits. Only the inputs have a gradient; weight and bias are frozen.
+    """
+
+    @staticmethod
+    def forward(inputs: torch.Tensor, layer: QuantizedLayer, bias: torch.Tensor | None) -> torch.Tensor:
+        return layer.product(inputs, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.layer, ctx.input_shape = inputs[1], inputs[0].shape
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.layer.transposed_product(gradient, ctx.input_shape), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: torch.Tensor, *others) -> torch.Tensor:
+        return ctx.layer.product(tangent, None)
 
 
 class QuantizedLayer(nn.Module):
@@ -63,7 +123,7 @@ class QuantizedLayer(nn.Module):
     """
 
     AT_ONCE = 1 << 24
-    quantization: str  # nf4 or int8
+    quantization: str  # nf4, int8, affine8 or affine4
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, packed: dict[str, torch.Tensor], dtype: torch.dtype):
         super().__init__()
@@ -81,6 +141,8 @@ class QuantizedLayer(nn.Module):
         if isinstance(layer, nn.Conv2d):
             names = ("stride", "padding", "dilation", "groups")
             self.convolution = {name: getattr(layer, name) for name in names}
+        else:
+            self.out_features, self.in_features = self.shape
         order = torch.channels_last if self.convolution else torch.contiguous_format  # as pack_weight packs
         self.strides = torch.empty(self.shape, device="meta", memory_format=order).stride()
         divisible = columns % 64 == 0 and not (self.convolution and self.convolution["groups"] > 1)
@@ -107,24 +169,62 @@ class QuantizedLayer(nn.Module):
     def dequantize(self, first: int = 0, last: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Output rows first .. last of the weight, in the layer's own shape (a convolution's in channels_last order)."""
         last = self.shape[0] if last is None else last
-        flat = self.unpack(first, last, dtype or self.dtype)
-        return flat.as_strided((last - first, *self.shape[1:]), self.strides)  # one call: each takes as long as a small layer
+        return self.in_layer_shape(self.unpack(first, last, dtype or self.dtype), last - first)
 
-    def product(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if self.convolution is None:
-            return F.linear(inputs, weight, bias)
-        return F.conv2d(inputs, weight, bias, **self.convolution)
+    def in_layer_shape(self, flat: torch.Tensor, rows: int) -> torch.Tensor:
+        """Rows as they were packed, flat or [rows, columns], in the layer's own shape."""
+        return flat.as_strided((rows, *self.shape[1:]), self.strides)  # one call: each takes as long as a small layer
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The packed weight, where peft looks for a layer's device."""
+        return self._buffers[self.quantization]
+
+    def slices(self) -> list[tuple[int, int]]:
+        """Output channels (first, last) that are dequantised together."""
+        rows = self.shape[0]
+        return [(first, min(first + self.rows_at_once, rows)) for first in range(0, rows, self.rows_at_once)]
+
+    def factor(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        """Output rows first .. last of what the product multiplies by: the weight."""
+        return self.dequantize(first, last, dtype)
+
+    def product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The layer's product, plus `bias`. Under autograd it would keep the dequantised weight: see `linear`."""
         rows = self.shape[0]
         if self.rows_at_once == rows:
-            return self.product(inputs, self.dequantize(dtype=inputs.dtype), self.bias)
+            return self.multiply(inputs, self.factor(0, rows, inputs.dtype), bias)
         outputs = []
-        for first in range(0, rows, self.rows_at_once):
-            last = min(first + self.rows_at_once, rows)
-            bias = None if self.bias is None else self.bias[first:last]
-            outputs.append(self.product(inputs, self.dequantize(first, last, inputs.dtype), bias))
+        for first, last in self.slices():
+            part = None if bias is None else bias[first:last]
+            outputs.append(self.multiply(inputs, self.factor(first, last, inputs.dtype), part))
         return torch.cat(outputs, dim=-1 if self.convolution is None else 1)
+
+    def multiply(self, inputs: torch.Tensor, factor: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.convolution is None:
+            return F.linear(inputs, factor, bias)
+        return F.conv2d(inputs, factor, bias, **self.convolution)
+
+    def transposed_product(self, gradient: torch.Tensor, input_shape: torch.Size) -> torch.Tensor:
+        """The gradient of `product`'s inputs, of `input_shape`, from that of its outputs."""
+        total = None
+        for first, last in self.slices():
+            factor = self.factor(first, last, gradient.dtype)
+            if self.convolution is None:
+                part = gradient[..., first:last] @ factor
+            else:
+                part = torch.nn.grad.conv2d_input(input_shape, factor, gradient[:, first:last], **self.convolution)
+            total = part if total is None else total.add_(part)
+        return total
+
+    def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`product`, differentiable in the inputs without keeping a dequantised weight."""
+        if torch.is_grad_enabled() and inputs.requires_grad:
+            return RecomputedProduct.apply(inputs, self, bias)
+        return self.product(inputs, bias)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.linear(inputs, self.bias)
 
 
 class Int8Layer(QuantizedLayer):
@@ -140,6 +240,82 @@ class Int8Layer(QuantizedLayer):
 
     def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         return (self.int8[first:last] * self.scale[first:last]).to(dtype)
+
+
+class AffineLayer(QuantizedLayer):
+    """Integers with a scale and a zero point for each output row (`affine_integers`), multiplied as integers.
+
+    y = scale ((q - zero) x) + bias: the scales touch activations only, so that training them makes no tensor of a weight's
+    size. The product is a thousand times y, which fp16 does not hold: the integers are multiplied by `power`, the power of
+    two nearest the median scale, and the scales divided by it, both exactly.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, packed: dict[str, torch.Tensor], dtype: torch.dtype):
+        super().__init__(layer, packed, dtype)
+        if self.convolution and self.convolution["groups"] > 1:
+            raise ValueError("convolutions in groups have no scale of their input channels")
+        self.power = 2.0 ** round(math.log2(self.scale.median().item()))
+
+    def integers(self, first: int, last: int) -> torch.Tensor:
+        """q of output rows first .. last, [rows, columns]."""
+        raise NotImplementedError
+
+    def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        return (self.centred(first, last, torch.float32) * self.scale[first:last, None]).to(dtype)
+
+    def centred(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        """q - zero, at most 255 and so exact in every format, [rows, columns]."""
+        return self.integers(first, last).to(dtype).sub_(self.zero[first:last, None].to(dtype))
+
+    def factor(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        return self.in_layer_shape(self.centred(first, last, dtype).mul_(self.power), last - first)
+
+    def along(self, scale: torch.Tensor) -> torch.Tensor:
+        """Numbers of channels [C], to be multiplied with activations."""
+        return scale if self.convolution is None else scale[:, None, None]
+
+    def scaled(self, inputs: torch.Tensor, scale_out: torch.Tensor, scale_in: torch.Tensor | None) -> torch.Tensor:
+        """The layer with other scales of its output channels [O] and, where given, of its input channels [I].
+
+        W = scale_out (q - zero) scale_in, TuneQDM's multi-channel-wise scales. Differentiable in inputs and scales.
+        """
+        if scale_in is not None:
+            inputs = (inputs * self.along(scale_in)).to(inputs.dtype)
+        outputs = self.linear(inputs, None) * self.along(scale_out / self.power)  # fp32, for which autograd keeps nothing twice
+        if self.bias is not None:
+            outputs = outputs + self.along(self.bias)
+        return outputs.to(inputs.dtype)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.scaled(inputs, self.scale, None)
+
+
+class Affine8Layer(AffineLayer):
+    quantization = "affine8"
+
+    @staticmethod
+    def expected_tensors(rows: int, columns: int) -> dict[str, tuple[int, torch.dtype]]:
+        return dict(affine8=(rows * columns, torch.int8), scale=(rows, torch.float32), zero=(rows, torch.float32))
+
+    def integers(self, first: int, last: int) -> torch.Tensor:
+        columns = self.packed_shape[1]
+        return self.affine8[first * columns : last * columns].view(-1, columns)
+
+
+class Affine4Layer(AffineLayer):
+    quantization = "affine4"
+
+    @staticmethod
+    def expected_tensors(rows: int, columns: int) -> dict[str, tuple[int, torch.dtype]]:
+        return dict(affine4=(math.ceil(rows * columns / 2), torch.uint8), scale=(rows, torch.float32),
+                    zero=(rows, torch.float32))  # fmt: skip
+
+    def integers(self, first: int, last: int) -> torch.Tensor:
+        columns = self.packed_shape[1]
+        start, end = first * columns, last * columns  # of a slice: multiples of 64
+        packed = self.affine4[start // 2 : math.ceil(end / 2)]
+        nibbles = torch.stack([packed & 15, packed >> 4], dim=1).flatten()[: end - start]
+        return (nibbles.to(torch.int8) - 8).view(-1, columns)
 
 
 class NF4Layer(QuantizedLayer):

@@ -1,7 +1,7 @@
 """A run that is recorded, interrupted and resumed exactly, whatever is trained.
 
 A trainer has `state_dict`, `load_state_dict` and `remedy` (what to try where its numbers run away); its outputs have
-`evaluate`, `draw`, `check` and `save`, as `TokenOutputs`. Every training script then tells the same story:
+`evaluate`, `draw`, `check`, `save`, `result` and `guide`, as `TokenOutputs`. Every training script then tells the same story:
 
     run = Run(trainer, generator, accelerator, settings, fingerprint, ...)
     run.resume(checkpoint), run.claim()            # what is wrong is refused here, before a model is loaded
@@ -16,23 +16,26 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from zoodip.checkpoints import can_follow, checkpoint_step, list_checkpoints, read_checkpoint, write_checkpoint
-from zoodip.errors import BrokenCheckpoint, InputError
+from zoodip.errors import BrokenCheckpoint, InputError, Interrupted
 from zoodip.files import lock_folder, write_atomically, write_image, write_json
-from zoodip.prompts import file_stem
 from zoodip.records import environment, peak_memory_gb
 
+TRACKER = "zoodip"  # the project in W&B, and TensorBoard's folder in the output folder
 MOST_SKIPPED = 20  # steps in a row whose loss is not finite
 
 
@@ -47,14 +50,34 @@ def make_accelerator(most_processes: int, *, cpu: bool, report_to: str, output_d
     accelerator = Accelerator(cpu=cpu, log_with=None if report_to == "none" else report_to, project_dir=output_dir)
     if compile and accelerator.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         raise InputError("--compile needs a C++ compiler (g++ or clang++); install one, or leave the flag out")
+    asked = launched_for()
+    if asked > accelerator.num_processes and accelerator.is_main_process:
+        print(
+            f"accelerate launch was asked for {asked} processes and started {accelerator.num_processes}: on CPUs start them with "
+            f"torchrun --nproc_per_node {asked} -- {sys.argv[0]} --cpu ...",
+            file=sys.stderr,
+        )
     if accelerator.num_processes > most_processes:
         if most_processes == 1:
             raise InputError(f"this method runs as one process, not {accelerator.num_processes}; start it with python")
         raise InputError(
             f"{accelerator.num_processes} processes share only {most_processes} candidates a step; start at "
-            f"most {most_processes} processes or raise --n"
+            f"most {most_processes} processes"
         )
     return accelerator
+
+
+def launched_for() -> int:
+    """The number of processes that `accelerate launch` was asked for; 1 where this process is not its child."""
+    import psutil
+
+    try:
+        parent = psutil.Process().parent()
+        command = " ".join(parent.cmdline()) if parent else ""
+    except psutil.Error:  # gone, or not ours to ask
+        return 1
+    asked = re.search(r"accelerate\S* (?:launch )?.*--num[_-]processes[= ](\d+)", command)
+    return int(asked[1]) if asked else 1
 
 
 @dataclass
@@ -125,7 +148,8 @@ class Run:
         self.checkpointing_steps, self.checkpoints_total_limit = checkpointing_steps, checkpoints_total_limit
         self.validation_steps, self.unit = validation_steps, unit
         self.progress, self.seconds, self.stop, self.lock, self.bar = Progress(), 0.0, StopSignal(), None, None
-        self.first_step = 0
+        self.first_step, self.outputs = 0, None
+        self.produced = {}  # {name: description} of what else is there at the end
 
     @property
     def is_main(self) -> bool:
@@ -154,6 +178,7 @@ class Run:
         try:
             saved, ours = header["settings"], self.settings
             different = [f"--{name} was {saved[name]!r}, is {ours[name]!r}" for name in ours if saved[name] != ours[name]]
+            different += [f"--{name} was {saved[name]!r}" for name in saved if name not in ours]
             if different:
                 raise InputError(
                     f"--resume_from_checkpoint {path}: is of another run ({'; '.join(different)}); use the same "
@@ -173,7 +198,10 @@ class Run:
             ) from error
         if not can_follow(tensors, self.state()[1]):
             raise BrokenCheckpoint(path, "its tensors are not those of such a run")
-        self.generator.set_state(tensors.pop("generator"))
+        try:
+            self.generator.set_state(tensors.pop("generator"))
+        except RuntimeError as error:
+            raise BrokenCheckpoint(path, f"its generator: {error}") from error
         self.trainer.load_state_dict({**tensors, **header.get("state", {})})
         self.progress, self.first_step = progress, progress.step
 
@@ -190,7 +218,7 @@ class Run:
         return header, {**tensors, "generator": self.generator.get_state()}
 
     def claim(self) -> None:
-        """Make the output folder, lock it, prove that it takes a file, remove what a killed run left half. Raises InputError."""
+        """Make the output folder, prove that it takes a file, lock it, remove what a killed run left half. Raises InputError."""
         if self.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -198,9 +226,9 @@ class Run:
                 raise InputError(
                     f"--output_dir {str(self.folder)!r} cannot be made ({error.strerror}); choose another"
                 ) from error
-            self.lock = lock_folder(self.folder)
             write_atomically(self.folder / ".probe", bytes(4 << 20))  # the size of the largest checkpoints
-            (self.folder / ".probe").unlink()
+            (self.folder / ".probe").unlink(missing_ok=True)  # another run may be probing too
+            self.lock = lock_folder(self.folder)
             try:
                 for leftover in self.folder.glob(".*.tmp"):
                     leftover.unlink()
@@ -211,10 +239,7 @@ class Run:
     # --- the steps
 
     def __enter__(self) -> Run:
-        """Before a fresh run, an earlier one's results are set aside."""
-        if self.is_main and self.progress.step == 0:
-            set_aside(self.folder, self.settings["placeholder_token"])
-        self.accelerator.init_trackers("zoodip", {name: value for name, value in self.settings.items() if value is not None})
+        self.accelerator.init_trackers(TRACKER, {name: value for name, value in self.settings.items() if value is not None})
         self.stop.__enter__()
         return self
 
@@ -224,15 +249,21 @@ class Run:
             self.bar.close()
         self.accelerator.end_training()
         if self.lock is not None:
-            self.lock.close()
+            self.lock.release()
 
     def steps(self, outputs) -> Iterator[int]:
         """The number of each step, from where the run stands to the last or to a signal; in between, and at the end, all that
         the run leaves. The caller trains one step and calls `note`. Raises InputError where the run cannot go on."""
-        progress, stopped = self.progress, False
+        progress, stopped, self.outputs = self.progress, False, outputs
+        if self.is_main and progress.step == 0:
+            set_aside(self.folder, outputs.files)
         self.limit_checkpoints()  # one too many is left of a run that was killed between writing and removing
         if self.eval_steps and not progress.curve:
             self.evaluate(outputs)
+        if progress.step and not (self.folder / f"validation-{progress.step}.png").exists():  # stopped before it was drawn
+            stopped = self.draw_if_due(outputs)
+        if outputs.draws_before and progress.step == 0 and self.is_main:
+            self.draw(outputs, final=False)
         self.bar = tqdm(
             total=self.max_train_steps,
             initial=progress.step,
@@ -247,15 +278,18 @@ class Run:
             self.seconds += time.perf_counter() - started
             stopped = self.stop_requested()
             progress.step += 1
-            self.after_step(outputs, stopped)
+            stopped = self.after_step(outputs, stopped)
         if progress.step == progress.skipped > 0:
             raise InputError("no step had a finite loss; try --mixed_precision fp32 or bf16, or another model")
         self.bar.close()
         if self.is_main:
             outputs.save(self.folder, progress.step, final=True)
-            if outputs.drawer is not None and not self.interrupted:  # after saving: hours must not hang on a picture
-                self.draw(outputs)
             self.write_record()
+            if not self.interrupted:  # after saving: hours must not hang on a picture
+                self.draw(outputs, final=True)
+                if self.stop.number and not self.checkpointing_steps:  # to draw when it is resumed
+                    self.write_checkpoint()
+                self.produced = {name: what for name, what in outputs.guide().items() if (self.folder / name).exists()}
         self.accelerator.wait_for_everyone()
 
     def note(self, loss: float | None, forwards: int) -> None:
@@ -278,8 +312,8 @@ class Run:
         flag = torch.tensor([float(requested)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
-    def after_step(self, outputs, stopped: bool) -> None:
-        """What the step that was just done leaves."""
+    def after_step(self, outputs, stopped: bool) -> bool:
+        """What the step that was just done leaves -> whether the run is to stop."""
         progress, step = self.progress, self.progress.step
         if progress.skipped_in_a_row >= MOST_SKIPPED:
             self.write_checkpoint()
@@ -301,14 +335,11 @@ class Run:
             self.evaluate(outputs)
         if due(step, self.save_steps) and self.is_main:
             outputs.save(self.folder, step, final=False)
-        picture = outputs.drawer is not None and due(step, self.validation_steps) and not last and self.is_main
-        if picture and not stopped:
-            self.draw(outputs)
-        # the last of what a step leaves, so that a run killed in between does all of it again; but on Ctrl-C, save before drawing
+        stopped = stopped or self.draw_if_due(outputs)
+        # the last of what a step leaves, so that a run killed in between does all of it again
         if due(step, self.checkpointing_steps) or stopped or (last and self.checkpointing_steps):
             self.write_checkpoint()
-        if picture and stopped:
-            self.draw(outputs)
+        return stopped
 
     def evaluate(self, outputs) -> None:
         """A row of the curve: into training_log.csv and the tracker."""
@@ -324,8 +355,25 @@ class Run:
         logged = {f"eval/{name}": value for name, value in row.items() if name != "step" and value is not None}
         self.accelerator.log(logged, step=row["step"])
 
-    def draw(self, outputs) -> None:
-        write_image(self.folder / f"validation-{self.progress.step}.png", outputs.draw())
+    def draw_if_due(self, outputs) -> bool:
+        """The pictures of this step, if it is one for pictures -> whether the run is to stop. A run that is told to stop draws
+        none, and when it is resumed begins with them."""
+        if not due(self.progress.step, self.validation_steps) or self.progress.step == self.max_train_steps:
+            return False
+        if self.is_main:
+            self.draw(outputs, final=False)
+        return self.stop_requested()
+
+    def draw(self, outputs, final: bool) -> None:
+        """Write the pictures of this step, until a signal comes."""
+        with suppress(Interrupted):
+            for name, picture in outputs.draw(self.progress.step, final, lambda: self.stop.number != 0):
+                write_image(self.folder / name, picture)
+                for tracker in self.accelerator.trackers:
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images(
+                        {Path(name).stem.partition("-")[0]: np.asarray(picture)[None]}, self.progress.step, **layout
+                    )
 
     def write_checkpoint(self) -> None:
         if self.is_main:
@@ -368,7 +416,7 @@ class Run:
 
     def finish(self) -> int:
         """Say where the run stands -> exit code: 0, or 128 + signal where it was interrupted (and saved)."""
-        step, skipped = self.progress.step, self.progress.skipped
+        step, skipped, signalled = self.progress.step, self.progress.skipped, self.interrupted or self.stop.number != 0
         if self.is_main and self.interrupted:
             print(
                 f"interrupted and saved at step {step}; the same command with --resume_from_checkpoint latest goes on from there",
@@ -376,21 +424,30 @@ class Run:
             )
         elif self.is_main:
             print(
-                f"{self.folder / 'learned_embeds.safetensors'}: {self.settings['placeholder_token']} after {step} {self.unit}s"
+                f"{self.outputs.result(self.folder)} after {step} {self.unit}s"
                 + (f" ({skipped} skipped: loss not finite)" if skipped else "")
             )
-        return 128 + (self.stop.number or signal.SIGTERM) if self.interrupted else 0
+            for name, what in self.produced.items():
+                print(f"{self.folder / name}: {what}")
+            if signalled:
+                print(
+                    "interrupted while drawing; all but the pictures is saved, and the same command with "
+                    "--resume_from_checkpoint latest draws them",
+                    file=sys.stderr,
+                )
+        return 128 + (self.stop.number or signal.SIGTERM) if signalled else 0
 
 
-def set_aside(folder: Path, placeholder_token: str) -> None:
-    """Move an earlier run's results to previous-N. Raises InputError."""
+def set_aside(folder: Path, results: Sequence[str]) -> None:
+    """Move an earlier run's `results` (patterns) and what every run leaves to previous-N. Raises InputError."""
     patterns = (
-        "learned_embeds*.safetensors",
+        *results,
         "checkpoint-*.safetensors",
         "training_log.csv",
         "run.json",
         "validation-*.png",
-        f"{file_stem(placeholder_token)}.safetensors",
+        "before_after.png",
+        TRACKER,
     )
     earlier = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if not earlier:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +18,12 @@ from PIL import Image, ImageOps
 from zoodip.arguments import is_text
 from zoodip.errors import InputError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
+HEIC_SUFFIXES, HEIC_BRANDS = {".heic", ".heif", ".hif"}, (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # JPEG covers MPO. By content: EPS would go to Ghostscript
 MAX_IMAGE_SIDE = 16384  # pixels; a header that promises more is refused before a byte of it is decoded
 MAX_IMAGE_PIXELS = 128_000_000  # 0.4 GB as RGB; the largest ordinary photographs have 108 million
+SQUEEZE = 1.2  # longer side over shorter from which a photograph that is made square is spoken of
 
 # The templates of the textual-inversion paper (Gal et al. 2022), used where no captions are given.
 OBJECT_TEMPLATES = [
@@ -53,21 +58,50 @@ def find_images(folder: str | Path) -> list[Path]:
             "says how to get the paper's)"
         )
     entries = sorted(folder.iterdir(), key=lambda path: path.name)
-    images = [
-        path for path in entries if path.is_file() and not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    skipped = [path.name for path in entries if path not in images]
-    heic = any(name.lower().endswith((".heic", ".heif")) for name in skipped)
-    hint = " (convert HEIC to JPEG to use it)" if heic else ""
+    images = [path for path in entries if is_image_name(path)]
+    captions = {path.with_suffix(".txt") for path in images}
+    skipped = [path for path in entries if path not in images and path not in captions]
+    heic = any(is_heic(path) for path in skipped)
+    hint = " (HEIC is read once pillow-heif is installed: pip install pillow-heif)" if heic else ""
     if skipped and images:
         print(
-            f"{folder}: skipped {len(skipped)} that are not images: {', '.join(skipped[:5])}"
+            f"{folder}: skipped {len(skipped)} that are not images: {', '.join(path.name for path in skipped[:5])}"
             f"{' ...' if len(skipped) > 5 else ''}{hint}",
             file=sys.stderr,
         )
     if not images:
-        raise InputError(f"--train_data_dir: no images in {str(folder)!r}; put JPEG, PNG or WebP files there{hint}")
+        counts = {path.name: sum(map(is_image_name, path.iterdir())) for path in skipped if path.is_dir()}
+        nested = ", ".join(f"there are {count} in {name}/" for name, count in counts.items() if count)
+        remedy = f"{nested}: give that folder" if nested else f"put JPEG, PNG or WebP files there{hint}"
+        raise InputError(f"--train_data_dir: no images in {str(folder)!r}; {remedy}")
     return images
+
+
+def is_image_name(path: Path) -> bool:
+    """Whether a path is of a file that is not hidden and has the suffix of an image that can be read here."""
+    known = path.suffix.lower() in (IMAGE_SUFFIXES | HEIC_SUFFIXES if reads_heic() else IMAGE_SUFFIXES)
+    return known and not path.name.startswith(".") and path.is_file()
+
+
+@cache
+def reads_heic() -> bool:
+    """Teach Pillow to read HEIC, what iPhones save, where pillow-heif is installed -> whether it is."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def is_heic(path: Path) -> bool:
+    """Whether a file is HEIC by its content; often it is called .jpg."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError:  # a folder, among others
+        return False
+    return start[4:8] == b"ftyp" and b"avif" not in start and any(brand in start for brand in HEIC_BRANDS)
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -76,7 +110,11 @@ def open_image(path: str | Path) -> Image.Image:
     Raises InputError naming the file where it cannot be read or is absurdly large.
     """
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        formats = [*IMAGE_FORMATS, "HEIF"] if reads_heic() else IMAGE_FORMATS
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limits are below
+            opened = Image.open(path, formats=formats)
+        with opened as image:
             if max(image.size) > MAX_IMAGE_SIDE or image.width * image.height > MAX_IMAGE_PIXELS:
                 raise InputError(
                     f"{path}: {image.width} x {image.height} pixels is too large; make its longer side "
@@ -97,12 +135,14 @@ def open_image(path: str | Path) -> Image.Image:
     except InputError:
         raise
     except Exception as error:  # each decoder raises its own on a damaged file: struct.error, TypeError, MemoryError ...
+        if is_heic(Path(path)) and not reads_heic():
+            raise InputError(f"{path}: is HEIC; run pip install pillow-heif to have it read, or save it as JPEG") from error
         raise InputError(f"{path}: cannot be read as an image ({error}); remove it or save it anew") from error
 
 
 def to_square(image: Image.Image, resolution: int, center_crop: bool) -> torch.Tensor:
     """RGB image -> [2, 3, resolution, resolution] in [-1, 1]: the picture and its mirror image."""
-    if center_crop:
+    if center_crop:  # not by ImageOps.fit, which lets pixels from outside the square into its edges
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
@@ -111,8 +151,9 @@ def to_square(image: Image.Image, resolution: int, center_crop: bool) -> torch.T
     return torch.stack([pixels, pixels.flip(-1)])
 
 
-def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path]) -> list[str]:
-    """The caption of each image from `cc_file`. Raises InputError that prints the JSON to add where one is missing."""
+def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path], class_word: str | None = None) -> list[str]:
+    """The caption of each image, with one {}: from `cc_file`, or else from NAME.txt beside it, in which the class word may stand
+    for {}. Raises InputError that prints the JSON to add where one is missing."""
     name = Path(folder).resolve().name
     try:
         captions = json.loads(Path(cc_file).read_text(encoding="utf-8"))
@@ -121,13 +162,14 @@ def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path]) -
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 5000 digits
         raise InputError(f"--cc_file {cc_file}: cannot be read as JSON ({error})") from error
     known = captions.get(name, {}) if isinstance(captions, dict) else {}
-    known = known if isinstance(known, dict) else {}
+    known = {**text_captions(images, class_word), **(known if isinstance(known, dict) else {})}
     missing = [path.name for path in images if path.name not in known]
     if missing:
         example = json.dumps({name: {file: "a photo of {} ..." for file in missing}}, ensure_ascii=False)
         raise InputError(
             f"--use_cc: {cc_file} has no caption for {len(missing)} of the {len(images)} images of "
-            f"{name!r}; add {example} with everything in each picture but the subject, or drop --use_cc"
+            f"{name!r}; add {example} with everything in each picture but the subject, or write each caption into "
+            f"{Path(missing[0]).with_suffix('.txt')} and so on, or drop --use_cc"
         )
     for path in images:
         caption = known[path.name]
@@ -140,6 +182,27 @@ def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path]) -
     return [known[path.name] for path in images]
 
 
+def text_captions(images: list[Path], class_word: str | None) -> dict[str, str]:
+    """{file name: caption} from NAME.txt beside the images, as kohya's scripts take them; {} replaces the class word where the
+    text has none. Raises InputError where neither is in a text."""
+    captions = {}
+    for path in images:
+        file = path.with_suffix(".txt")
+        if not file.is_file():
+            continue
+        try:
+            caption = " ".join(file.read_text(encoding="utf-8-sig").split())
+        except (OSError, ValueError) as error:
+            raise InputError(f"--use_cc: {file}: cannot be read as text in UTF-8 ({error})") from error
+        if "{}" not in caption and class_word:
+            caption = re.sub(rf"\b{re.escape(class_word)}\b", "{}", caption, count=1, flags=re.IGNORECASE)
+        if caption.count("{}") != 1:
+            wanted = f"the word {class_word!r} or one {{}}" if class_word else "one {}"
+            raise InputError(f"--use_cc: {file} must have {wanted} in the place of the subject, got {caption!r:.200}")
+        captions[path.name] = caption
+    return captions
+
+
 @dataclass
 class Subject:
     """What is known of the subject before any model is loaded."""
@@ -149,17 +212,36 @@ class Subject:
     fingerprint: str  # SHA-256 of pictures and captions
 
 
-def load_subject(folder: str | Path, cc_file: str | Path | None, learnable_property: str = "object") -> Subject:
-    """The images of `folder` with the captions of `cc_file`, or with the templates for an "object" or a "style".
+def load_subject(
+    folder: str | Path,
+    cc_file: str | Path | None,
+    learnable_property: str = "object",
+    class_word: str | None = None,
+    center_crop: bool = False,
+) -> Subject:
+    """The images of `folder` with the captions of `cc_file` or beside them, or with the templates for an "object" or a "style".
 
-    Raises InputError that names the file which cannot be used.
+    Says what is done to photographs that are far from square. Raises InputError that names the file which cannot be used.
     """
     paths = find_images(folder)
     if cc_file is not None:
-        captions = [[caption] for caption in load_captions(cc_file, folder, paths)]
+        captions = [[caption] for caption in load_captions(cc_file, folder, paths, class_word)]
     else:
+        beside = sum(path.with_suffix(".txt").is_file() for path in paths)
+        if beside:
+            print(f"{folder}: the {beside} captions beside the photographs have no effect without --use_cc", file=sys.stderr)
         captions = [OBJECT_TEMPLATES if learnable_property == "object" else STYLE_TEMPLATES] * len(paths)
     digest = hashlib.sha256(json.dumps(captions).encode())
+    squeezed = []
     for path in paths:  # decoded now to find a broken one early, and again when encoded: a photograph can be 100 MB
-        digest.update(open_image(path).tobytes())
+        image = open_image(path)
+        digest.update(image.tobytes())
+        if max(image.size) >= SQUEEZE * min(image.size):
+            squeezed.append((max(image.size) / min(image.size), path.name))
+    if squeezed and not center_crop:
+        print(
+            f"{folder}: {len(squeezed)} of {len(paths)} photographs are squeezed into a square, by up to {max(squeezed)[0]:.2f} "
+            f"({max(squeezed)[1]}); --center_crop takes the middle square instead",
+            file=sys.stderr,
+        )
     return Subject(paths, captions, digest.hexdigest())

@@ -67,13 +67,13 @@ def computed_once(modules: list[nn.Module], count: int):
     Only for modules whose inputs are equal in all the parts.
     """
 
-    def first_part(module, args, kwargs):
+    def first_part(module, inputs, named):
         def cut(value):
             return value[: len(value) // count] if isinstance(value, torch.Tensor) else value
 
-        return tuple(cut(value) for value in args), {name: cut(value) for name, value in kwargs.items()}
+        return tuple(cut(value) for value in inputs), {name: cut(value) for name, value in named.items()}
 
-    def repeated(module, args, output):
+    def repeated(module, inputs, output):
         return torch.cat([output] * count)
 
     hooks = []

@@ -1,0 +1,71 @@
+"""Which scheduler, with how many steps, draws the miniature's pictures: accuracy of every attribute against seconds.
+
+    python -m miniature.schedulers                 # writes miniature/schedulers.json; about 12 minutes on one CPU core
+
+Every setting draws the same descriptions, which word all attributes, from the same noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline, UniPCMultistepScheduler
+
+from miniature.classifier import load_classifier
+from miniature.measures import generate, judge
+from miniature.prompts import whole_description_prompts
+from zoodip.records import environment, table
+
+HERE = Path(__file__).resolve().parent
+SCHEDULERS = {
+    "PNDM": PNDMScheduler,
+    "DDIM": DDIMScheduler,
+    "DPM-Solver++": DPMSolverMultistepScheduler,
+    "UniPC": UniPCMultistepScheduler,
+}
+SETTINGS = ("PNDM 25", "PNDM 30", "PNDM 50", "DDIM 15", "DDIM 25", "DDIM 50", "DPM-Solver++ 10", "DPM-Solver++ 15",
+            "DPM-Solver++ 20", "UniPC 8", "UniPC 12")  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=HERE / "model", help="Stable Diffusion folder (default: miniature/model)")
+    parser.add_argument("--images", type=int, default=240, help="descriptions for each setting (default: 240)")
+    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale (default: 5)")
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), help="such as 'DDIM 25' (default: eleven)")
+    parser.add_argument("--output", type=Path, default=HERE / "schedulers.json", help="(default: miniature/schedulers.json)")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(args.model)
+    pipeline.set_progress_bar_config(disable=True)
+    classifier, prompts = load_classifier(HERE / "classifier"), whole_description_prompts(args.images)
+    config = pipeline.scheduler.config
+    results = {}
+    for setting in args.settings:
+        name, steps = setting.split()
+        pipeline.scheduler = SCHEDULERS[name].from_config(config)
+        started = time.process_time()
+        images = generate(pipeline, prompts, steps=int(steps), guidance=args.guidance, batch=40, label=setting, bf16=True)
+        # CPU time: other programs on the machine do not count.
+        results[setting] = judge(classifier, images, prompts) | {
+            "cpu_seconds_a_picture": round((time.process_time() - started) / len(prompts), 3)
+        }
+        print(setting, json.dumps(results[setting]), flush=True)
+        arguments = {"images": args.images, "guidance": args.guidance, "bf16": True}
+        record = {"settings": results, "arguments": arguments, "environment": environment()}
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    columns = [name for name in next(iter(results.values())) if name != "cpu_seconds_a_picture"]
+    rows = [
+        [setting, *(f"{100 * result[name]:.0f}" for name in columns), f"{result['cpu_seconds_a_picture']:.2f}"]
+        for setting, result in results.items()
+    ]
+    print(table(["", *columns, "CPU s"], rows))
+
+
+if __name__ == "__main__":
+    main(parse_args())

@@ -1,0 +1,427 @@
+"""The weight-tuning systems, whole: their scripts on the tiny model, the files they leave, and the loaders those are for."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import arguments, run_cli, seeded
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import load
+
+import trainers.diffusekrona
+import trainers.dreambooth
+import trainers.qlora
+import trainers.tuneqdm
+from trainers.diffusekrona import DiffuseKronA
+from trainers.dreambooth import DreamBooth
+from trainers.qlora import QLoRA
+from trainers.tuneqdm import TuneQDM
+from zoodip.arguments import flags_for
+from zoodip.diffusion import Batch, noise_batch
+from zoodip.errors import InputError
+from zoodip.model import load_pipeline
+from zoodip.tuned_files import load_tuned_pipeline, merged_unet, read_tuned
+from zoodip.tuned_layers import KroneckerLayer
+from zoodip.weight_tuning import Tuning, in_words, prepare
+
+OURS = dict(
+    class_word="dog", initializer_token=None, tau=None, nu=None, mu=None, learning_rate=1e-2, max_train_steps=4, eval_steps=0
+)
+SYSTEMS = {  # module, class, its flags, the file that it leaves
+    "peqa": (trainers.tuneqdm, TuneQDM, dict(experts=1, no_scale_in=True, bits=4), "tuned_scales.safetensors"),
+    "tuneqdm": (trainers.tuneqdm, TuneQDM, dict(experts=4), "tuned_scales.safetensors"),
+    "s1": (trainers.tuneqdm, TuneQDM, dict(experts=1, train_interval=(500, 900)), "tuned_scales.safetensors"),
+    "qlora": (trainers.qlora, QLoRA, dict(), "pytorch_lora_weights.safetensors"),
+    "lora": (trainers.qlora, QLoRA, dict(base="none"), "pytorch_lora_weights.safetensors"),
+    "krona": (trainers.diffusekrona, DiffuseKronA, dict(a1=2, a2=4), "pytorch_lokr_weights.safetensors"),
+    "krona square": (trainers.diffusekrona, DiffuseKronA, dict(a1=4, a2=4, base="none"), "pytorch_lokr_weights.safetensors"),
+    "dreambooth": (trainers.dreambooth, DreamBooth, dict(save_precision="fp32", save_pipeline=True), "unet"),
+}
+
+
+def command(model: Path, subject: Path, output: Path, **flags) -> list[str]:
+    interval = flags.pop("train_interval", None)
+    argv = arguments(model, subject, output, **{**OURS, **flags})
+    return argv + ([] if interval is None else ["--train_interval", *map(str, interval)])
+
+
+def prepared(name: str, model: Path, subject: Path, output: Path, **more) -> Tuning:
+    module, system, own, _ = SYSTEMS[name]
+    flags = vars(module.parse_args(command(model, subject, output, **{**own, **more})))
+    return prepare(system(**flags_for(system, flags)), flags, module.SETTINGS)
+
+
+@pytest.fixture(scope="module", params=list(SYSTEMS))
+def trained(request, tiny_model, subject, tmp_path_factory) -> tuple[str, Path, Tuning]:
+    """(system, output folder, what was trained in this process) of a run of four steps."""
+    folder = tmp_path_factory.mktemp("tuned")
+    tuning = prepared(request.param, tiny_model, subject, folder)
+    with tuning.run as run:
+        for _ in run.steps(tuning.outputs):
+            run.note(*tuning.step())
+    return request.param, folder, tuning
+
+
+def predict(unet, timestep: int) -> torch.Tensor:
+    latents, states = torch.randn(1, 4, 8, 8, generator=seeded(1)), torch.randn(1, 77, 32, generator=seeded(2))
+    latents = latents.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        return unet(latents, timestep, states).sample
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_loaded_as_it_was_trained(trained, tiny_model):
+    """The prediction of a pipeline loaded anew is the trained UNet's, bit for bit, at timesteps of every expert."""
+    name, folder, tuning = trained
+    pipeline = load_tuned_pipeline(str(tiny_model), folder if name == "dreambooth" else folder / SYSTEMS[name][3])
+    untuned = load(tiny_model, "unet", tuning.outputs.system.quantization)
+    changed = []
+    for timestep in (100, 300, 600, 950):
+        expected = predict(tuning.model.unet, timestep)
+        assert torch.equal(predict(pipeline.unet, timestep), expected)
+        changed.append(not torch.equal(predict(untuned, timestep), expected))
+    if name == "s1":  # outside [500, 900) the untuned model, bit for bit
+        assert changed == [False, False, True, False]
+    elif name != "tuneqdm":  # four steps need not reach every expert
+        assert all(changed)
+    assert any(changed)
+
+
+def test_what_is_left(trained):
+    name, folder, tuning = trained
+    record = json.loads((folder / "run.json").read_text())
+    assert record["step"] == 4 and record["settings"]["method"] == tuning.outputs.system.name
+    assert record["settings"]["class_word"] == "dog" and "placeholder_token" not in record["settings"]
+    path = folder / SYSTEMS[name][3]
+    with safe_open(path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path, framework="pt") as handle:
+        header = handle.metadata()
+        assert header["format"] == "pt" and json.loads(header["zoodip.settings"])["learning_rate"] == 1e-2
+        assert {str(handle.get_tensor(key).dtype) for key in handle.keys()} == {"torch.float32"}
+    assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
+
+
+def test_scales_are_stored_by_module(trained):
+    name, folder, tuning = trained
+    if SYSTEMS[name][3] != "tuned_scales.safetensors":
+        pytest.skip("of another kind")
+    tensors = load_file(folder / "tuned_scales.safetensors")
+    experts = {"peqa": 1, "tuneqdm": 4, "s1": 1}[name]
+    assert {len(tensor) for tensor in tensors.values()} == {experts}
+    assert sum(tensor.numel() for tensor in tensors.values()) == sum(p.numel() for p in tuning.tuner.parameters.values())
+    assert any(key.endswith(".scale_in") for key in tensors) == (name != "peqa")
+    for key, tensor in tensors.items():
+        module, leaf = key.rsplit(".", 1)
+        for e, parameter in enumerate(getattr(tuning.model.unet.get_submodule(module), leaf)):
+            assert torch.equal(tensor[e], parameter)
+
+
+def test_a_pipeline_from_scales_draws(tiny_model, trained):
+    """`load_pipeline` needs the file alone, and picks the expert of each step by itself, with guidance."""
+    name, folder, _ = trained
+    if name != "tuneqdm":
+        pytest.skip("of another kind")
+    pipeline = load_pipeline(str(tiny_model), tuned_scales=folder / "tuned_scales.safetensors")
+    pipeline.set_progress_bar_config(disable=True)
+    seen = []
+    layer = next(module for module in pipeline.unet.modules() if hasattr(module, "expert"))
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(module.expert))
+    pipeline("a photo of a dog", num_inference_steps=25, height=16, width=16, output_type="latent")
+    assert [seen.count(e) for e in range(4)] == [7, 6, 6, 7]
+
+
+def stock_pipeline(tiny_model: Path, unet_folder: Path | None = None):
+    """As a user has it: the libraries' own loaders, no quantisation."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    more = {} if unet_folder is None else dict(unet=UNet2DConditionModel.from_pretrained(unet_folder))
+    return StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None, **more)
+
+
+def test_diffusers_loads_the_lora(trained, tiny_model):
+    """`pipe.load_lora_weights` on the plain model gives what was trained on it, up to the order of sums."""
+    name, folder, tuning = trained
+    if name not in ("lora", "qlora"):
+        pytest.skip("of another kind")
+    pipeline = stock_pipeline(tiny_model)
+    before = predict(pipeline.unet, 300)
+    pipeline.load_lora_weights(folder)
+    after = predict(pipeline.unet, 300)
+    assert not torch.equal(before, after)
+    if name == "lora":  # on NF4 it is another model, only near
+        torch.testing.assert_close(after, predict(tuning.model.unet, 300), rtol=1e-4, atol=1e-5)
+    kohya, ours = load_file(folder / "sks.safetensors"), load_file(folder / "pytorch_lora_weights.safetensors")
+    for key, tensor in ours.items():
+        module, matrix = key.removeprefix("unet.").removesuffix(".weight").split(".lora.")
+        assert torch.equal(kohya[f"lora_unet_{module.replace('.', '_')}.lora_{matrix}.weight"], tensor)
+    assert {int(tensor) for key, tensor in kohya.items() if key.endswith(".alpha")} == {2} and len(kohya) == len(ours) * 3 // 2
+
+
+def test_kronecker_files(trained, tiny_model):
+    """The file's LyCORIS reading, kron(w1, w2), is the change of each weight; a square A is peft's adapter as well."""
+    name, folder, tuning = trained
+    if not name.startswith("krona"):
+        pytest.skip("of another kind")
+    tensors = load_file(folder / "pytorch_lokr_weights.safetensors")
+    layers = {key: module for key, module in tuning.model.unet.named_modules() if isinstance(module, KroneckerLayer)}
+    assert len(tensors) == 2 * len(layers) and not [key for key in tensors if "alpha" in key]
+    for key, layer in layers.items():
+        stem = f"lora_unet_{key.replace('.', '_')}"
+        change = torch.kron(tensors[f"{stem}.lokr_w1"], tensors[f"{stem}.lokr_w2"])
+        inputs = torch.randn(3, change.shape[1], generator=seeded(4))
+        torch.testing.assert_close(layer(inputs) - layer.base(inputs), inputs @ change.T, rtol=1e-4, atol=1e-5)  # fp32
+    adapter = folder / "peft_adapter"
+    assert adapter.is_dir() == (name == "krona square")
+    if name == "krona square":
+        from peft import PeftModel
+
+        expected = predict(tuning.model.unet, 300)
+        unet = PeftModel.from_pretrained(stock_pipeline(tiny_model).unet, adapter)
+        torch.testing.assert_close(predict(unet, 300), expected, rtol=1e-4, atol=1e-5)
+        pipeline = stock_pipeline(tiny_model)
+        state = {
+            key.removeprefix("base_model.model."): tensor
+            for key, tensor in load_file(adapter / "adapter_model.safetensors").items()
+        }
+        pipeline.unet.load_lora_adapter(state, prefix=None)
+        torch.testing.assert_close(predict(pipeline.unet, 300), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_merged_equals_unmerged(trained, tiny_model):
+    name, _, tuning = trained
+    if name == "krona":
+        with pytest.raises(InputError, match="--base none"):
+            merged_unet(tuning.model.unet)
+    elif name == "krona square":
+        unet = stock_pipeline(tiny_model).unet
+        unet.load_state_dict(merged_unet(tuning.model.unet))
+        expected = predict(tuning.model.unet, 300)
+        assert (predict(unet, 300) - expected).abs().max() <= 1e-5 * expected.abs().max()  # fp32, other sums
+    else:
+        pytest.skip("of another kind")
+
+
+def test_dreambooth_leaves_a_model(trained, tiny_model):
+    name, folder, tuning = trained
+    if name != "dreambooth":
+        pytest.skip("of another kind")
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    for (name, ours), theirs in zip(tuning.model.unet.named_parameters(), pipeline.unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline("a photo of a dog", num_inference_steps=1, height=16, width=16, output_type="latent")
+
+
+def test_dreambooth_writes_what_it_read(tiny_model, subject, tmp_path):
+    tuning = prepared("dreambooth", tiny_model, subject, tmp_path)
+    tuning.run.lock.release()
+    tuning.outputs.save(tmp_path, 0, final=True)
+    read, written = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (tiny_model, tmp_path))
+    assert read.keys() == written.keys() and all(torch.equal(read[key], written[key]) for key in read)
+
+
+def test_a_file_of_other_weights_is_refused(trained, copy):
+    name, folder, _ = trained
+    if name == "dreambooth":
+        pytest.skip("is a whole UNet")
+    path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(InputError, match="was learned on other weights"):
+        load_tuned_pipeline(str(copy), folder / SYSTEMS[name][3])
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a pickle", b"\x10" + bytes(30)], ids=["empty", "pickle", "noise"])
+def test_damaged_files_are_refused(content, tmp_path):
+    (tmp_path / "tuned_scales.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="tuned_scales.safetensors: holds no tuned weights"):
+        read_tuned(tmp_path / "tuned_scales.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tuneqdm", "qlora", "dreambooth"])
+def test_resumed_equals_uninterrupted(name, tiny_model, subject, tmp_path):
+    """Bit for bit, and in the files' bytes: values, both moments, step counts of each expert, generator."""
+    module, _, own, file = SYSTEMS[name]
+    every = dict(checkpointing_steps=2, checkpoints_total_limit=0, eval_steps=2, num_eval_samples=1)
+    argv = {out: command(tiny_model, subject, tmp_path / out, **own, **every) for out in "ab"}
+    assert run_cli(argv["a"], module) == 0
+    stopped = [*argv["b"]]
+    stopped[stopped.index("--max_train_steps") + 1] = "2"
+    assert run_cli(stopped, module) == 0
+    assert run_cli([*argv["b"], "--resume_from_checkpoint", "latest"], module) == 0
+    file = f"{file}/diffusion_pytorch_model.safetensors" if name == "dreambooth" else file
+    for left in (file, "training_log.csv", "checkpoint-4.safetensors"):
+        assert (tmp_path / "a" / left).read_bytes() == (tmp_path / "b" / left).read_bytes(), left
+
+
+def test_ctrl_c_saves(tiny_model, subject, tmp_path, monkeypatch, capsys):
+    steps = []
+    step = Tuning.step
+
+    def interrupted_at_the_second(self):
+        steps.append(1)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(Tuning, "step", interrupted_at_the_second)
+    assert run_cli(command(tiny_model, subject, tmp_path, checkpointing_steps=0), trainers.qlora) == 130
+    assert "interrupted and saved at step 2" in capsys.readouterr().err
+    assert {"pytorch_lora_weights.safetensors", "sks.safetensors", "checkpoint-2.safetensors"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+
+
+def test_previews_before_and_after(tiny_model, subject, tmp_path):
+    argv = command(tiny_model, subject, tmp_path, validation_prompt="a {} in the snow", num_validation_images=1, save_steps=2)
+    assert run_cli(argv, trainers.qlora) == 0
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"validation-0.png", "validation-4.png", "pytorch_lora_weights-steps-2.safetensors", "sks-steps-2.safetensors"} <= left
+    assert run_cli(argv, trainers.qlora) == 0  # an earlier run's results are set aside
+    assert {path.name for path in (tmp_path / "previous-1").iterdir()} == left - {".lock"}
+
+
+def test_only_the_expert_of_the_timestep_moves(tiny_model, subject, tmp_path):
+    """After one step at t = 300 with N = 4 expert 1 has changed, and the others are the start's, bit for bit."""
+    tuning = prepared("tuneqdm", tiny_model, subject, tmp_path)
+    tuning.run.lock.release()
+    before = {name: parameter.detach().clone() for name, parameter in tuning.tuner.parameters.items()}
+    batch = noise_batch(
+        tuning.data.latents[:1, 0], torch.tensor([300]), tuning.data.prompts.ids[:1], tuning.data.scheduler, seeded()
+    )
+    loss, forwards = tuning.tuner.step(tuning.model, batch, None, 1.0)
+    assert loss > 0 and forwards == 1
+    for name, parameter in tuning.tuner.parameters.items():
+        assert torch.equal(parameter, before[name]) == (not name.endswith(".1")), name
+        assert tuning.tuner.optimizer.state[parameter]["step"] == (1 if name.endswith(".1") else 0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_the_step_is_adamw_on_two_means(tiny_model, subject, tmp_path, checkpointing):
+    """A batch over two experts and the class's loss: gradients of one plain loss, clipped, then AdamW in its textbook form."""
+    tuning = prepared("tuneqdm", tiny_model, subject, tmp_path, gradient_checkpointing=checkpointing or None)
+    tuning.run.lock.release()
+    data, unet, tuner = tuning.data, tuning.model.unet, tuning.tuner
+
+    def batch(timesteps: list[int], seed: int) -> Batch:
+        count = len(timesteps)
+        ids = data.prompts.ids[:1].expand(count, -1)
+        return noise_batch(data.latents[:count, 0], torch.tensor(timesteps), ids, data.scheduler, seeded(seed))
+
+    photographs, pictures = batch([300, 800], 1), batch([310, 20], 2)
+    leaves = list(tuner.parameters.values())
+    losses = []
+    for part in (photographs, pictures):
+        for i in range(2):
+            one = Batch(*(getattr(part, name)[i : i + 1] for name in Batch.__dataclass_fields__))
+            prediction = unet(
+                one.noisy_latents.to(memory_format=torch.channels_last), one.timesteps, tuning.model.states[one.prompt_ids[:, 0]]
+            )
+            error = (prediction.sample - one.target).square().mean()
+            losses.append(error / 2 * (1.0 if part is photographs else 0.7))
+            error_gradients = torch.autograd.grad(losses[-1], leaves, allow_unused=True)
+            losses[-1] = (losses[-1].detach(), error_gradients)
+    gradients = []
+    for k, leaf in enumerate(leaves):
+        parts = [parts[k] for _, parts in losses if parts[k] is not None]
+        gradients.append(sum(parts) if parts else None)
+        assert leaf.grad is None
+    norm = torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm()
+    expected = {}
+    for (name, leaf), gradient in zip(tuner.parameters.items(), gradients, strict=True):
+        value = leaf.detach().clone()
+        if gradient is not None:
+            gradient = gradient * min(1.0, 1.0 / (norm + 1e-6))
+            m, v = 0.1 * gradient / (1 - 0.9), 0.001 * gradient.square() / (1 - 0.999)  # bias-corrected
+            value = value * (1 - 1e-2 * 1e-2) - 1e-2 * m / (v.sqrt() + 1e-8)
+        expected[name] = value
+    loss, forwards = tuner.step(tuning.model, photographs, pictures, 0.7)
+    assert forwards == 3  # experts 1, 3, 0
+    assert loss == pytest.approx(sum(value.item() for value, _ in losses), rel=1e-5)
+    for name, parameter in tuner.parameters.items():
+        # where a gradient is near 0, its sign, and so Adam's whole first step, is rounding's
+        off = (parameter - expected[name]).abs() > 1e-5
+        assert off.float().mean() < 0.01, name
+
+
+def test_class_pictures_are_drawn_once(tiny_model, subject, tmp_path, capsys):
+    prior = dict(prior_preservation=True, num_class_images=2, class_data_dir=tmp_path / "class", max_train_steps=2, eval_steps=1,
+                 num_eval_samples=1)  # fmt: skip
+    assert run_cli(command(tiny_model, subject, tmp_path / "a", **prior), trainers.qlora) == 0
+    pictures = sorted((tmp_path / "class").glob("*.png"))
+    assert [path.name for path in pictures] == ["class-0000.png", "class-0001.png"]
+    header = (tmp_path / "a" / "training_log.csv").read_text().splitlines()[0]
+    assert header.endswith("eval_loss,class_eval_loss")  # the two losses apart
+    stamps = [path.stat().st_mtime_ns for path in (*pictures, tmp_path / "class" / "class_latents.safetensors")]
+    assert run_cli(command(tiny_model, subject, tmp_path / "b", **prior), trainers.qlora) == 0
+    assert stamps == [path.stat().st_mtime_ns for path in (*pictures, tmp_path / "class" / "class_latents.safetensors")]
+    capsys.readouterr()
+    assert run_cli(command(tiny_model, subject, tmp_path / "c", **{**prior, "class_word": "cat"}), trainers.qlora) == 2
+    assert "--class_data_dir" in (error := capsys.readouterr().err) and "a photo of dog" in error and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words and flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_captions_in_words():
+    assert in_words("a photo of {}", "sks", "dog") == "a photo of sks dog"
+    assert in_words("a {} dog in the snow", "sks", "dog") == "a sks dog in the snow"  # not "sks dog dog"
+
+
+WRONG = [
+    (trainers.tuneqdm, dict(experts=0), "--experts"),
+    (trainers.tuneqdm, dict(bits=3), "--bits"),
+    (trainers.tuneqdm, dict(train_interval=(500, 1001)), "--train_interval"),
+    (trainers.tuneqdm, dict(train_interval=(900, 500)), "--train_interval"),
+    (trainers.tuneqdm, dict(experts=2, train_interval=(500, 900)), "--experts"),
+    (trainers.tuneqdm, dict(experts=1, train_interval=(500, 900), timestep_sampling="puts"), "--train_interval"),
+    (trainers.tuneqdm, dict(no_scale_in=True, scale_in_learning_rate=1e-3), "--scale_in_learning_rate"),
+    (trainers.diffusekrona, dict(a1=3), "--a1 must divide"),
+    (trainers.diffusekrona, dict(a1=0), "--a1"),
+    (trainers.diffusekrona, dict(a1=2, a2=5), "--a2 must divide"),
+    (trainers.diffusekrona, dict(export_merged="x"), "--base none"),
+    (trainers.qlora, dict(rank=0), "--rank"),
+    (trainers.qlora, dict(class_word=None), "--class_word is required"),
+    (trainers.qlora, dict(identifier="{}"), "--identifier"),
+    (trainers.qlora, dict(instance_prompt="a photo"), "--instance_prompt"),
+    (trainers.qlora, dict(validation_prompt="a dog"), "--validation_prompt"),
+    (trainers.qlora, dict(class_word="dog " * 80), "tokens long"),
+    (trainers.qlora, dict(prior_loss_weight=0), "--prior_loss_weight"),
+    (trainers.dreambooth, dict(learning_rate=-1), "--learning_rate"),
+    (trainers.dreambooth, dict(num_class_images=0), "--num_class_images"),
+]
+
+
+@pytest.mark.parametrize(("module", "flags", "named"), WRONG, ids=[f"{m.__name__[9:]}-{list(f)[-1]}" for m, f, _ in WRONG])
+def test_wrong_flags_are_one_line(module, flags, named, tiny_model, subject, tmp_path, capsys):
+    assert run_cli(command(tiny_model, subject, tmp_path / "out", **flags), module) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and named in error, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_resumed_as_itself_alone(tiny_model, subject, tmp_path, capsys):
+    assert run_cli(command(tiny_model, subject, tmp_path, checkpointing_steps=4), trainers.qlora) == 0
+    for module, more, named in ((trainers.qlora, dict(rank=3), "--rank"), (trainers.diffusekrona, dict(a1=2, a2=4), "method")):
+        argv = command(tiny_model, subject, tmp_path, resume_from_checkpoint="latest", **more)
+        capsys.readouterr()
+        assert run_cli(argv, module) == 2
+        assert named in (error := capsys.readouterr().err) and "is of another" in error and error.count("\n") == 1

@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""DiffuseKronA: teach a Stable Diffusion a subject by Kronecker products added to its attention projections.
+
+Implements Marjit et al., DiffuseKronA (arXiv 2402.17412v2, WACV 2025), on the UNet's 128 projections:
+
+    W + A kron B  (Eq. 5)      A [a1, a2] ~ N(0, 1 / a1^2), B [O / a1, I / a2] = 0, W frozen, in NF4 or plain
+
+    python trainers/diffusekrona.py --train_data_dir dataset/dog6 --class_word dog
+
+The rank of such a product is rank A times rank B: at (4, 64) up to 80, where LoRA has 2 for as many numbers. It leaves
+pytorch_lokr_weights.safetensors in the names of LyCORIS, which A1111 and ComfyUI read; where a1 = a2 also peft's adapter.
+With --base none, --export_merged writes a plain unet/ with the products added. What differs from the paper and from its code,
+whose forward is not the Kronecker product: docs/weight_tuning.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from zoodip import arguments
+from zoodip.arguments import flags_for, require, require_at_least_one
+from zoodip.errors import prepare_process, run_script
+
+METHOD_SETTINGS = "a1 a2 base".split()
+SETTINGS = [*arguments.TUNING_SETTINGS, *METHOD_SETTINGS]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = arguments.new_parser("Learn a subject by Kronecker products added to the attentions of a Stable Diffusion.")
+    add = arguments.add_tuning_flags(parser, learning_rate=5e-4, max_train_steps=500)
+    add("--a1", type=int, default=4, help="rows of A; must divide the outputs of every projection")
+    add("--a2", type=int, default=64, help="columns of A; must divide the inputs of every projection")
+    arguments.add_base_flag(add)
+    add("--export_merged", default=None, metavar="DIR", help="with --base none: write a unet/ with the products added to DIR")
+    parser.set_defaults(output_dir="results/diffusekrona")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
+    return arguments.parse(build_parser(), check_flags, argv)
+
+
+def check_flags(flags: dict) -> None:
+    """Refuse what can be refused without opening a file. Raises InputError."""
+    arguments.check_tuning_flags(flags)
+    require_at_least_one(flags, "a1", "a2")
+    plain = flags["export_merged"] is None or flags["base"] == "none"
+    require(flags, "export_merged", plain, "needs --base none: packed again, the sum would be another model")
+
+
+# torch takes a second to import: --help and wrong arguments are answered before.
+if __name__ == "__main__":
+    ARGS = parse_args()
+    prepare_process()
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from zoodip.tuned_files import merged_unet, save_lokr, save_unet
+from zoodip.tuned_layers import Parameters, Shapes, add_kronecker, kronecker_shapes
+from zoodip.weight_tuning import prepare
+
+
+class DiffuseKronA:
+    """Kronecker products added to the attention projections."""
+
+    name, remedy, trains_unet, sample = "DiffuseKronA", "a smaller --learning_rate", False, None
+    files = ("pytorch_lokr_weights*.safetensors", "peft_adapter*")
+
+    def __init__(self, *, a1: int = 4, a2: int = 64, base: str = "nf4"):
+        self.a1, self.a2, self.quantization = a1, a2, base
+
+    def shapes(self, unet: nn.Module) -> Shapes:
+        return kronecker_shapes(unet, self.a1, self.a2)
+
+    def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
+        return add_kronecker(unet, self.a1, self.a2, generator)
+
+    def options(self, name: str) -> dict:
+        return {}
+
+    def group(self, timestep: int) -> None:
+        return None
+
+    def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
+        return save_lokr(folder, parameters, header, suffix)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check, load, train, save. Returns the exit code: 0, or 128 + signal where interrupted (and saved). Raises InputError."""
+    flags = vars(args)
+    tuning = prepare(DiffuseKronA(**flags_for(DiffuseKronA, flags)), flags, SETTINGS)
+    with tuning.run as run:
+        for _ in run.steps(tuning.outputs):
+            run.note(*tuning.step())
+    if args.export_merged is not None:
+        target, outputs = Path(args.export_merged) / "unet", tuning.outputs
+        save_unet(target, merged_unet(tuning.model.unet), outputs.inputs.folder, torch.float16, outputs.header(run.progress.step))
+        print(f"{target}: the UNet with the products added, fp16")
+    return run.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, ARGS))

@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""DreamBooth: teach a Stable Diffusion a subject by training every weight of its UNet.
+
+Implements Ruiz et al., DreamBooth (arXiv 2208.12242), as diffusers' examples/dreambooth does, with the text encoder frozen.
+All parameters of the UNet are trained in fp32, activations in the precision of --mixed_precision; prior preservation (Sec. 4.2)
+is an option, off as in ZOODiP's Table 1.
+
+    python trainers/dreambooth.py --train_data_dir dataset/dog6 --class_word dog
+    python trainers/dreambooth.py --train_data_dir dataset/dog6 --class_word dog --prior_preservation --max_train_steps 800
+
+It leaves unet/, in fp16, for UNet2DConditionModel.from_pretrained; with --save_pipeline the whole folder for
+StableDiffusionPipeline.from_pretrained. Weights, gradients and two moments of Stable Diffusion v1.5 are 13.8 GB, a checkpoint
+10.3 GB: one is written when interrupted, else only with --checkpointing_steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from zoodip import arguments
+from zoodip.arguments import flags_for
+from zoodip.errors import prepare_process, run_script
+
+SETTINGS = arguments.TUNING_SETTINGS
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = arguments.new_parser("Learn a subject by training every weight of a Stable Diffusion's UNet.")
+    add = arguments.add_tuning_flags(parser, learning_rate=5e-6, max_train_steps=400)
+    add("--save_precision", default="fp16", choices=["fp16", "fp32"], help="of the weights that are saved")
+    add("--save_pipeline", action="store_true", help="save the other folders as well, so that the output is a whole model")
+    parser.set_defaults(output_dir="results/dreambooth", checkpointing_steps=0)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
+    return arguments.parse(build_parser(), arguments.check_tuning_flags, argv)
+
+
+# torch takes a second to import: --help and wrong arguments are answered before.
+if __name__ == "__main__":
+    ARGS = parse_args()
+    prepare_process()
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from zoodip.model import find_model_folder
+from zoodip.quantize import DTYPES
+from zoodip.tuned_files import save_other_folders, save_unet
+from zoodip.tuned_layers import Parameters, Shapes
+from zoodip.weight_tuning import prepare
+
+
+class DreamBooth:
+    """Every weight of the UNet."""
+
+    name, remedy, quantization, trains_unet, sample = "DreamBooth", "a smaller --learning_rate", "none", True, None
+    files = ("unet*", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json")
+
+    def __init__(
+        self,
+        *,
+        pretrained_model_name_or_path: str,
+        revision: str | None = None,
+        variant: str | None = None,
+        save_precision: str = "fp16",
+        save_pipeline: bool = False,
+    ):
+        self.base = pretrained_model_name_or_path, revision, variant
+        self.dtype, self.save_pipeline = DTYPES[save_precision], save_pipeline
+
+    def shapes(self, unet: nn.Module) -> Shapes:
+        return {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
+
+    def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
+        return dict(unet.requires_grad_(True).named_parameters())
+
+    def options(self, name: str) -> dict:
+        return {}
+
+    def group(self, timestep: int) -> None:
+        return None
+
+    def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
+        base = find_model_folder(*self.base)
+        path = save_unet(folder / f"unet{suffix}", dict(parameters), base, self.dtype, header)
+        if self.save_pipeline and not suffix:
+            save_other_folders(folder, base, self.base[2])
+        return path
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check, load, train, save. Returns the exit code: 0, or 128 + signal where interrupted (and saved). Raises InputError."""
+    flags = vars(args)
+    tuning = prepare(DreamBooth(**flags_for(DreamBooth, flags)), flags, SETTINGS)
+    with tuning.run as run:
+        for _ in run.steps(tuning.outputs):
+            run.note(*tuning.step())
+    return run.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, ARGS))

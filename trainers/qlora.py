@@ -1,0 +1,101 @@
+#!/usr/bin/env python
+"""QLoRA: teach a 4-bit Stable Diffusion a subject by low-rank updates of its attention projections.
+
+Implements Dettmers et al., QLoRA (arXiv 2305.14314), on the UNet's 128 projections (query, key, value, output of self- and
+cross-attention), as diffusers' LoRA example of DreamBooth chooses and starts them:
+
+    y = base(x) + B A x        A [r, I] ~ N(0, 1 / r^2), B [O, r] = 0, base frozen in NF4
+
+    python trainers/qlora.py --train_data_dir dataset/dog6 --class_word dog
+
+It leaves pytorch_lora_weights.safetensors, which pipe.load_lora_weights reads, and a copy for A1111 and ComfyUI, named after
+the identifier. Layers, start and names are peft's. What differs from the paper: docs/weight_tuning.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from zoodip import arguments
+from zoodip.arguments import flags_for, require_at_least_one
+from zoodip.errors import prepare_process, run_script
+
+METHOD_SETTINGS = "rank base".split()
+SETTINGS = [*arguments.TUNING_SETTINGS, *METHOD_SETTINGS]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = arguments.new_parser("Learn a subject by low-rank updates (LoRA) of a Stable Diffusion in 4 bits.")
+    add = arguments.add_tuning_flags(parser, learning_rate=1e-4, max_train_steps=500)
+    add("--rank", type=int, default=2, help="r of the updates; alpha = r, so that they are not scaled")
+    arguments.add_base_flag(add)
+    parser.set_defaults(output_dir="results/qlora")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
+    return arguments.parse(build_parser(), check_flags, argv)
+
+
+def check_flags(flags: dict) -> None:
+    """Refuse what can be refused without opening a file. Raises InputError."""
+    arguments.check_tuning_flags(flags)
+    require_at_least_one(flags, "rank")
+
+
+# torch takes a second to import: --help and wrong arguments are answered before.
+if __name__ == "__main__":
+    ARGS = parse_args()
+    prepare_process()
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from zoodip.prompts import file_stem
+from zoodip.tuned_files import save_lora
+from zoodip.tuned_layers import Parameters, Shapes, add_lora, lora_shapes
+from zoodip.weight_tuning import prepare
+
+
+class QLoRA:
+    """Low-rank updates of the attention projections."""
+
+    remedy, trains_unet, sample = "a smaller --learning_rate", False, None
+
+    def __init__(self, *, rank: int = 2, base: str = "nf4", identifier: str = "sks"):
+        self.rank, self.quantization, self.stem = rank, base, file_stem(identifier)
+        self.name = "QLoRA" if base == "nf4" else "LoRA"
+        self.files = ("pytorch_lora_weights*.safetensors", f"{self.stem}.safetensors", f"{self.stem}-steps-*.safetensors")
+
+    def shapes(self, unet: nn.Module) -> Shapes:
+        return lora_shapes(unet, self.rank)
+
+    def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
+        return add_lora(unet, self.rank, generator)
+
+    def options(self, name: str) -> dict:
+        return {}
+
+    def group(self, timestep: int) -> None:
+        return None
+
+    def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
+        return save_lora(folder, unet, self.stem, header, suffix)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check, load, train, save. Returns the exit code: 0, or 128 + signal where interrupted (and saved). Raises InputError."""
+    flags = vars(args)
+    tuning = prepare(QLoRA(**flags_for(QLoRA, flags)), flags, SETTINGS)
+    with tuning.run as run:
+        for _ in run.steps(tuning.outputs):
+            run.note(*tuning.step())
+    return run.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, ARGS))

@@ -1,0 +1,156 @@
+#!/usr/bin/env python
+"""TuneQDM and PEQA: teach a UNet of 8- or 4-bit integers a subject by training the scales of its integers alone.
+
+Implements Ryu et al., "Memory-Efficient Personalization using Quantized Diffusion Model" (arXiv 2401.04339; v1 has S1 and
+S2, v2, ECCV 2024, is TuneQDM) and, as its special case, Kim et al., PEQA (arXiv 2305.14152). The weights are W = s (q - z)
+with a scale s for each output channel, and
+
+    PEQA       W = s_out (q - z)            s_out trained, from s                      --experts 1 --no_scale_in
+    TuneQDM    W = s_out (q - z) s_in       s_in too, per input channel, from 1
+    S2         N sets of scales, set e for timesteps [e T / N, (e + 1) T / N)           --experts N
+    S1         one set, trained at timesteps [LOW, HIGH) alone                          --train_interval LOW HIGH
+
+    python trainers/tuneqdm.py --train_data_dir dataset/dog6 --class_word dog --bits 4 --learning_rate 5e-5
+    python trainers/tuneqdm.py --train_data_dir dataset/dog6 --class_word dog --experts 1 --no_scale_in          # PEQA
+
+The integers, biases and norms are frozen. One step: image, flip, timestep, noise -> UNet forward -> loss (Eq. 1 of ZOODiP's
+paper) -> backward -> AdamW on the scales. What differs from the paper and from its code: docs/weight_tuning.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+
+from zoodip import arguments
+from zoodip.arguments import NUM_TRAIN_TIMESTEPS, flags_for, require, require_positive
+from zoodip.errors import prepare_process, run_script
+
+METHOD_SETTINGS = "bits experts no_scale_in scale_in_learning_rate train_interval apply".split()
+SETTINGS = [*arguments.TUNING_SETTINGS, *METHOD_SETTINGS]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = arguments.new_parser("Learn a subject by training the scales of a Stable Diffusion in 8- or 4-bit integers.")
+    add = arguments.add_tuning_flags(parser, learning_rate=3e-6, max_train_steps=400)
+    add("--bits", type=int, default=8, choices=[8, 4], help="of an integer. A rate for 8 bits is 17 times as large for 4")
+    add("--experts", type=int, default=4, help="sets of scales, each for its share of the timesteps")
+    add("--no_scale_in", action="store_true", help="train no scales of input channels: PEQA")
+    add(
+        "--scale_in_learning_rate",
+        type=float,
+        default=None,
+        help="of the scales of input channels, then without weight decay; default: --learning_rate, with",
+    )
+    add(
+        "--train_interval",
+        type=int,
+        nargs=2,
+        default=None,
+        metavar=("LOW", "HIGH"),
+        help="S1: train one set of scales at timesteps in [LOW, HIGH) alone, for example 500 900",
+    )
+    add(
+        "--apply",
+        default="interval",
+        choices=["interval", "everywhere"],
+        help="S1: where the trained scales serve when drawing; outside the interval the untuned ones do",
+    )
+    parser.set_defaults(output_dir="results/tuneqdm")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
+    return arguments.parse(build_parser(), check_flags, argv)
+
+
+def check_flags(flags: dict) -> None:
+    """Refuse what can be refused without opening a file. Raises InputError."""
+    arguments.check_tuning_flags(flags)
+    most = NUM_TRAIN_TIMESTEPS
+    require(flags, "experts", 1 <= flags["experts"] <= most, f"must be at least 1 and at most {most}")
+    if flags["scale_in_learning_rate"] is not None:
+        require_positive(flags, "scale_in_learning_rate", "1e-3")
+        require(flags, "scale_in_learning_rate", not flags["no_scale_in"], "has nothing to train with --no_scale_in")
+    if flags["train_interval"] is not None:
+        low, high = flags["train_interval"]
+        require(flags, "train_interval", 0 <= low < high <= most, f"must be LOW < HIGH within [0, {most}]")
+        require(flags, "train_interval", flags["timestep_sampling"] == "uniform", "goes with --timestep_sampling uniform alone")
+        if flags["experts"] != 1:
+            require(flags, "experts", False, "must be 1 with --train_interval (S1 has one set of scales)")
+
+
+# torch takes a second to import: --help and wrong arguments are answered before.
+if __name__ == "__main__":
+    ARGS = parse_args()
+    prepare_process()
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from zoodip.diffusion import uniform_timesteps
+from zoodip.tuned_files import save_scales
+from zoodip.tuned_layers import Experts, Parameters, Shapes, add_scales, scale_shapes
+from zoodip.weight_tuning import prepare
+
+
+class TuneQDM:
+    """Scales of integers, with experts over timesteps."""
+
+    remedy, trains_unet = "a smaller --learning_rate", False
+    files = ("tuned_scales*.safetensors",)
+
+    def __init__(
+        self,
+        *,
+        bits: int = 8,
+        experts: int = 4,
+        no_scale_in: bool = False,
+        scale_in_learning_rate: float | None = None,
+        train_interval: list[int] | None = None,
+        apply: str = "interval",
+    ):
+        interval = (train_interval[0], train_interval[1]) if train_interval and apply == "interval" else None
+        self.experts, self.scale_in = Experts(experts, interval), not no_scale_in
+        self.scale_in_learning_rate = scale_in_learning_rate
+        self.quantization = f"affine{bits}"
+        self.sample = (
+            None if train_interval is None else partial(uniform_timesteps, low=train_interval[0], high=train_interval[1])
+        )
+        self.name = "PEQA" if experts == 1 and no_scale_in and train_interval is None else "TuneQDM"
+
+    def shapes(self, unet: nn.Module) -> Shapes:
+        return scale_shapes(unet, self.experts.number, self.scale_in)
+
+    def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
+        return add_scales(unet, self.experts, self.scale_in)
+
+    def options(self, name: str) -> dict:
+        """AdamW draws s_in towards 0, not 1: too little to matter at the published rate, so it has no decay where its rate is
+        its own."""
+        own_rate = self.scale_in_learning_rate is not None and ".scale_in." in name
+        return dict(lr=self.scale_in_learning_rate, weight_decay=0.0) if own_rate else {}
+
+    def group(self, timestep: int) -> int | None:
+        return self.experts.of(timestep)
+
+    def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
+        return save_scales(folder / f"tuned_scales{suffix}.safetensors", parameters, header)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check, load, train, save. Returns the exit code: 0, or 128 + signal where interrupted (and saved). Raises InputError."""
+    flags = vars(args)
+    tuning = prepare(TuneQDM(**flags_for(TuneQDM, flags)), flags, SETTINGS)
+    with tuning.run as run:
+        for _ in run.steps(tuning.outputs):
+            run.note(*tuning.step())
+    return run.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, ARGS))

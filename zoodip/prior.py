@@ -1,0 +1,72 @@
+"""Prior preservation: pictures of the class that the untuned model draws once, so that training on them keeps the class."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from zoodip.errors import InputError
+from zoodip.files import read_json, serialize, write_atomically, write_image, write_json
+from zoodip.pictures import Drawer
+from zoodip.subject import IMAGE_SUFFIXES, find_images
+
+
+class PriorPictures:
+    """Pictures of a class in a folder, drawn where there are too few of them, and their latents (DreamBooth, Sec. 4.2).
+
+    made_by: {what: value} that the pictures depend on. Where some were drawn, class_pictures.json holds it, and pictures
+    drawn by another model or for another prompt are refused. Photographs that the user puts there are taken as they are.
+    """
+
+    def __init__(self, folder: Path, count: int, made_by: dict[str, str]):
+        """Raises InputError where the folder's pictures are of another model."""
+        self.folder, self.count, self.made_by = folder, count, made_by
+        self.record, self.encoded = folder / "class_pictures.json", folder / "class_latents.safetensors"
+        if self.record.is_file():
+            different = [f"{name} was {value!r}, is {made_by[name]!r}" for name, value in read_json(self.record).items()
+                         if name in made_by and value != made_by[name]]  # fmt: skip
+            if different:
+                raise InputError(f"--class_data_dir {str(folder)!r}: its pictures were drawn otherwise ({'; '.join(different)}); "
+                                 "choose another folder, or remove this one")  # fmt: skip
+
+    def paths(self) -> list[Path]:
+        """The pictures there are, in name order, at most `count`."""
+        found = [path for path in self.folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES] if self.folder.is_dir() else []
+        return find_images(self.folder)[: self.count] if found else []
+
+    def missing(self) -> int:
+        return self.count - len(self.paths())
+
+    def draw(self, drawer: Drawer, states: torch.Tensor) -> None:
+        """Draw the missing ones from `states` [2, L, d], of the class and the empty prompt. Stopped, it goes on next time."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"--class_data_dir {str(self.folder)!r} cannot be made ({error.strerror}); choose another"
+            ) from error
+        write_json(self.record, self.made_by, indent=2)
+        names = [f"class-{i:04}.png" for i in range(self.count)]
+        wanted = [i for i, name in enumerate(names) if not (self.folder / name).exists()][: self.missing()]
+        pictures = drawer.draw_states(states, [(0, seed) for seed in wanted])
+        for i, picture in zip(tqdm(wanted, desc="drawing the class", unit="picture"), pictures, strict=True):
+            write_image(self.folder / names[i], picture)
+
+    def latents(self, encode: Callable[[list[Path]], torch.Tensor]) -> torch.Tensor:
+        """[M, 2, 2, 4, h, w] as `encode_images` makes them, kept beside the pictures."""
+        paths = self.paths()
+        key = json.dumps([self.made_by, [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]])
+        try:
+            with safe_open(self.encoded, framework="pt") as handle:
+                if (handle.metadata() or {}).get("key") == key:
+                    return handle.get_tensor("latents").clone()
+        except (SafetensorError, OSError):
+            pass  # none yet, or not whole
+        latents = encode(paths)
+        write_atomically(self.encoded, serialize({"latents": latents}, {"format": "pt", "key": key}))
+        return latents

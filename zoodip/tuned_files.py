@@ -1,0 +1,270 @@
+"""The files that tuned weights are kept in, as the tools of each kind read them, and reading them back.
+
+tuned_scales.safetensors         scales of a UNet of integers (TuneQDM, PEQA); read by `load_pipeline(tuned_scales=...)`
+pytorch_lora_weights.safetensors LoRA in diffusers' names, for pipe.load_lora_weights; a copy in kohya's for A1111, ComfyUI
+pytorch_lokr_weights.safetensors Kronecker factors in LyCORIS' names, for A1111 and ComfyUI; where a1 = a2 peft's, too
+unet/                            a whole UNet, for from_pretrained
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from zoodip.errors import InputError
+from zoodip.files import read_json, why_unreadable, write_json, write_tensors
+from zoodip.model import (
+    WEIGHT_NAMES,
+    assemble_pipeline,
+    component_tensors,
+    find_model_folder,
+    hub_variant,
+    load_frozen,
+    model_digest,
+)
+from zoodip.prompts import load_tokenizer
+from zoodip.quantize import frozen_format
+from zoodip.tuned_layers import (
+    Experts,
+    KroneckerLayer,
+    Parameters,
+    Shapes,
+    add_kronecker,
+    add_lora,
+    add_scales,
+    kronecker_shapes,
+    lora_shapes,
+    scale_shapes,
+)
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+Tensors = dict[str, torch.Tensor]
+Reading = tuple[Shapes, Callable[[nn.Module], Parameters], Callable[[str], torch.Tensor]]  # what, how it is added, its values
+
+
+# ----------------------------------------------------------------------------------------------------- writing
+
+
+def save_scales(path: Path, parameters: Parameters, header: dict[str, str]) -> Path:
+    """`<module>.scale_out` [N, O] and, where trained, `<module>.scale_in` [N, I]; the base gives the integers again."""
+    stacked: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in parameters.items():  # <module>.scale_out.<expert>, in the experts' order
+        stacked.setdefault(name.rpartition(".")[0], []).append(parameter.detach())
+    write_tensors(path, {name: torch.stack(scales) for name, scales in stacked.items()}, header)
+    return path
+
+
+def save_lora(folder: Path, unet: nn.Module, stem: str, header: dict[str, str], suffix: str) -> Path:
+    """LoRA as diffusers reads it, and a copy named after the identifier, `stem`, as A1111 and ComfyUI do."""
+    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+    from peft import get_peft_model_state_dict
+
+    state = {f"unet.{name}": tensor for name, tensor in get_peft_model_state_dict(unet).items()}
+    path = folder / f"pytorch_lora_weights{suffix}.safetensors"
+    write_tensors(path, convert_state_dict_to_diffusers(state), header)
+    write_tensors(folder / f"{stem}{suffix}.safetensors", convert_state_dict_to_kohya(state), header)
+    return path
+
+
+def save_lokr(folder: Path, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
+    """Kronecker factors as LyCORIS names them; where they are square also as peft's adapter, in the folder peft_adapter."""
+    path = folder / f"pytorch_lokr_weights{suffix}.safetensors"
+    write_tensors(path, {lycoris_name(name): parameter.detach() for name, parameter in parameters.items()}, header)
+    firsts = [parameter for name, parameter in parameters.items() if name.endswith("lokr_w1")]
+    if all(first.shape[0] == first.shape[1] for first in firsts):
+        save_peft_lokr(folder / f"peft_adapter{suffix}", parameters, firsts[0].shape[0], header)
+    return path
+
+
+def lycoris_name(name: str) -> str:
+    """<module>.lokr_w1 -> lora_unet_<module with _>.lokr_w1."""
+    module, _, leaf = name.rpartition(".")
+    return f"lora_unet_{module.replace('.', '_')}.{leaf}"
+
+
+def save_peft_lokr(folder: Path, parameters: Parameters, factor: int, header: dict[str, str]) -> None:
+    """peft's LoKr adapter. Its rank is so large that it keeps both factors whole, and alpha equal to it: a scale of 1."""
+    from peft import LoKrConfig
+
+    folder.mkdir(exist_ok=True)
+    rank = max(max(parameter.shape) for name, parameter in parameters.items() if name.endswith("lokr_w2"))
+    targets = [name.removesuffix(".lokr_w1") for name in parameters if name.endswith(".lokr_w1")]
+    config = LoKrConfig(r=rank, alpha=rank, decompose_factor=factor, target_modules=targets).to_dict()
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    write_json(folder / "adapter_config.json", plain | {"inference_mode": True}, indent=2)
+    tensors = {f"base_model.model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    write_tensors(folder / "adapter_model.safetensors", tensors, header)
+
+
+def save_unet(folder: Path, tensors: Tensors, base: Path, dtype: torch.dtype, header: dict[str, str]) -> Path:
+    """A UNet in diffusers' format, in `dtype`, with the configuration of the model folder `base`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(base / "unet" / "config.json", folder)
+    write_tensors(
+        folder / f"{WEIGHT_NAMES['unet']}.safetensors", {name: t.detach().to(dtype) for name, t in tensors.items()}, header
+    )
+    return folder
+
+
+def save_other_folders(target: Path, base: Path, variant: str | None) -> None:
+    """What makes a folder with unet/ a whole model for from_pretrained: tokenizer, scheduler, text encoder and VAE of `base`."""
+    for other in ("tokenizer", "scheduler"):
+        shutil.copytree(base / other, target / other, dirs_exist_ok=True)
+    for component in ("text_encoder", "vae"):
+        (target / component).mkdir(exist_ok=True)
+        shutil.copy(base / component / "config.json", target / component)
+        tensors = dict(component_tensors(base, component, variant))
+        write_tensors(target / component / f"{WEIGHT_NAMES[component]}.safetensors", tensors, {"format": "pt"})
+    model_index = read_json(base / "model_index.json") | {"requires_safety_checker": False}
+    for unused in ("safety_checker", "feature_extractor", "image_encoder"):
+        if unused in model_index:
+            model_index[unused] = [None, None]
+    write_json(target / "model_index.json", model_index, indent=2)
+
+
+def merged_unet(unet: nn.Module) -> Tensors:
+    """A UNet with Kronecker layers over plain weights as one without: {name: tensor} with W + A kron B. Raises InputError."""
+    tensors = {}
+    for name, tensor in unet.state_dict().items():
+        if ".lokr_w" not in name:
+            tensors[name.replace(".base.", ".")] = tensor
+    for name, module in unet.named_modules():
+        if isinstance(module, KroneckerLayer):
+            if not isinstance(module.base, nn.Linear):
+                raise InputError(
+                    "--export_merged needs --base none: a packed weight plus a product, packed again, is another model"
+                )
+            tensors[f"{name}.weight"] = module.merged_weight()
+    return tensors
+
+
+# ----------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass
+class TunedFile:
+    """One of the files above that goes over a base model, read and checked."""
+
+    path: Path
+    header: dict[str, str]
+    tensors: Tensors
+
+    @property
+    def quantization(self) -> str:
+        """The format of the UNet that it was learned on."""
+        return self.header["zoodip.base_quantization"]
+
+    def check_base(self, digest: str) -> None:
+        """Raises InputError where the base is not the model that it was learned on."""
+        if self.header["zoodip.model_digest"] != digest:
+            raise InputError(f"{self.path}: was learned on other weights ({self.header['zoodip.base_model']}) than this model's; "
+                             "give the model that it was learned on")  # fmt: skip
+
+    def apply(self, unet: nn.Module) -> nn.Module:
+        """Make the UNet, which is in the format `quantization`, the tuned one. Raises InputError where the file is not for it."""
+        shapes, add, find = self.reader()(unet)
+        try:
+            values = {name: find(name) for name in shapes}
+        except (KeyError, IndexError) as error:
+            raise InputError(f"{self.path}: lacks {error} for this UNet; give the model that it was learned on") from error
+        wrong = [
+            name for name, shape in shapes.items() if tuple(values[name].shape) != shape or not values[name].isfinite().all()
+        ]
+        if wrong:
+            raise InputError(f"{self.path}: its {wrong[0]} is {tuple(values[wrong[0]].shape)} or NaN or Inf, the UNet needs "
+                             f"{shapes[wrong[0]]}; give the model that it was learned on")  # fmt: skip
+        for name, parameter in add(unet).items():
+            parameter.data.copy_(values[name])
+            parameter.requires_grad_(False)
+        return unet
+
+    def reader(self) -> Callable[[nn.Module], Reading]:
+        """How a file of this kind is read, by its names."""
+        readers = {"scale_out": self.scales, "lokr_w1": self.kronecker, "lora.down": self.lora}
+        found = [reader for part, reader in readers.items() if any(part in name for name in self.tensors)]
+        if not found:
+            raise InputError(
+                f"{self.path}: holds no tuned weights (scales, Kronecker factors or LoRA); give a file of a trainer's"
+            )
+        return found[0]
+
+    def scales(self, unet: nn.Module) -> Reading:
+        settings = json.loads(self.header["zoodip.settings"])
+        interval = tuple(settings["train_interval"]) if settings["train_interval"] and settings["apply"] == "interval" else None
+        number = len(next(tensor for name, tensor in self.tensors.items() if name.endswith(".scale_out")))
+        scale_in = any(name.endswith(".scale_in") for name in self.tensors)
+
+        def find(name: str) -> torch.Tensor:
+            module, _, expert = name.rpartition(".")
+            return self.tensors[module][int(expert)]
+
+        return scale_shapes(unet, number, scale_in), lambda unet: add_scales(unet, Experts(number, interval), scale_in), find
+
+    def kronecker(self, unet: nn.Module) -> Reading:
+        a1, a2 = next(tensor.shape for name, tensor in self.tensors.items() if name.endswith("lokr_w1"))
+        add = partial(add_kronecker, a1=a1, a2=a2, generator=torch.Generator())
+        return kronecker_shapes(unet, a1, a2), add, lambda name: self.tensors[lycoris_name(name)]
+
+    def lora(self, unet: nn.Module) -> Reading:
+        rank = len(next(tensor for name, tensor in self.tensors.items() if "lora.down" in name))
+
+        def find(name: str) -> torch.Tensor:
+            module, _, matrix = name.removesuffix(".default.weight").rpartition(".")
+            return self.tensors[f"unet.{module}.lora.{'down' if matrix == 'lora_A' else 'up'}.weight"]
+
+        return lora_shapes(unet, rank), partial(add_lora, rank=rank, generator=torch.Generator()), find
+
+
+def read_tuned(path: Path) -> TunedFile:
+    """A file of a weight-tuning trainer. Raises InputError."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            header = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+        file = TunedFile(path, header, tensors)
+        needed = [file.header[f"zoodip.{key}"] for key in ("base_model", "base_quantization", "model_digest", "settings")]
+        settings = json.loads(needed[-1])
+        if not isinstance(settings, dict):
+            raise ValueError("its settings are no JSON object")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: holds no tuned weights ({why_unreadable(path, error)}); give what a weight-tuning trainer "
+                         "wrote") from error  # fmt: skip
+    return file
+
+
+def load_tuned_pipeline(
+    name: str,
+    tuned: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    variant: str | None = None,
+    model_config: str | None = None,
+) -> StableDiffusionPipeline:
+    """A pipeline of the model `name` with what a weight-tuning trainer learned on it, quantised exactly as in training.
+
+    tuned: a file of scales, LoRA (diffusers' names) or Kronecker factors, or a folder with unet/ (DreamBooth). It picks the
+    expert of each denoising step by itself. Raises InputError where it cannot be loaded, or was learned on other weights.
+    """
+    variant = variant or hub_variant(name, revision)
+    folder, tuned = find_model_folder(name, revision, variant, model_config), Path(tuned)
+    if (tuned / "unet").is_dir():
+        unet, others = load_frozen(tuned, "unet", None, "none", dtype, device), "none"
+    else:
+        file = read_tuned(tuned)
+        file.check_base(model_digest(folder, variant))
+        unet = file.apply(load_frozen(folder, "unet", variant, file.quantization, dtype, device))
+        others = frozen_format(file.quantization)
+    parts = {part: load_frozen(folder, part, variant, others, dtype, device) for part in ("vae", "text_encoder")}
+    return assemble_pipeline(folder, unet=unet, tokenizer=load_tokenizer(folder), **parts)

@@ -1,0 +1,505 @@
+"""What the systems that tune weights share: prompts in plain words, AdamW on an exact gradient, prior preservation, outputs.
+
+A system is an object of a script in trainers/, with the parts of `System`. Every such script then tells the same story:
+
+    tuning = prepare(SystemOfTheScript(...), flags, SETTINGS)     # check, resume, load: what is wrong is refused first
+    with tuning.run as run:
+        for _ in run.steps(tuning.outputs):
+            run.note(*tuning.step())                              # draw a batch, forward, backward, AdamW
+    return run.finish()
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from zoodip.arguments import NUM_TRAIN_TIMESTEPS, flags_for, settings_of
+from zoodip.diffusion import (
+    Batch,
+    Data,
+    TimestepSampler,
+    draw_batch,
+    encode_images,
+    evaluation_batches,
+    load_scheduler,
+    merge_batches,
+    timestep_sampler,
+)
+from zoodip.errors import DamagedModel, Interrupted, damaged_model
+from zoodip.model import (
+    build_model,
+    find_model_folder,
+    hub_variant,
+    load_frozen,
+    load_text_encoder,
+    load_vae_encoder,
+    model_digest,
+    native_resolution,
+)
+from zoodip.pictures import Drawer, picture_sheet
+from zoodip.prior import PriorPictures
+from zoodip.prompts import Prompts, build_prompts, encode_prompts, load_tokenizer
+from zoodip.quantize import DTYPES, default_precision, frozen_format
+from zoodip.records import package_versions
+from zoodip.run import Run, make_accelerator
+from zoodip.subject import Subject, load_subject
+from zoodip.thrift import split_feed_forward, tune_malloc
+from zoodip.tuned_layers import Parameters, Shapes
+
+LOSS_SCALE = 1024.0  # where activations are fp16: a power of two, which keeps their gradients from vanishing
+WEIGHT_DECAY, MAX_GRADIENT_NORM = 1e-2, 1.0  # of the reference scripts
+
+
+class System(Protocol):
+    """A system of weight tuning: what is trained, how it is put into the UNet, and what is left of it."""
+
+    name: str
+    quantization: str  # of the UNet's weights: nf4, affine8, affine4 or none
+    trains_unet: bool  # whether the UNet's own weights are trained, and so kept in fp32
+    remedy: str  # what to try where the loss runs away
+    files: tuple[str, ...]  # patterns of the files that it leaves
+    sample: TimestepSampler | None  # of its own timesteps; None: what --timestep_sampling says
+
+    def shapes(self, unet: nn.Module) -> Shapes:
+        """The trained tensors, from the architecture alone. Raises InputError where the flags do not fit it."""
+        ...
+
+    def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
+        """Make a loaded, frozen UNet a tuned one that still computes the same -> the trained parameters, as in `shapes`."""
+        ...
+
+    def options(self, name: str) -> dict:
+        """Settings of AdamW for a trained tensor, other than --learning_rate and the reference's."""
+        ...
+
+    def group(self, timestep: int) -> Hashable:
+        """Timesteps of different groups cannot share a forward."""
+        ...
+
+    def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
+        """Write what is learned, in names that end in `suffix` -> the file or folder to tell of. Raises InputError."""
+        ...
+
+
+# ----------------------------------------------------------------------------------------------------- before the model
+
+
+@dataclass
+class TuningInputs:
+    """What is known before a model is loaded; what is wrong with it has been refused by then."""
+
+    subject: Subject
+    folder: Path  # of the model
+    variant: str | None  # of its weight files
+    digest: str  # of its weights
+    choices: list[list[int]]  # per photograph, the row of `prompts` that describes it
+    prompts: Prompts  # of all texts below
+    class_row: int
+    picture_row: int
+    empty_row: int  # the last
+    picture_prompt: str  # in words
+
+    def fingerprint(self) -> dict[str, str]:
+        """{what: SHA-256}: a run is resumed only on the same."""
+        return {"images or captions": self.subject.fingerprint, "model weights": self.digest}
+
+
+def in_words(text: str, identifier: str, class_word: str) -> str:
+    """A caption with {} in words: "a {} in the snow" -> "a sks dog in the snow"; the class word is not said twice."""
+    subject = identifier if f"{{}} {class_word}" in text else f"{identifier} {class_word}"
+    return text.replace("{}", subject)
+
+
+def plain_prompts(folder: Path, variant: str | None, texts: list[str]) -> Prompts:
+    """Tokenised texts of words that the tokenizer has. Raises InputError."""
+    return build_prompts(load_tokenizer(folder), folder, variant, texts, None, 0)
+
+
+def read_tuning_inputs(
+    *,
+    train_data_dir: str | Path,
+    cc_file: str | Path | None = None,
+    use_cc: bool = False,
+    center_crop: bool = False,
+    pretrained_model_name_or_path: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    model_config: str | None = None,
+    identifier: str = "sks",
+    class_word: str,
+    instance_prompt: str = "a photo of {}",
+    validation_prompt: str | None = None,
+) -> TuningInputs:
+    """Photographs, captions, model folder and prompts of a run. Raises InputError."""
+    subject = load_subject(train_data_dir, cc_file if use_cc else None, "object", class_word, center_crop)
+    if not use_cc:
+        subject.captions = [[instance_prompt]] * len(subject.paths)
+        subject.fingerprint = hashlib.sha256((subject.fingerprint + instance_prompt).encode()).hexdigest()
+    variant = variant or hub_variant(pretrained_model_name_or_path, revision)
+    folder = find_model_folder(pretrained_model_name_or_path, revision, variant, model_config)
+    captions = [in_words(text, identifier, class_word) for (text,) in subject.captions]
+    texts = sorted(set(captions))
+    choices = [[texts.index(caption)] for caption in captions]
+    picture_prompt = in_words(validation_prompt or "a photo of {}", identifier, class_word)
+    texts += [f"a photo of {class_word}", picture_prompt, ""]
+    prompts, last = plain_prompts(folder, variant, texts), len(texts) - 1
+    digest = model_digest(folder, variant)
+    return TuningInputs(subject, folder, variant, digest, choices, prompts, last - 2, last - 1, last, picture_prompt)
+
+
+# ----------------------------------------------------------------------------------------------------- the model
+
+
+@dataclass
+class TunedModel:
+    """The UNet under training, and the text states of a run's prompts, of which a batch's prompt_ids [B, 1] are the rows."""
+
+    unet: nn.Module
+    states: torch.Tensor  # [P, L, d], on the device
+    autocast: torch.dtype | None  # of activations, where the weights are fp32 and trained
+
+    text_encoder = None  # it has encoded the prompts, and is freed
+
+    def precision(self) -> AbstractContextManager:
+        """Within: activations in the precision of --mixed_precision."""
+        if self.autocast in (None, torch.float32):
+            return nullcontext()
+        return torch.autocast(self.states.device.type, self.autocast)
+
+    def predict(self, batch: Batch) -> torch.Tensor:
+        """The UNet's prediction [B, 4, h, w], fp32, on the device. Differentiable in the trained parameters."""
+        batch = batch.to(self.states.device)
+        dtype = self.unet.conv_in.weight.dtype
+        latents = batch.noisy_latents.to(dtype, memory_format=torch.channels_last)
+        with self.precision():
+            return self.unet(latents, batch.timesteps, self.states[batch.prompt_ids[:, 0]], return_dict=False)[0].float()
+
+
+def load_tuned_model(
+    inputs: TuningInputs,
+    system: System,
+    mixed_precision: str,
+    device: torch.device,
+    resolution: int,
+    center_crop: bool,
+    prior: PriorPictures | None,
+) -> tuple[TunedModel, Data, Data | None]:
+    """Encode photographs and prompts, then load the UNet, untuned -> (model, photographs, pictures of the class).
+
+    Text encoder and VAE are freed. Raises InputError where the folder is damaged.
+    """
+    folder, variant = inputs.folder, inputs.variant
+    tune_malloc(1 << 20, 1 << 17)
+    scheduler = load_scheduler(folder)
+    latents = encode_photographs(inputs, inputs.subject.paths, device, resolution, center_crop)
+    dtype, others = DTYPES[mixed_precision], frozen_format(system.quantization)
+    states = encode_texts(folder, variant, inputs.prompts, others, dtype, device)
+    autocast = dtype if system.trains_unet else None
+    unet = load_frozen(folder, "unet", variant, system.quantization, torch.float32 if system.trains_unet else dtype, device)
+    split_feed_forward(unet)
+    model = TunedModel(unet, states if autocast is None else states.float(), autocast)
+    rows = Prompts(torch.arange(len(states))[:, None], states)
+    data = Data(latents, inputs.choices, rows, scheduler)
+    with damaged_model(folder), torch.inference_mode():
+        model.predict(evaluation_batches(data, 1, 0, NUM_TRAIN_TIMESTEPS)[0])
+    class_data = None
+    if prior is not None:
+        if prior.missing():
+            prior.draw(Drawer(model, folder, variant, others, resolution), states[[inputs.class_row, inputs.empty_row]])
+        class_latents = prior.latents(lambda paths: encode_photographs(inputs, paths, device, resolution, center_crop))
+        class_data = Data(class_latents, [[inputs.class_row]] * len(class_latents), rows, scheduler)
+    tune_malloc(32 << 20, 256 << 20)  # while stepping, activations are better kept at hand
+    return model, data, class_data
+
+
+def encode_photographs(
+    inputs: TuningInputs, paths: list[Path], device: torch.device, resolution: int, center_crop: bool
+) -> torch.Tensor:
+    """Latent distributions [N, 2, 2, 4, h, w] of `encode_images`; the VAE is loaded for it and freed."""
+    vae = load_vae_encoder(inputs.folder, inputs.variant, device)
+    with damaged_model(inputs.folder / "vae"):
+        latents = encode_images(vae, paths, resolution, center_crop)
+    if not torch.isfinite(latents).all():
+        raise DamagedModel(inputs.folder / "vae", "encodes the images as NaN or Inf")
+    return latents
+
+
+@torch.no_grad()
+def encode_texts(
+    folder: Path, variant: str | None, prompts: Prompts, quantization: str, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Text states [P, L, d] of prompts in plain words; the text encoder is loaded for it and freed."""
+    encoder = load_text_encoder(folder, variant, quantization, dtype, device)
+    rows, ids = prompts.rows.to(device), prompts.ids.to(device)
+    none = rows.new_empty(1, 0, rows.shape[1])  # of one candidate token without vectors
+    with damaged_model(folder / "text_encoder"):
+        return torch.cat([encode_prompts(encoder, rows, ids[i : i + 1], none) for i in range(len(ids))])
+
+
+# ----------------------------------------------------------------------------------------------------- the trainer
+
+
+class WeightTuner:
+    """The trained parameters, fp32, and AdamW on their exact gradients, clipped to a norm of 1.
+
+    Before a UNet is loaded it knows the parameters' names and shapes alone, so that a checkpoint is checked early.
+    """
+
+    def __init__(self, system: System, shapes: Shapes, learning_rate: float, scale: float = 1.0):
+        """scale: of the loss in the backward pass, for gradients of activations in fp16."""
+        self.system, self.shapes, self.learning_rate, self.scale = system, shapes, learning_rate, scale
+        self.remedy, self.parameters, self.resumed = system.remedy, {}, None
+
+    def start(self, parameters: Parameters) -> None:
+        """Take the parameters of the loaded UNet, and the state of a checkpoint where there is one."""
+        found = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        assert found == self.shapes, "what is installed is not what the architecture promised"
+        self.parameters = parameters
+        groups = [{"params": [parameter], "lr": self.learning_rate, **self.system.options(name)}
+                  for name, parameter in parameters.items()]  # fmt: skip
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=WEIGHT_DECAY, fused=True)
+        for parameter in parameters.values():
+            self.optimizer.state[parameter] = dict(
+                step=torch.zeros((), device=parameter.device),
+                exp_avg=torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                exp_avg_sq=torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            )
+        if self.resumed is not None:
+            self.load_state_dict(self.resumed)
+            self.resumed = None
+
+    def step(self, model: TunedModel, batch: Batch, class_batch: Batch | None, prior_weight: float) -> tuple[float | None, int]:
+        """One update -> (the loss, forwards); None, and no update, where a gradient is not finite.
+
+        The loss is the mean over photographs plus prior_weight times the mean over pictures of the class: two means.
+        """
+        parts = [(batch, 1.0)] if class_batch is None else [(batch, 1.0), (class_batch, prior_weight)]
+        whole = merge_batches([part for part, _ in parts], len(parts))[0]
+        weights = torch.cat([torch.full((len(part.timesteps),), weight / len(part.timesteps)) for part, weight in parts])
+        self.optimizer.zero_grad(set_to_none=True)
+        groups: dict[Hashable, list[int]] = {}
+        for i, timestep in enumerate(whole.timesteps.tolist()):
+            groups.setdefault(self.system.group(timestep), []).append(i)
+        total = 0.0
+        for rows in groups.values():  # each backward before the next forward: less memory
+            some = Batch(*(getattr(whole, name)[rows] for name in Batch.__dataclass_fields__))
+            prediction = model.predict(some)
+            errors = (prediction - some.target.to(prediction.device)).square().flatten(1).mean(1)
+            loss = (errors * weights[rows].to(errors.device)).sum()
+            if loss.requires_grad:  # outside S1's interval nothing is trained
+                (loss * self.scale).backward()
+            total += loss.item()
+        trained = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
+        if self.scale != 1.0:
+            torch._foreach_div_([parameter.grad for parameter in trained], self.scale)
+        if not torch.isfinite(torch.nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)):
+            return None, len(groups)
+        self.optimizer.step()
+        return total, len(groups)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All that the next steps depend on, but the generator."""
+        if not self.parameters:  # shapes alone
+            kinds = dict(value=None, exp_avg=None, exp_avg_sq=None, step=())
+            return {f"{kind}.{name}": torch.empty(shape if own is None else own, device="meta")
+                    for name, shape in self.shapes.items() for kind, own in kinds.items()}  # fmt: skip
+        state = {f"value.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            state |= {f"{kind}.{name}": tensor for kind, tensor in self.optimizer.state[parameter].items()}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        if not self.parameters:
+            self.resumed = state
+            return
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[f"value.{name}"])
+            for kind, tensor in self.optimizer.state[parameter].items():
+                tensor.copy_(state[f"{kind}.{name}"])
+
+
+# ----------------------------------------------------------------------------------------------------- the outputs
+
+
+class TunedOutputs:
+    """What a run that tunes weights evaluates, draws and saves."""
+
+    draws_before = True
+
+    def __init__(
+        self,
+        system: System,
+        tuner: WeightTuner,
+        inputs: TuningInputs,
+        model: TunedModel,
+        data: Data,
+        settings: dict,
+        *,
+        t_min: int,
+        t_max: int,
+        eval_steps: int,
+        num_eval_samples: int,
+        num_validation_images: int,
+        validation_prompt: str | None,
+        validation_guidance: float,
+        final_picture: bool = False,
+        class_data: Data | None = None,
+    ):
+        self.system, self.tuner, self.inputs, self.model, self.settings = system, tuner, inputs, model, settings
+        self.files, self.saved, self.guidance = system.files, Path(), validation_guidance
+
+        def fixed_set(data: Data) -> list[Batch]:
+            return evaluation_batches(data, num_eval_samples, t_min, t_max) if eval_steps else []
+
+        self.fixed_sets = {"eval_loss": fixed_set(data)}
+        if class_data is not None:  # the two losses apart: their sum says nothing of either
+            self.fixed_sets["class_eval_loss"] = fixed_set(class_data)
+        self.seeds = [settings["seed"] + i for i in range(num_validation_images)]
+        self.draws_before = validation_prompt is not None or final_picture
+        if self.draws_before:
+            self.drawer()  # loaded and let go: a folder that cannot draw is refused now, and training has the memory
+
+    def drawer(self) -> Drawer:
+        """Raises InputError where the folder's decoder or scheduler is damaged."""
+        inputs, others = self.inputs, frozen_format(self.system.quantization)
+        return Drawer(self.model, inputs.folder, inputs.variant, others, self.settings["resolution"], guidance=self.guidance)
+
+    @torch.inference_mode()
+    def evaluate(self) -> dict[str, float]:
+        """Columns of the curve: the loss on the fixed set, and on one of class pictures with prior preservation."""
+
+        def loss(batch: Batch) -> float:
+            return (self.model.predict(batch).cpu() - batch.target).square().mean().item()
+
+        return {name: float(np.mean([loss(batch) for batch in batches])) for name, batches in self.fixed_sets.items()}
+
+    def draw(self, step: int, final: bool, stopped: Callable[[], bool]) -> Iterator[tuple[str, Image.Image]]:
+        """(file name, picture): the prompt by the untuned model at step 0, and by the tuned one.
+
+        50 steps, the same noises every time. Raises Interrupted between two denoising steps once `stopped()`.
+        """
+        if not self.draws_before:
+            return
+        drawer, states = self.drawer(), self.model.states[[self.inputs.picture_row, self.inputs.empty_row]]
+        cell = drawer.resolution * math.ceil(256 / drawer.resolution)  # a miniature's 64 pixels are hard to see
+        total = len(self.seeds) * drawer.forwards
+        with tqdm(total=total, desc=f"drawing {self.inputs.picture_prompt!r}", unit="step", leave=False) as bar:
+
+            def after_step() -> None:
+                bar.update()
+                if stopped():
+                    raise Interrupted
+
+            with self.model.precision():
+                pictures = list(drawer.draw_states(states, [(0, seed) for seed in self.seeds], after_step))
+        caption = f"{self.inputs.picture_prompt}, after {step} steps"
+        yield f"validation-{step}.png", picture_sheet([(pictures, caption)], cell=cell, gap=0)
+
+    def check(self, step: int) -> str | None:
+        """Nothing to warn of: steps whose gradient is not finite are skipped, so the parameters stay finite."""
+
+    def result(self, folder: Path) -> str:
+        """The last line of a run begins with it: the file or folder, and what is in it."""
+        return f"{self.saved}: {self.settings['identifier']} {self.settings['class_word']}, by {self.system.name},"
+
+    def guide(self) -> dict[str, str]:
+        """{name: what it is} of the final files besides the one in `result`."""
+        return {"validation-0.png": f"{self.inputs.picture_prompt!r} before training"} if self.draws_before else {}
+
+    def header(self, step: int) -> dict[str, str]:
+        """Of every file that is left. The same run gives the same header."""
+        return {
+            "format": "pt",
+            "zoodip.method": self.system.name,
+            "zoodip.base_model": str(self.settings["pretrained_model_name_or_path"]),
+            "zoodip.model_digest": self.inputs.digest,
+            "zoodip.base_quantization": self.system.quantization,
+            "zoodip.step": str(step),
+            "zoodip.settings": json.dumps(self.settings, sort_keys=True),
+            "zoodip.versions": json.dumps(package_versions(), sort_keys=True),
+        }
+
+    def save(self, folder: Path, step: int, final: bool) -> None:
+        """What is learned as it stands. Raises InputError."""
+        suffix = "" if final else f"-steps-{step}"
+        self.saved = self.system.save(folder, self.model.unet, self.tuner.parameters, self.header(step), suffix)
+
+
+# ----------------------------------------------------------------------------------------------------- the whole
+
+
+@dataclass
+class Tuning:
+    """A run of a system, ready to step."""
+
+    run: Run
+    outputs: TunedOutputs
+    tuner: WeightTuner
+    model: TunedModel
+    data: Data
+    class_data: Data | None
+    sample: TimestepSampler
+    generator: torch.Generator
+    batch_size: int
+    prior_weight: float
+
+    def step(self) -> tuple[float | None, int]:
+        """Draw a batch, of photographs and of the class, and update -> (loss or None, forwards)."""
+        batch = draw_batch(self.data, self.batch_size, self.sample, self.generator)
+        class_batch = None
+        if self.class_data is not None:
+            class_batch = draw_batch(self.class_data, self.batch_size, self.sample, self.generator)
+        return self.tuner.step(self.model, batch, class_batch, self.prior_weight)
+
+
+def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
+    """Check, resume, load: cheapest first, so that what is wrong is refused before a model is loaded. Raises InputError.
+
+    flags: by name, those of `arguments.add_tuning_flags`; setting_names: which of them decide the result.
+    """
+    inputs = read_tuning_inputs(**flags_for(read_tuning_inputs, flags))
+    accelerator = make_accelerator(1, compile=False, **flags_for(make_accelerator, flags))
+    device = accelerator.device
+    flags["mixed_precision"] = flags["mixed_precision"] or default_precision(device)
+    flags["resolution"] = flags["resolution"] or native_resolution(inputs.folder)
+    settings = {"method": system.name, **settings_of(flags, setting_names)}
+    prior = prior_pictures(inputs, frozen_format(system.quantization), flags) if flags["prior_preservation"] else None
+
+    generator = torch.Generator().manual_seed(flags["seed"])
+    scale = LOSS_SCALE if flags["mixed_precision"] == "fp16" else 1.0
+    tuner = WeightTuner(system, system.shapes(build_model(inputs.folder, "unet")), flags["learning_rate"], scale)
+    run = Run(tuner, generator, accelerator, settings, inputs.fingerprint(), **flags_for(Run, flags))
+    run.resume(flags["resume_from_checkpoint"])
+    run.claim()
+    model, data, class_data = load_tuned_model(
+        inputs, system, flags["mixed_precision"], device, flags["resolution"], flags["center_crop"], prior
+    )
+    tuner.start(system.install(model.unet, torch.Generator().manual_seed(flags["seed"])))
+    if flags["gradient_checkpointing"]:
+        model.unet.enable_gradient_checkpointing()
+    outputs = TunedOutputs(system, tuner, inputs, model, data, settings, class_data=class_data, **flags_for(TunedOutputs, flags))
+    sample = system.sample or timestep_sampler(data, **flags_for(timestep_sampler, flags))
+    batch_size, prior_weight = flags["train_batch_size"], flags["prior_loss_weight"]
+    return Tuning(run, outputs, tuner, model, data, class_data, sample, generator, batch_size, prior_weight)
+
+
+def prior_pictures(inputs: TuningInputs, quantization: str, flags: dict) -> PriorPictures:
+    """The pictures of the class that this run's untuned model draws, or has drawn. Raises InputError."""
+    folder = Path(flags["class_data_dir"] or Path(flags["output_dir"]) / "class_images")
+    made_by = dict(model=inputs.digest, quantization=quantization, prompt=f"a photo of {flags['class_word']}",
+                   resolution=str(flags["resolution"]), center_crop=str(flags["center_crop"]))  # fmt: skip
+    return PriorPictures(folder, flags["num_class_images"], made_by)
