@@ -341,7 +341,7 @@ def sheet(units: list[Unit], output: Path, most: int = 12) -> Image.Image:
         chosen = [unit for unit in units if (unit.task.prompt, unit.seed) == (prompt, seed)]
         pictures = [Image.open(output / "pictures" / f"{unit.stem()}.png") for unit in chosen]
         blocks.append((pictures, f"{prompt}, seed {seed}: {', '.join(rows)}"))
-    return picture_sheet(blocks)
+    return picture_sheet(blocks, aspect=len(units[0].task.creatures))
 
 
 # ------------------------------------------------------------------------------------------------------------------ main

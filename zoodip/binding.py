@@ -416,7 +416,8 @@ def main(args: argparse.Namespace) -> None:
                 costs = dict(forwards=picture.forwards, backwards=picture.backwards, seconds=round(picture.seconds, 3))
                 records.append(dict(file=name, prompt=prompt, method=method, seed=picture.seed, **costs, steps=picture.steps))
             blocks.append(([picture.image for picture in pictures], f"{method}: {prompt}"))
-    write_image(args.output / "sheet.png", picture_sheet(blocks, columns=len(methods)))
+    shape = blocks[0][0][0].size
+    write_image(args.output / "sheet.png", picture_sheet(blocks, columns=len(methods), aspect=shape[0] / shape[1]))
     arguments = plain_arguments({name: value for name, value in flags.items() if name not in asdict(PLAIN)})
     used = {method: asdict(settings) for method, settings in methods.items()}
     record = dict(arguments=arguments, settings=used, pictures=records, **environment(device))

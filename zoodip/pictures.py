@@ -87,13 +87,13 @@ def picture_sheet(
     cell: int = 128,
     gap: int = 6,
     headings: list[str] | None = None,
+    aspect: float = 1.0,
 ) -> Image.Image:
-    """Pictures in blocks, each a row `cell` pixels high with its caption below, whole; `columns` blocks side by side.
+    """Pictures in blocks, each a row of `cell` pixels' height with its caption below, whole; `columns` blocks side by side.
 
-    All have the shape of the first. `headings` stand above the pictures of the first row of blocks.
+    Pictures are made squares, or `aspect` times as wide as high. `headings` stand above those of the first row of blocks.
     """
-    first = blocks[0][0][0]
-    width = round(cell * first.width / first.height)
+    width = round(cell * aspect)
     font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(max(10, cell // 10)))
     most = max(len(pictures) for pictures, _ in blocks)
     block_width = most * (width + gap)
