@@ -534,7 +534,7 @@ def test_the_command_refuses_in_one_line(folder, tmp_path, argv, said, capsys):
         save_file({"<sks>": torch.ones(1, 32)}, embedding)
         argv += ["--embedding", str(embedding)]
     try:
-        code = run_script(main, parse(build_parser(), check_flags, argv))
+        code = run_script(main, vars(parse(build_parser(), check_flags, argv)))
     except SystemExit as error:
         code = error.code
     captured = capsys.readouterr()

@@ -28,9 +28,9 @@ def cross_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
     return {name: module for name, module in unet.named_modules() if name.endswith(".attn2")}  # pyright: ignore[reportReturnType]
 
 
-def context_of(args: tuple, kwargs: dict) -> torch.Tensor:
+def context_of(inputs: tuple, kwargs: dict) -> torch.Tensor:
     """The text states that a cross-attention is called with."""
-    return kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+    return kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else inputs[1]
 
 
 @contextmanager
@@ -42,10 +42,10 @@ def attention_maps(layers: Sequence[Attention], count: int) -> Iterator[list[tor
     """
     maps: list[torch.Tensor] = []
 
-    def record(layer, args, kwargs):
-        hidden = args[0] if args else kwargs["hidden_states"]
+    def record(layer, inputs, kwargs):
+        hidden = inputs[0] if inputs else kwargs["hidden_states"]
         query = layer.head_to_batch_dim(layer.to_q(hidden[-count:]))
-        key = layer.head_to_batch_dim(layer.to_k(context_of(args, kwargs)[-count:]))
+        key = layer.head_to_batch_dim(layer.to_k(context_of(inputs, kwargs)[-count:]))
         shares = (layer.scale * query @ key.transpose(1, 2)).float().softmax(-1)  # [count * heads, h w, L]
         maps.append(shares.unflatten(0, (count, layer.heads)).mean(1))
 
@@ -65,8 +65,8 @@ def map_layers(unet: UNet2DConditionModel, latents: torch.Tensor, cells: int | N
     """
     found: dict[int, list] = {}
 
-    def record(layer, args, kwargs):
-        found.setdefault((args[0] if args else kwargs["hidden_states"]).shape[1], []).append(layer)
+    def record(layer, inputs, kwargs):
+        found.setdefault((inputs[0] if inputs else kwargs["hidden_states"]).shape[1], []).append(layer)
 
     handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in cross_attentions(unet).values()]
     try:

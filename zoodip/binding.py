@@ -385,44 +385,44 @@ def check_prompts(folder: Path, flags: dict, methods: Iterable[Settings]) -> Non
             tokens_of(tokenizer, each)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(flags: dict) -> None:
     """Pictures PROMPT-METHOD-SEED.png, sheet.png and binding.json in --output. Raises InputError."""
     from zoodip.model import find_model_folder, load_pipeline
     from zoodip.pictures import picture_sheet
     from zoodip.records import environment, plain_arguments
 
-    flags, methods = vars(args), settings_of_flags(vars(args))
-    folder = find_model_folder(args.model)
+    methods, output = settings_of_flags(flags), flags["output"]
+    folder = find_model_folder(flags["model"])
     vae_levels = len(read_json(folder / "vae" / "config.json").get("block_out_channels", [0] * 4))
-    canvas(read_json(folder / "unet" / "config.json"), 2 ** (vae_levels - 1), args.height, args.width)
+    canvas(read_json(folder / "unet" / "config.json"), 2 ** (vae_levels - 1), flags["height"], flags["width"])
     check_prompts(folder, flags, methods.values())
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output {str(args.output)!r} cannot be made ({error.strerror}); choose another") from error
+        raise InputError(f"--output {str(output)!r} cannot be made ({error.strerror}); choose another") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = load_pipeline(args.model, args.quantization, device=device)
-    for path in args.embedding:
+    pipeline = load_pipeline(flags["model"], flags["quantization"], device=device)
+    for path in flags["embedding"]:
         pipeline.load_textual_inversion(str(path))
     how = {name: flags[name] for name in ("seeds", "height", "width", "negative_prompt", "batch_size")}
     records, blocks = [], []
-    for k, prompt in enumerate(args.prompt):
-        clean = None if args.clean_prompt is None else [args.clean_prompt[k]]
+    for k, prompt in enumerate(flags["prompt"]):
+        clean = None if flags["clean_prompt"] is None else [flags["clean_prompt"][k]]
         for method, settings in methods.items():
             pictures = draw_bound(pipeline, [prompt], settings=settings, clean_prompts=clean, **how)
             for picture in pictures:
                 name = f"{k}-{method}-{picture.seed}.png"
-                write_image(args.output / name, picture.image)
+                write_image(output / name, picture.image)
                 costs = dict(forwards=picture.forwards, backwards=picture.backwards, seconds=round(picture.seconds, 3))
                 records.append(dict(file=name, prompt=prompt, method=method, seed=picture.seed, **costs, steps=picture.steps))
             blocks.append(([picture.image for picture in pictures], f"{method}: {prompt}"))
     shape = blocks[0][0][0].size
-    write_image(args.output / "sheet.png", picture_sheet(blocks, columns=len(methods), aspect=shape[0] / shape[1]))
+    write_image(output / "sheet.png", picture_sheet(blocks, columns=len(methods), aspect=shape[0] / shape[1]))
     arguments = plain_arguments({name: value for name, value in flags.items() if name not in asdict(PLAIN)})
     used = {method: asdict(settings) for method, settings in methods.items()}
     record = dict(arguments=arguments, settings=used, pictures=records, **environment(device))
-    write_json(args.output / "binding.json", record, indent=1)
+    write_json(output / "binding.json", record, indent=1)
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, ARGS))
+    sys.exit(run_script(main, vars(ARGS)))
