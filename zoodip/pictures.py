@@ -87,14 +87,16 @@ def picture_sheet(
     cell: int = 128,
     gap: int = 6,
     headings: list[str] | None = None,
+    aspect: float = 1.0,
 ) -> Image.Image:
-    """Pictures in blocks, each a row of squares of `cell` pixels with its caption below, whole; `columns` blocks side by side.
+    """Pictures in blocks, each a row of `cell` pixels' height with its caption below, whole; `columns` blocks side by side.
 
-    `headings` stand above the squares of the first row of blocks.
+    Pictures are made squares, or `aspect` times as wide as high. `headings` stand above those of the first row of blocks.
     """
+    width = round(cell * aspect)
     font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(max(10, cell // 10)))
     most = max(len(pictures) for pictures, _ in blocks)
-    block_width = most * (cell + gap)
+    block_width = most * (width + gap)
     letters = max(8, int(block_width / font.getlength("n")))
     captions = [textwrap.wrap(caption, letters) for _, caption in blocks]
     line_height = sum(font.getmetrics()) + 1
@@ -105,11 +107,11 @@ def picture_sheet(
     sheet = Image.new("RGB", (columns * (block_width + gap), height - (0 if foot else gap)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, heading in enumerate(headings or []):
-        pen.text((gap + i * (cell + gap) + cell / 2, line_height / 2), heading, fill="black", font=font, anchor="mm")
+        pen.text((gap + i * (width + gap) + width / 2, line_height / 2), heading, fill="black", font=font, anchor="mm")
     for k, ((pictures, _), lines) in enumerate(zip(blocks, captions, strict=True)):
         left = gap + (k % columns) * (block_width + gap)
         top = head + (k // columns) * (cell + foot + gap)
         for i, picture in enumerate(pictures):
-            sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (left + i * (cell + gap), top))
+            sheet.paste(picture.resize((width, cell), Image.Resampling.LANCZOS), (left + i * (width + gap), top))
         pen.multiline_text((left, top + cell + 1), "\n".join(lines), fill="black", font=font, spacing=1)
     return sheet

@@ -1,0 +1,583 @@
+"""Binding: marks, states, maps, losses, and whole pictures against the stock pipeline and central differences."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, sample, seeded
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import load, rewrite
+
+from zoodip.attention import (
+    attention_maps,
+    biased_attention,
+    centroid,
+    cross_attentions,
+    entropy,
+    equal_intervals,
+    grid,
+    location_bias,
+    map_layers,
+    scaled,
+    word_map,
+)  # fmt: skip
+from zoodip.binding import Painting, build_parser, draw_bound, scheduler_maker
+from zoodip.binding_losses import THRESHOLDS, Predictor, binding_losses, contexts, gradient_step, moved, pose_loss
+from zoodip.binding_settings import CONTROL, FULL, MERGE, METHODS, PHRASE, PLAIN
+from zoodip.binding_states import Encoder, bind_prompt, composite, merge_groups, substitute_end_tokens, tokens_of
+from zoodip.errors import InputError
+from zoodip.marks import parse_marks
+from zoodip.model import load_pipeline
+
+TWO = "a photo of a [<sks>* with a red hat] and an [orange cat*] in the snow"
+SIZE = dict(height=16, width=32)
+SHORT = dict(steps=3, guidance=5.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    """The tiny model with cross-attention that matters: a random one hardly looks at its prompt."""
+    import shutil
+
+    model = tmp_path_factory.mktemp("binding") / "model"
+    shutil.copytree(tiny_model, model)
+    strength = {"attn2.to_q": 3, "attn2.to_k": 3, "attn2.to_v": 10}
+
+    def stronger(tensors: dict) -> dict:
+        factors = {name: factor for name in tensors for part, factor in strength.items() if part in name}
+        return {name: factors.get(name, 1) * tensor for name, tensor in tensors.items()}
+
+    rewrite(model, "unet", stronger)
+    return model
+
+
+def pipeline_of(folder, tmp_path_factory, vectors: int, quantization: str = "none"):
+    pipeline = load_pipeline(str(folder), quantization)
+    path = tmp_path_factory.mktemp("word") / "learned_embeds.safetensors"
+    save_file({"<sks>": 0.5 * torch.randn(vectors, 32, generator=seeded())}, path)
+    pipeline.load_textual_inversion(str(path))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder, tmp_path_factory):
+    return pipeline_of(folder, tmp_path_factory, 1)
+
+
+def bound_of(pipeline, text=TWO, settings=MERGE):
+    encode = Encoder(pipeline)
+    return bind_prompt(parse_marks(text, ["<sks>"]), encode, settings, encode.mean()), encode
+
+
+def noise(seed: int = 0, rows: int = 8, columns: int = 16) -> torch.Tensor:
+    return torch.randn(1, 4, rows, columns, generator=seeded(seed))
+
+
+def latents_of(pipeline, settings, text=TWO, **how) -> torch.Tensor:
+    (picture,) = draw_bound(pipeline, [text], settings=replace(settings, **SHORT), **SIZE, **how)
+    return picture.latents
+
+
+# ----------------------------------------------------------------------------------------------------------------- marks
+
+
+def test_what_marks_say():
+    marked = parse_marks("A photo of an [orange cat* with spots] and the [<sks> in Red] on grass", ["<sks>"])
+    assert marked.prompt == "A photo of an orange cat with spots and the <sks> in Red on grass"
+    assert marked.clean == "A photo of a cat and the <sks> on grass"
+    said = [(marked.prompt[slice(*g.phrase)], marked.prompt[slice(*g.noun)], g.anchor, g.bare) for g in marked.groups]
+    assert said == [("orange cat with spots", "cat", "an orange cat with spots", "a cat"),
+                    ("<sks> in Red", "<sks>", "the <sks> in Red", "the <sks>")]  # fmt: skip
+    for group in marked.groups:
+        assert group.anchor[slice(*group.anchor_phrase)] == marked.prompt[slice(*group.phrase)]
+        assert group.bare[slice(*group.bare_noun)] == marked.prompt[slice(*group.noun)]
+    assert parse_marks("An [old dog*]").clean == "A dog" and parse_marks("a [red apple*]").clean == "an apple"
+    assert parse_marks("no groups at all").groups == ()
+
+
+def test_a_token_of_several_vectors_is_all_noun():
+    marked = parse_marks("a [red <sks>] here", ["<sks>"], lambda text: text.replace("<sks>", "<sks> <sks>_1"))
+    assert marked.prompt == "a red <sks> <sks>_1 here" and marked.prompt[slice(*marked.groups[0].noun)] == "<sks> <sks>_1"
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("a [red cat* and", "never closed"), ("a red cat] here", "closes none"), ("a [red [cat*]]", "nest"), ("a [] here", "empty"),
+    ("a [red* cat*]", "2 stars"), ("a [red cat]", "put a star"), ("a [red * cat]", "whole word"),
+    ("a red cat* here", "no brackets"),
+    ("a [red cat*s]", "whole word"), ("a [<sks> and <sks>]", "put a star"),
+])  # fmt: skip
+def test_wrong_marks_are_refused_in_one_line(text, said):
+    with pytest.raises(InputError, match=said) as error:
+        parse_marks(text, ["<sks>"])
+    assert "\n" not in str(error.value)
+
+
+def test_rows_are_those_of_the_words(pipeline):
+    """Against the tokenizer's own pieces: upper case, an added word, and a word in letters ("zq") in between."""
+    encode, text = Encoder(pipeline), "a zq Dog and <sks> in Red"
+    encoded = encode(text)
+    pieces = ["<bos>", *pipeline.tokenizer.tokenize(text)]
+    for word in ("zq", "Dog", "<sks>", "Red"):
+        start = text.index(word)
+        rows = encoded.rows((start, start + len(word)))
+        assert "".join(pieces[row] for row in rows).replace("</w>", "") == word.lower()
+    assert encoded.end == len(pieces) and len(encoded.rows((2, 4))) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------- states
+
+
+def test_composite(pipeline):
+    states, mean = torch.randn(12, 32, generator=seeded()) + 3, torch.full((32,), 3.0)
+    before, groups = states.clone(), [([2], [1, 3]), ([7, 8], [6])]
+    assert torch.equal(merge_groups(states, groups[:1], erase=False, noun_weight=1.0, attribute_weight=0.0), states)
+    merged = merge_groups(states, groups)
+    assert torch.allclose(merged[7], 1.1 * (states[7] + states[8]) + 1.2 * states[6], atol=1e-5)  # the sum in another order
+    assert not merged[[1, 3, 6, 8]].any()
+    others = [0, 4, 5, 9, 10, 11]
+    assert torch.equal(merged[others], states[others]) and torch.equal(states, before)
+    assert torch.equal(merge_groups(states, groups[::-1]), merged)
+    capped = composite(states, [2], [1, 3], mean=mean, kappa=0.7)
+    total = 1.1 * (states[2] - mean) + 1.2 * (states[1] + states[3] - 2 * mean)
+    assert math.isclose((capped - mean).norm(), 0.7 * max((states[i] - mean).norm() for i in (1, 2, 3)), rel_tol=1e-5)
+    assert torch.cosine_similarity(capped - mean, total, dim=0) > 1 - 1e-5
+    assert torch.allclose(composite(states, [2], [1], mean=mean, kappa=1e9), composite(states, [2], [1]) - 1.3 * mean, atol=1e-4)
+
+
+def test_end_tokens(pipeline):
+    marked, encode = parse_marks(TWO, ["<sks>"]), Encoder(pipeline)
+    whole, clean = encode(marked.prompt), encode(marked.clean)
+    assert torch.equal(substitute_end_tokens(whole.states, whole.states, whole.end), whole.states)
+    changed = substitute_end_tokens(whole.states, clean.states, whole.end)
+    assert torch.equal(changed[: whole.end], whole.states[: whole.end])
+    assert torch.equal(changed[whole.end :], clean.states[whole.end :]) and clean.end < whole.end
+    first = whole.rows((marked.groups[0].noun[1], len(marked.prompt)))[0]  # the first row that says something else
+    # causal attention: what follows cannot reach it; 1e-5 as both are computed with sums of other lengths
+    assert torch.allclose(whole.states[:first], clean.states[:first], atol=1e-5)
+    assert not torch.allclose(whole.states[first], clean.states[first], atol=1e-2)
+
+
+def test_phrase_states(pipeline):
+    marked, encode = parse_marks(TWO, ["<sks>"]), Encoder(pipeline)
+    bound = bind_prompt(marked, encode, PHRASE, None)
+    second, whole = marked.groups[1], encode(marked.prompt)
+    rows, anchor = whole.rows(second.phrase), encode("an orange cat")
+    assert torch.equal(bound.states[rows], anchor.states[anchor.rows((3, 13))]) and bound.groups[1].words == rows
+    only = bind_prompt(marked, encode, replace(PHRASE, states="noun"), None)
+    (noun,) = whole.rows(second.noun)
+    assert torch.equal(only.states[noun], bound.states[noun]) and bound.groups[1].row == noun and only.groups[1].words == [noun]
+    assert not only.states[[row for row in rows if row != noun]].any()
+    one = parse_marks("a [red dog*]")
+    assert torch.equal(bind_prompt(one, encode, PHRASE, None).states, encode("a red dog").states)  # one phrase: itself
+
+
+# ------------------------------------------------------------------------------------------------------------------ maps
+
+
+def test_maps_are_read_without_a_trace(pipeline):
+    """The prediction stays bit-equal, hooks are gone after an exception too, and maps are diffusers' own probabilities."""
+    unet, states = pipeline.unet, torch.randn(2, 77, 32, generator=seeded())
+    layers = list(cross_attentions(unet).values())
+    hooks = lambda: sum(len(layer._forward_pre_hooks) for layer in layers)  # noqa: E731
+    with torch.no_grad():
+        plain = unet(noise().repeat(2, 1, 1, 1), 500, encoder_hidden_states=states).sample
+        with attention_maps(layers, 1) as maps:
+            assert torch.equal(unet(noise().repeat(2, 1, 1, 1), 500, encoder_hidden_states=states).sample, plain)
+        with attention_maps(layers, 1) as alone:
+            unet(noise(), 500, encoder_hidden_states=states[1:])
+    assert hooks() == 0 and {tuple(each.shape) for each in maps} == {(1, 128, 77), (1, 32, 77)} and len(maps) == len(layers)
+    for joint, own in zip(maps, alone, strict=True):  # only the last half entered; 1e-5: batches of other sizes round otherwise
+        assert torch.allclose(joint.sum(-1), torch.ones(()), atol=1e-5) and torch.allclose(joint, own, atol=1e-5)
+    with pytest.raises(KeyError), attention_maps(layers, 1):
+        raise KeyError
+    assert hooks() == 0
+    seen = {}
+    layer = layers[0]
+    handle = layer.register_forward_pre_hook(lambda m, a, k: seen.update(x=a[0], c=k["encoder_hidden_states"]), with_kwargs=True)
+    with torch.no_grad(), attention_maps([layer], 2) as maps:
+        unet(noise().repeat(2, 1, 1, 1), 500, encoder_hidden_states=states)
+    handle.remove()
+    query, key = layer.head_to_batch_dim(layer.to_q(seen["x"])), layer.head_to_batch_dim(layer.to_k(seen["c"]))
+    theirs = layer.get_attention_scores(query, key).unflatten(0, (2, layer.heads)).mean(1)
+    assert torch.allclose(maps[0], theirs, atol=1e-6)
+
+
+def test_the_level_of_the_maps(pipeline):
+    with torch.no_grad():
+        assert 0 < len(map_layers(pipeline.unet, noise())) < len(cross_attentions(pipeline.unet))  # the finest level, not all
+        assert len(map_layers(pipeline.unet, noise(), 32)) == 1
+        with pytest.raises(InputError, match=r"choose from \[32, 128\]"):
+            map_layers(pipeline.unet, noise(), 64)
+    assert grid(128, 16, 32) == (8, 16) and grid(256, 64, 64) == (16, 16)
+
+
+def test_entropy_and_centroid():
+    uniform, one = torch.ones(8, 16), torch.zeros(8, 16)
+    one[2, 13] = 1
+    # the logarithm's 1e-5 takes at most 128e-5 off a uniform map's entropy
+    assert math.isclose(entropy(uniform.flatten()), math.log(128), abs_tol=2e-3) and abs(entropy(one.flatten())) < 2e-5
+    assert torch.allclose(centroid(one), torch.tensor([13.5 / 16, 2.5 / 8])) and torch.allclose(
+        centroid(uniform), torch.tensor([0.5, 0.5])
+    )
+    some = torch.rand(8, 16, generator=seeded())
+    fine = some.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    assert math.isclose(entropy(fine.flatten()) - entropy(some.flatten()), math.log(4), abs_tol=6e-3)  # 512e-5 now
+    assert math.isclose(entropy(3 * some.flatten() + 7), entropy(some.flatten()), rel_tol=1e-5)
+    assert scaled(some).min() == 0 and scaled(some).max() == 1
+
+
+def test_thresholds_are_the_published_ones():
+    """The published test on 2 K entropies of 32 x 32 maps, L_ent < K T / 2 - 2, for the two groups that it was made for."""
+    published = [26, 25, 24, 23, 22.5, 22, 21.5, 21]
+    assert np.allclose([math.log(1024) - (t / 4 - 1 / 2) for t in published], THRESHOLDS, atol=6e-3)  # two decimals
+
+
+# ------------------------------------------------------------------------------------------------------------------ bias
+
+
+def test_location_bias():
+    bias = location_bias([[2, 3], [5]], equal_intervals(2), 4, 8, 9, 6.0).view(4, 8, 9)
+    assert not bias[:, :, [0, 1, 4, 6, 7, 8]].any() and not bias[:, :4, [2, 3]].any() and not bias[:, 4:, 5].any()
+    expected = [-6 * min(1, ((i + 0.5) / 8 - 0.5) / 0.25) for i in range(4, 8)]
+    assert np.allclose(bias[0, 4:, 2], expected) and torch.equal(bias[0, :, 5], bias[0, :, 2].flip(0))
+
+
+def test_biased_attention(pipeline):
+    """The unconditional half is the same to the bit whatever the bias; a bias of zero changes rounding only."""
+    unet, states = pipeline.unet, torch.randn(2, 77, 32, generator=seeded())
+    inputs = (noise().repeat(2, 1, 1, 1), 500, states)
+    before = dict(unet.attn_processors)
+
+    def prediction(strength: float) -> torch.Tensor:
+        def bias_of(cells):
+            return location_bias([[2], [5]], equal_intervals(2), *grid(cells, 8, 16), 77, strength)[None]
+
+        with biased_attention(unet, bias_of), torch.no_grad():
+            return unet(*inputs).sample
+
+    with torch.no_grad():
+        plain = unet(*inputs).sample
+    none, weak, strong = (prediction(strength) for strength in (0, 3, 6))
+    assert torch.allclose(none, plain, atol=1e-5)  # softmax with and without a mask are two kernels
+    assert torch.equal(weak[0], none[0]) and torch.equal(strong[0], none[0])
+    assert (strong[1] - none[1]).abs().max() > 1e-3 and unet.attn_processors == before
+    with pytest.raises(KeyError), biased_attention(unet, lambda cells: none):
+        raise KeyError
+    assert unet.attn_processors == before
+
+
+def test_a_bias_without_end_removes_a_word(pipeline):
+    """Against the same attention with that row left out of the states."""
+    layer = next(iter(cross_attentions(pipeline.unet).values()))
+    hidden, states = torch.randn(1, 10, 16, generator=seeded()), torch.randn(1, 6, 32, generator=seeded(1))
+    bias = torch.zeros(1, 10, 6)
+    bias[:, :, 4] = -1e4
+    with torch.no_grad(), biased_attention(pipeline.unet, lambda cells: bias):
+        biased = layer(hidden, encoder_hidden_states=states)
+    with torch.no_grad():
+        assert torch.allclose(biased, layer(hidden, encoder_hidden_states=states[:, [0, 1, 2, 3, 5]]), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- losses
+
+
+def test_the_semantic_loss_and_its_contexts(pipeline, folder):
+    """Zero for the anchor's own row in its own frame; alone, keys do not matter at all, in a frame they do."""
+    bound, encode = bound_of(pipeline)
+    group = bound.groups[1]
+    row = encode("an orange cat").rows((10, 13))[0]
+    own = SimpleNamespace(frame=group.anchor, frame_row=row)
+    with torch.no_grad():
+        target = Predictor(pipeline.unet)(noise(), 500, group.anchor[None])
+        loss = binding_losses(Predictor(pipeline.unet), noise(), 500, contexts(own.frame[[own.frame_row]], own, "framed"), target)
+        assert loss.item() == 0
+        tripled = load(folder, "unet")
+        for layer in cross_attentions(tripled).values():
+            layer.to_k.weight.mul_(3)
+        row = bound.states[[group.row]]
+        values = {
+            sem: [
+                binding_losses(Predictor(unet), noise(), 500, contexts(row, group, sem), target)
+                for unet in (pipeline.unet, tripled)
+            ]
+            for sem in ("alone", "framed")
+        }
+    assert torch.equal(*values["alone"]) and not torch.isclose(*values["framed"], rtol=1e-4)
+    assert contexts(torch.cat([row, row + 1]), group, "framed").shape == (2, 77, 32)
+
+
+def central_differences(function, point: torch.Tensor, directions: list[torch.Tensor], step: float) -> list[float]:
+    with torch.no_grad():
+        return [((function(point + step * u) - function(point - step * u)) / (2 * step)).item() for u in directions]
+
+
+@pytest.mark.parametrize("sem", ["framed", "alone"])
+def test_gradient_of_the_semantic_loss(pipeline, sem):
+    bound, _ = bound_of(pipeline)
+    group, predict = bound.groups[0], Predictor(pipeline.unet)
+    with torch.no_grad():
+        target = predict(noise(), 500, group.anchor[None])
+    losses = lambda rows: binding_losses(predict, noise(), 500, contexts(rows, group, sem), target)  # noqa: E731
+    row, settings = bound.states[group.row], replace(FULL, sem_rule="plain", sem_rate=1.0)
+    after, value = gradient_step(row, losses, group, predict, settings)
+    assert predict.backwards == 1 and value == losses(row[None]).item()
+    directions = [torch.randn(32, generator=seeded(k)) for k in range(4)]
+    estimates = central_differences(lambda point: losses(point[None])[0].double(), row, directions, 1e-2)
+    # fp32 losses of about 1e-3 over 2e-2: their rounding, 1e-10, is 1e-8 of slope; the third derivative adds parts in a thousand
+    assert np.allclose(estimates, [((row - after) @ u).item() for u in directions], rtol=2e-2, atol=1e-6)
+    normalised = moved(row, row - after, replace(FULL, sem_rate=0.05))
+    assert math.isclose((row - normalised).norm(), 0.05 * row.norm(), rel_tol=1e-4)
+
+
+def test_gradient_of_the_maps_loss(pipeline):
+    """What `refine_latents` subtracts from the latents, and from the states, against central differences of the same loss."""
+    bound, _ = bound_of(pipeline)
+    settings = replace(FULL, map_rule="plain", map_rate=2.0, map_iterations=1, update_rows="composite", steps=3)
+    make = scheduler_maker(pipeline, None, 3)
+    layers = map_layers(pipeline.unet, noise())
+    painting, predict = Painting(bound, noise(), make), Predictor(pipeline.unet)
+    with torch.no_grad():
+        record = painting.refine_latents(0, 500, predict, settings, layers, make())
+
+    def loss(latents, states):
+        with attention_maps(layers, 1) as maps:
+            pipeline.unet(latents, 500, encoder_hidden_states=states[None])
+        words = [word_map(torch.stack(maps).mean(0)[0], group.row, bound.end) for group in bound.groups]
+        return 2 * sum(entropy(word) for word in words) + pose_loss([word.view(8, 16) for word in words])
+
+    assert math.isclose(record["maps"][0]["loss"], loss(noise(), bound.states).item(), rel_tol=1e-5)
+    directions = [torch.randn(1, 4, 8, 16, generator=seeded(k)) for k in range(3)]
+    estimates = central_differences(lambda point: loss(point, bound.states), noise(), directions, 1e-3)
+    slopes = [((noise() - painting.latents) * u).sum().item() for u in directions]  # 0.5 times rate 2 is 1
+    # the loss, about 20, rounds at 1e-6: 1e-3 of slope; minima and maxima that change places bend it
+    assert np.allclose(estimates, slopes, rtol=5e-2, atol=5e-3) and max(map(abs, slopes)) > 0.02
+    rows = [group.row for group in bound.groups]
+    changed = (painting.states != bound.states).any(1).nonzero().flatten().tolist()
+    assert changed == sorted(rows)  # the composites and nothing else
+    along = [torch.zeros_like(bound.states) for _ in rows]
+    for u, row in zip(along, rows, strict=True):
+        u[row] = torch.randn(32, generator=seeded(row))
+    estimates = central_differences(lambda point: loss(noise(), point), bound.states, along, 1e-3)
+    assert np.allclose(estimates, [((bound.states - painting.states) * u).sum().item() / 2 for u in along], rtol=5e-2, atol=5e-3)
+
+
+# -------------------------------------------------------------------------------------------------------------- pictures
+
+
+def stock_latents(pipeline, prompt: str, seed: int = 0) -> torch.Tensor:
+    scheduler, pipeline.scheduler = pipeline.scheduler, scheduler_maker(pipeline, None, 3)()
+    try:
+        return pipeline(
+            prompt, num_inference_steps=3, guidance_scale=5.0, output_type="latent", generator=seeded(seed), **SIZE
+        ).images[0]
+    finally:
+        pipeline.scheduler = scheduler
+
+
+def test_without_changes_a_picture_is_the_stock_pipelines(pipeline):
+    stock = stock_latents(pipeline, parse_marks(TWO, ["<sks>"]).prompt)
+    nothing = dict(merge="none", ets_step=-1, sem_iterations=0, map_iterations=0, sem_steps=0)
+    for settings in (
+        PLAIN,
+        replace(FULL, **nothing),
+        replace(CONTROL, map_iterations=0),
+        replace(PHRASE, states="prompt", bias=0.0),
+    ):
+        assert torch.equal(latents_of(pipeline, settings), stock)
+    still = replace(FULL, merge="none", ets_step=-1, sem_steps=0, map_rate=0.0)  # maps read, and a step of length 0
+    assert torch.equal(latents_of(pipeline, still), stock)
+
+
+def test_every_method_changes_the_picture_and_leaves_the_pipeline(pipeline):
+    processors = dict(pipeline.unet.attn_processors)
+    modules = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
+    required = [parameter.requires_grad for module in modules for parameter in module.parameters()]
+    pictures = {}
+    for name, settings in METHODS.items():
+        (pictures[name],) = draw_bound(pipeline, [TWO], settings=replace(settings, **SHORT), **SIZE)
+        assert torch.isfinite(pictures[name].latents).all() and pictures[name].image.size == (32, 16)
+    for name in METHODS.keys() - {"plain"}:
+        assert not torch.allclose(pictures[name].latents, pictures["plain"].latents, atol=1e-3), name
+    assert pictures["plain"].forwards == pictures["phrase"].forwards == pictures["merge"].forwards == 6
+    assert {name for name, picture in pictures.items() if picture.backwards} == {"full", "control", "published"}
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    assert all(parameter.grad is None for parameter in parameters) and [p.requires_grad for p in parameters] == required
+    assert pipeline.unet.attn_processors == processors
+
+
+def test_counts_of_forwards(pipeline):
+    """Full: the guided pair; per group the anchor's pair and its iterations; the maps' iterations; once, to find the layers."""
+    settings = replace(FULL, sem_steps=2, sem_iterations=3, map_steps=1, map_iterations=4, map_rate=0.0, **SHORT)
+    (picture,) = draw_bound(pipeline, [TWO], settings=settings, **SIZE)
+    refined = len(picture.steps[0]["maps"])
+    assert picture.forwards == 3 * 2 + 2 * 2 * (2 + 3) + refined and picture.backwards == 2 * 2 * 3 + refined
+    assert [record["step"] for record in picture.steps] == [0, 1] and "maps" not in picture.steps[1]
+    assert [len(values) for values in picture.steps[1]["semantic"]] == [3, 3]
+
+
+def test_the_anchors_do_not_touch_the_picture(pipeline):
+    """With steps of length 0 their trajectories run beside it: the picture is that of merging alone, to the bit."""
+    still = replace(FULL, sem_rate=0.0, map_steps=0)
+    assert torch.equal(latents_of(pipeline, still), latents_of(pipeline, MERGE))
+
+
+@pytest.mark.parametrize("change", [dict(step_from="old"), dict(anchor_guidance="away"), dict(update_rows="all"),
+                                    dict(sem="alone"), dict(merge="raw"), dict(map_rule="plain"), dict(pose="off"),
+                                    dict(ets_step=1),
+                                    dict(states="phrase"), dict(erase="none"), dict(erase="mask")],
+                         ids=lambda change: "".join(change))  # fmt: skip
+def test_every_switch_changes_the_picture(pipeline, change):
+    assert not torch.equal(latents_of(pipeline, replace(FULL, **change)), latents_of(pipeline, FULL))
+
+
+def test_alone_or_in_a_batch(pipeline):
+    prompts = [TWO, "a [red dog*] and a [white cat*]"]
+    for settings in (PHRASE, FULL):
+        how = dict(settings=replace(settings, **SHORT), seeds=[0, 1], **SIZE)
+        together, alone = draw_bound(pipeline, prompts, batch_size=4, **how), draw_bound(pipeline, prompts, **how)
+        for one, other in zip(together, alone, strict=True):
+            assert (one.prompt, one.seed) == (other.prompt, other.seed)
+            # batches of other sizes round otherwise, and guidance of 5 enlarges that
+            assert torch.allclose(one.latents, other.latents, atol=2e-3)
+
+
+@pytest.mark.parametrize("quantization", sample(["none", "nf4"], "nf4"))
+@pytest.mark.parametrize("vectors", sample([1, 3], 3))
+@pytest.mark.parametrize("text", ["a [red <sks>]", "a [dog*], a [red <sks>] and a [white cat*]"])
+def test_quantised_several_vectors_and_numbers_of_groups(folder, tmp_path_factory, quantization, vectors, text):
+    pipeline = pipeline_of(folder, tmp_path_factory, vectors, quantization)
+    for name in ("phrase", "full", "published"):
+        assert torch.isfinite(latents_of(pipeline, METHODS[name], text)).all()
+
+
+def test_multistep_schedulers(pipeline):
+    """Each trajectory has a scheduler of its own, so one with a history stays the stock pipeline's."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    still = replace(FULL, sem_rate=0.0, map_steps=0)
+    assert torch.equal(latents_of(pipeline, still, scheduler=scheduler), latents_of(pipeline, MERGE, scheduler=scheduler))
+
+
+# --------------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(("text", "how", "said"), [
+    ("a [dog*]", dict(settings=replace(FULL, pose="on")), "has 1 groups"), ("a dog", dict(method="phrase"), "no group"),
+    (TWO, dict(width=18), "multiple of 4"), (TWO, dict(intervals=[(0, 1)]), "2 groups for 1"),
+    ("a [dog*]" + " dog" * 80, {}, "tokens long"), (TWO, dict(settings=replace(PLAIN, steps=0)), "at least 1"),
+    (TWO, dict(settings=replace(PLAIN, sem_steps=1)), "must be 0 without --merge"),
+])  # fmt: skip
+def test_what_cannot_be_drawn_is_refused(pipeline, text, how, said):
+    with pytest.raises(InputError, match=said):
+        draw_bound(pipeline, [text], **{**SIZE, **how})
+
+
+def test_end_is_counted_not_searched():
+    """Padding may have the end token's id, or, as Stable Diffusion 2.x has it, another."""
+    for padding in (49407, 0):
+        mask, spans = [1, 1, 1, 1] + [0] * 6, [(0, 0), (0, 1), (2, 5), (0, 0)] + [(0, 0)] * 6
+        found = SimpleNamespace(input_ids=[49406, 320, 2, 49407] + [padding] * 6, attention_mask=mask, offset_mapping=spans)
+
+        class Tokenizer:
+            model_max_length = 10
+
+            def __call__(self, *args, found=found, **how):
+                return found
+
+        assert tokens_of(Tokenizer(), "a dog")[1] == [(0, 0), (0, 1), (2, 5)]
+
+
+def command(*argv) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "zoodip.binding", *map(str, argv)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+
+
+def test_the_command(folder, tmp_path):
+    embedding, output = tmp_path / "learned_embeds.safetensors", tmp_path / "out"
+    save_file({"<sks>": 0.5 * torch.randn(2, 32, generator=seeded())}, embedding)
+    done = command("--model", folder, "--embedding", embedding, "--prompt", TWO, "a [dog*]", "--seeds", 0, 1, "--steps", 2,
+                   "--width", 32, "--height", 16, "--output", output)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((output / "binding.json").read_text())
+    assert record["settings"]["phrase"]["states"] == "phrase" and record["settings"]["phrase"]["steps"] == 2
+    assert [each["file"] for each in record["pictures"]] == [f"{k}-phrase-{seed}.png" for k in (0, 1) for seed in (0, 1)]
+    for each in record["pictures"]:
+        assert Image.open(output / each["file"]).size == (32, 16) and each["forwards"] == 4 and each["seconds"] > 0
+    assert Image.open(output / "sheet.png").size[0] > 2 * 256  # two pictures twice as wide as high
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["--prompt", "a [red cat"], "never closed"), (["--prompt", TWO, "--steps", "0"], "--steps must be at least 1"),
+    (["--prompt", TWO, "--width", "18"], "--width must be a positive multiple of 4"),
+    (["--prompt", TWO, "--embedding", "nowhere.safetensors"], "nowhere.safetensors"),
+])  # fmt: skip
+def test_the_command_refuses_in_one_line(folder, tmp_path, argv, said, capsys):
+    from zoodip.arguments import parse
+    from zoodip.binding import check_flags, main
+    from zoodip.errors import run_script
+
+    argv = ["--model", str(folder), "--output", str(tmp_path / "out"), *argv]
+    if "--embedding" not in argv:
+        embedding = tmp_path / "word.safetensors"
+        save_file({"<sks>": torch.ones(1, 32)}, embedding)
+        argv += ["--embedding", str(embedding)]
+    try:
+        code = run_script(main, vars(parse(build_parser(), check_flags, argv)))
+    except SystemExit as error:
+        code = error.code
+    captured = capsys.readouterr()
+    assert code == 2 and captured.err.startswith("error: ") and captured.err.count("\n") == 1 and said in captured.err
+
+
+def test_steps_without_backpropagation(pipeline):
+    """F1 is the gradient's projection on its directions; F2's estimates average to the gradient."""
+    from reproduction.binding_steps import coefficient_gradient, coefficient_step, estimated_step
+
+    bound, _ = bound_of(pipeline)
+    group, predict = bound.groups[0], Predictor(pipeline.unet)
+    with torch.no_grad():
+        target = predict(noise(), 500, group.anchor[None])
+    losses = lambda rows: binding_losses(predict, noise(), 500, contexts(rows, group, "framed"), target)  # noqa: E731
+    row, plain = bound.states[group.row], replace(FULL, sem_rule="plain", sem_rate=1.0)
+    gradient = row - gradient_step(row, losses, group, predict, plain)[0]
+    directions = torch.linalg.qr(torch.randn(32, 4, generator=seeded())).Q.T
+    with torch.no_grad():
+        projected, _ = coefficient_gradient(row, losses, directions, mu=1e-2)
+        assert torch.allclose(projected, directions.T @ (directions @ gradient), rtol=5e-2, atol=1e-6)  # as for gradient_step
+        estimates = []
+        for k in range(20):
+            after, value = estimated_step(row, losses, group, predict, plain, n=32, mu=1e-2, generator=seeded(k))
+            estimates.append(row - after)
+        assert value == pytest.approx(losses(row[None]).item(), rel=1e-4)
+        # of 640 directions in 32 dimensions: an expected error of sqrt(33 / 640) = 23 % of the length, a cosine of .97
+        assert torch.cosine_similarity(torch.stack(estimates).mean(0), gradient, dim=0) > 0.9
+        predict.forwards = 0
+        coefficient_step(row, losses, group, predict, FULL)
+        assert predict.forwards == 2 * len(group.anchor_rows) and predict.backwards == 1
+
+
+def test_sets_of_prompts():
+    """Every set has 96 test prompts, none of them for development, all with marks, within the miniature's 30 tokens."""
+    from reproduction.binding import tasks_of
+
+    for name in ("S1", "S2", "S3", "S4", "S5"):
+        test, development = tasks_of(name, "test"), tasks_of(name, "development")
+        known = {(task.prompt, task.unit) for task in test}
+        assert len(test) == 96 == len(known) and len(development) >= 10
+        assert not known & {(task.prompt, task.unit) for task in development}
+        for task in [*test, *development]:
+            marked = parse_marks(task.prompt, ["<sks>"])
+            assert len(marked.groups) == len(task.creatures) == (1 if name == "S5" else 2)
+            assert len(marked.prompt.replace(",", " ,").split()) <= 30

@@ -1,0 +1,174 @@
+"""Cross-attention of a UNet: its maps, read by hooks, what they say of where a word acts, and a bias that says where it may."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from zoodip.errors import InputError
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+MAX_CELLS = 400  # of the maps that are used unless told otherwise: 16 x 16 of SD v1.5 at 512 px
+EPSILON = 1e-5  # within the entropy's logarithm, as published
+
+
+# ------------------------------------------------------------------------------------------------------------------ maps
+
+
+def cross_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
+    """{name: layer} of every cross-attention of a Stable Diffusion 1.x or 2.x UNet."""
+    return {name: module for name, module in unet.named_modules() if name.endswith(".attn2")}  # pyright: ignore[reportReturnType]
+
+
+def context_of(inputs: tuple, kwargs: dict) -> torch.Tensor:
+    """The text states that a cross-attention is called with."""
+    return kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else inputs[1]
+
+
+@contextmanager
+def attention_maps(layers: Sequence[Attention], count: int) -> Iterator[list[torch.Tensor]]:
+    """Within: each of the `layers` appends its probabilities [count, h w, L], averaged over heads, to the list it yields.
+
+    Of the last `count` samples only: the conditional ones, which follow the unconditional. They are computed a second time, from
+    the layer's input, so that the layer itself stays as it is; a bias that its processor adds is not in them.
+    """
+    maps: list[torch.Tensor] = []
+
+    def record(layer, inputs, kwargs):
+        hidden = inputs[0] if inputs else kwargs["hidden_states"]
+        query = layer.head_to_batch_dim(layer.to_q(hidden[-count:]))
+        key = layer.head_to_batch_dim(layer.to_k(context_of(inputs, kwargs)[-count:]))
+        shares = (layer.scale * query @ key.transpose(1, 2)).float().softmax(-1)  # [count * heads, h w, L]
+        maps.append(shares.unflatten(0, (count, layer.heads)).mean(1))
+
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+    try:
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def map_layers(unet: UNet2DConditionModel, latents: torch.Tensor, cells: int | None = None) -> list[Attention]:
+    """The cross-attentions of one level: that with maps of `cells` places, or else the finest of at most 400. One forward.
+
+    `latents` [1, 4, h, w]: only their shape matters. Raises InputError where no level has `cells`.
+    """
+    found: dict[int, list] = {}
+
+    def record(layer, inputs, kwargs):
+        found.setdefault((inputs[0] if inputs else kwargs["hidden_states"]).shape[1], []).append(layer)
+
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in cross_attentions(unet).values()]
+    try:
+        unet(torch.zeros_like(latents), 0, encoder_hidden_states=latents.new_zeros(1, 1, unet.config["cross_attention_dim"]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if cells is not None and cells not in found:
+        raise InputError(f"map_cells {cells}: no cross-attention has maps of so many places; choose from {sorted(found)}")
+    return found[cells or max((size for size in found if size <= MAX_CELLS), default=min(found))]
+
+
+def grid(cells: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a map of `cells` places over latents of `height` x `width`: both are divided alike."""
+    factor = round(math.sqrt(height * width / cells))
+    return height // factor, width // factor
+
+
+def word_map(maps: torch.Tensor, column: int, end: int) -> torch.Tensor:
+    """How much each place attends to the word at `column`, against the other words 1 .. end - 1. [h w, L] -> [h w]."""
+    return (maps[:, 1:end] / 0.5).softmax(-1)[:, column - 1]
+
+
+def scaled(values: torch.Tensor) -> torch.Tensor:
+    """Min-max scaled over all places; ones where all are equal."""
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else torch.ones_like(values)
+
+
+def entropy(values: torch.Tensor) -> torch.Tensor:
+    """-sum p log(p + 1e-5) in nats, where p is `values` min-max scaled, divided by its sum: log of the places a word fills."""
+    share = scaled(values) / scaled(values).sum()
+    return -(share * (share + EPSILON).log()).sum()
+
+
+def centroid(values: torch.Tensor) -> torch.Tensor:
+    """(x, y) in [0, 1] of a map [rows, columns], min-max scaled; of one place its middle. (Self-guidance, arXiv 2306.00986.)"""
+    weights = scaled(values)
+    rows, columns = weights.shape
+    x = ((torch.arange(columns, device=weights.device) + 0.5) / columns * weights.sum(0)).sum()
+    y = ((torch.arange(rows, device=weights.device) + 0.5) / rows * weights.sum(1)).sum()
+    return torch.stack([x, y]) / weights.sum()
+
+
+# ------------------------------------------------------------------------------------------------------------------ bias
+
+
+def equal_intervals(count: int) -> list[tuple[float, float]]:
+    """Equal parts of the width from left to right, in shares of it."""
+    return [(k / count, (k + 1) / count) for k in range(count)]
+
+
+def location_bias(
+    words: Sequence[Sequence[int]],
+    intervals: Sequence[tuple[float, float]],
+    rows: int,
+    columns: int,
+    length: int,
+    strength: float,
+) -> torch.Tensor:
+    """[rows * columns, length] to add to attention logits: words[k], rows of the text states, act within intervals[k].
+
+    -strength * clamp(distance from the interval / a quarter of the width, 0, 1). The idea is paint-with-words' (eDiff-I,
+    arXiv 2211.01324).
+    """
+    x = (torch.arange(columns) + 0.5) / columns
+    bias = torch.zeros(rows, columns, length)
+    for positions, (low, high) in zip(words, intervals, strict=True):
+        distance = torch.maximum(low - x, x - high).clamp(min=0)
+        for position in positions:
+            bias[:, :, position] = -strength * (distance / 0.25).clamp(max=1)
+    return bias.flatten(0, 1)
+
+
+class BiasedAttention:
+    """Cross-attention processor: `bias_of(cells)` [N, cells, L] is added to the logits of the last N samples; the others, and all
+    else, are as diffusers' own processor computes them. For layers with neither norms nor residual, as Stable Diffusion's are."""
+
+    def __init__(self, bias_of: Callable[[int], torch.Tensor]):
+        self.bias_of = bias_of
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **unused):
+        heads = (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
+        query, key, value = (states.unflatten(2, (attn.heads, -1)).transpose(1, 2) for states in heads)
+        bias = self.bias_of(hidden_states.shape[1]).to(query)[:, None]
+        free = len(query) - len(bias)  # samples without a bias
+        parts = [F.scaled_dot_product_attention(query[free:], key[free:], value[free:], attn_mask=bias)]
+        if free:
+            parts.insert(0, F.scaled_dot_product_attention(query[:free], key[:free], value[:free]))
+        joined = torch.cat(parts).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](joined))
+
+
+@contextmanager
+def biased_attention(unet: UNet2DConditionModel, bias_of: Callable[[int], torch.Tensor] | None) -> Iterator[None]:
+    """Within: every cross-attention of the UNet has the bias; None: as it is."""
+    if bias_of is None:
+        yield
+        return
+    before, processor = unet.attn_processors, BiasedAttention(bias_of)
+    unet.set_attn_processor({name: processor if ".attn2." in name else own for name, own in before.items()})
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(dict(before))  # a copy, as the library empties what it is given
