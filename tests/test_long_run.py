@@ -45,7 +45,8 @@ def test_short_run(tmp_path):
     assert subprocess.run(argv, cwd=ROOT, timeout=3600).returncode == 0
     results = json.loads((tmp_path / "long_run.json").read_text())["results"]
     fits, most = results["fits"], results["most"]
-    assert fits["open_files"]["slope_per_10000_steps"] == 0
+    # a sample may catch a file that is being written; one left open at each checkpoint would be 20
+    assert fits["open_files"]["slope_per_10000_steps"] + 3 * fits["open_files"]["standard_error"] < 2
     assert most["checkpoints"] <= 3  # one is written before one is removed
     assert results["checkpoints_left"] == ["checkpoint-1500.safetensors", "checkpoint-2000.safetensors"]
     assert fits["resident"]["slope_per_10000_steps"] - 3 * fits["resident"]["standard_error"] < 20
