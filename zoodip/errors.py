@@ -63,6 +63,11 @@ def printable(text: str) -> str:
     return re.sub(r"\bhf_[A-Za-z0-9]{30,}", "hf_...", text)
 
 
+def notice(text: str) -> None:
+    """One line for the user on stderr, whatever a file name in it holds."""
+    print(printable(text), file=sys.stderr)
+
+
 def quiet_libraries() -> None:
     """Silence notices about optional packages that are not needed; errors still come through. Call before loading."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from zoodip.arguments import is_text
-from zoodip.errors import InputError
+from zoodip.errors import InputError, notice
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 HEIC_SUFFIXES, HEIC_BRANDS = {".heic", ".heif", ".hif"}, (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
@@ -64,10 +63,9 @@ def find_images(folder: str | Path) -> list[Path]:
     heic = any(is_heic(path) for path in skipped)
     hint = " (HEIC is read once pillow-heif is installed: pip install pillow-heif)" if heic else ""
     if skipped and images:
-        print(
+        notice(
             f"{folder}: skipped {len(skipped)} that are not images: {', '.join(path.name for path in skipped[:5])}"
-            f"{' ...' if len(skipped) > 5 else ''}{hint}",
-            file=sys.stderr,
+            f"{' ...' if len(skipped) > 5 else ''}{hint}"
         )
     if not images:
         counts = {path.name: sum(map(is_image_name, path.iterdir())) for path in skipped if path.is_dir()}
@@ -229,7 +227,7 @@ def load_subject(
     else:
         beside = sum(path.with_suffix(".txt").is_file() for path in paths)
         if beside:
-            print(f"{folder}: the {beside} captions beside the photographs have no effect without --use_cc", file=sys.stderr)
+            notice(f"{folder}: the {beside} captions beside the photographs have no effect without --use_cc")
         captions = [OBJECT_TEMPLATES if learnable_property == "object" else STYLE_TEMPLATES] * len(paths)
     digest = hashlib.sha256(json.dumps(captions).encode())
     squeezed = []
@@ -239,9 +237,8 @@ def load_subject(
         if max(image.size) >= SQUEEZE * min(image.size):
             squeezed.append((max(image.size) / min(image.size), path.name))
     if squeezed and not center_crop:
-        print(
+        notice(
             f"{folder}: {len(squeezed)} of {len(paths)} photographs are squeezed into a square, by up to {max(squeezed)[0]:.2f} "
-            f"({max(squeezed)[1]}); --center_crop takes the middle square instead",
-            file=sys.stderr,
+            f"({max(squeezed)[1]}); --center_crop takes the middle square instead"
         )
     return Subject(paths, captions, digest.hexdigest())
