@@ -226,7 +226,10 @@ class Run:
                 raise InputError(
                     f"--output_dir {str(self.folder)!r} cannot be made ({error.strerror}); choose another"
                 ) from error
-            write_atomically(self.folder / ".probe", bytes(4 << 20))  # the size of the largest checkpoints
+            try:
+                write_atomically(self.folder / ".probe", bytes(4 << 20))  # the size of the largest checkpoints
+            except InputError as error:
+                raise InputError(f"--output_dir {error}") from error
             (self.folder / ".probe").unlink(missing_ok=True)  # another run may be probing too
             self.lock = lock_folder(self.folder)
             try:
@@ -423,6 +426,7 @@ class Run:
                 file=sys.stderr,
             )
         elif self.is_main:
+            assert self.outputs is not None  # `steps` has set them
             print(
                 f"{self.outputs.result(self.folder)} after {step} {self.unit}s"
                 + (f" ({skipped} skipped: loss not finite)" if skipped else "")
