@@ -46,8 +46,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
-    """A parser whose errors are one line and exit code 2."""
-    return OneLineArgumentParser(description=description, formatter_class=HelpFormatter)
+    """A parser whose errors are one line and exit code 2. It takes no abbreviations: --mode is not --model_config."""
+    return OneLineArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def add_model_flags(parser: argparse.ArgumentParser, packing: bool = True) -> Callable[..., argparse.Action]:
