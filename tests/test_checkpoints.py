@@ -28,7 +28,7 @@ def trained(tiny_model, tmp_path_factory):
     ("seed", 1, "was 0, is 1"), ("n", 3, "was 2, is 3"), ("tau", 5, "was 4, is 5"), ("mu", 0.02, "was 0.01, is 0.02"),
     ("learning_rate", 0.01, "was 0.005, is 0.01"), ("estimator", "spsa", "was 'rge', is 'spsa'"),
     ("quantization", "int8", "was 'nf4', is 'int8'"), ("num_vectors", 2, "was 1, is 2"),
-    ("placeholder_token", "<x>", "was '<sks>', is '<x>'"), ("resolution", 24, "was 16, is 24"),
+    ("placeholder_token", "<my-x>", "was '<sks>', is '<my-x>'"), ("resolution", 24, "was 16, is 24"),
     ("learnable_property", "style", "was 'object', is 'style'"), ("mixed_precision", "bf16", "was 'fp32', is 'bf16'"),
 ])  # fmt: skip
 def test_checkpoint_of_another_run(trained, refused, flag, value, was):
