@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -14,6 +14,9 @@ from zoodip.diffusion import FrozenModel
 from zoodip.errors import damaged_model
 from zoodip.model import assemble_pipeline, load_vae_decoder
 from zoodip.prompts import Prompts, encode_prompts
+
+if TYPE_CHECKING:
+    from zoodip.weight_tuning import TunedModel
 
 
 class Drawer:
@@ -24,7 +27,7 @@ class Drawer:
 
     def __init__(
         self,
-        model: FrozenModel,
+        model: FrozenModel | TunedModel,
         folder: Path,
         variant: str | None,
         quantization: str,
@@ -53,6 +56,7 @@ class Drawer:
         A seed is the same first noise for every prompt and token. after_step() is called after every denoising step, and may
         raise Interrupted. Raises InputError where the model's folder is damaged.
         """
+        assert self.text_encoder is not None  # a TunedModel's is freed: `draw_states`
         device = self.pipeline.unet.conv_in.weight.device
         states = encode_prompts(
             self.text_encoder, prompts.rows.to(device), prompts.ids.to(device), theta.detach()[None].to(device)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.nn.grad
 from torch import nn
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -178,7 +179,9 @@ class QuantizedLayer(nn.Module):
     @property
     def qweight(self) -> torch.Tensor:
         """The packed weight, where peft looks for a layer's device."""
-        return self._buffers[self.quantization]
+        packed = self._buffers[self.quantization]
+        assert packed is not None
+        return packed
 
     def slices(self) -> list[tuple[int, int]]:
         """Output channels (first, last) that are dequantised together."""
@@ -215,6 +218,7 @@ class QuantizedLayer(nn.Module):
             else:
                 part = torch.nn.grad.conv2d_input(input_shape, factor, gradient[:, first:last], **self.convolution)
             total = part if total is None else total.add_(part)
+        assert total is not None  # a layer has outputs
         return total
 
     def linear(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -249,6 +253,9 @@ class AffineLayer(QuantizedLayer):
     size. The product is a thousand times y, which fp16 does not hold: the integers are multiplied by `power`, the power of
     two nearest the median scale, and the scales divided by it, both exactly.
     """
+
+    scale: torch.Tensor  # [rows] fp32
+    zero: torch.Tensor  # [rows] fp32, whole numbers
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, packed: dict[str, torch.Tensor], dtype: torch.dtype):
         super().__init__(layer, packed, dtype)
@@ -292,6 +299,7 @@ class AffineLayer(QuantizedLayer):
 
 class Affine8Layer(AffineLayer):
     quantization = "affine8"
+    affine8: torch.Tensor  # an integer a byte, flat
 
     @staticmethod
     def expected_tensors(rows: int, columns: int) -> dict[str, tuple[int, torch.dtype]]:
@@ -304,6 +312,7 @@ class Affine8Layer(AffineLayer):
 
 class Affine4Layer(AffineLayer):
     quantization = "affine4"
+    affine4: torch.Tensor  # two integers a byte, flat
 
     @staticmethod
     def expected_tensors(rows: int, columns: int) -> dict[str, tuple[int, torch.dtype]]:

@@ -68,7 +68,7 @@ def save_scales(path: Path, parameters: Parameters, header: dict[str, str]) -> P
 
 def save_lora(folder: Path, unet: nn.Module, stem: str, header: dict[str, str], suffix: str) -> Path:
     """LoRA as diffusers reads it, and a copy named after the identifier, `stem`, as A1111 and ComfyUI do."""
-    from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
     from peft import get_peft_model_state_dict
 
     header = {**header, "zoodip.peft": version("peft")}

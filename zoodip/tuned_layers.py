@@ -29,7 +29,10 @@ Parameters = dict[str, nn.Parameter]
 
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     """(O, I) of a Linear, (O, I, height, width) of a Conv2d, packed or not."""
-    return tuple(layer.shape if isinstance(layer, QuantizedLayer) else layer.weight.shape)
+    if isinstance(layer, QuantizedLayer):
+        return tuple(layer.shape)
+    assert isinstance(layer, (nn.Linear, nn.Conv2d))
+    return tuple(layer.weight.shape)
 
 
 def attention_projections(unet: nn.Module) -> dict[str, nn.Module]:
@@ -80,7 +83,8 @@ class ScaledLayer(nn.Module):
 
     def __init__(self, base: AffineLayer, experts: int, scale_in: bool):
         super().__init__()
-        self.base, self.expert = base, 0
+        self.base = base
+        self.expert: int | None = 0
         self.scale_out = nn.ParameterList(nn.Parameter(base.scale.clone()) for _ in range(experts))  # [O] each
         ones = torch.ones(base.shape[1], device=base.scale.device)
         self.scale_in = nn.ParameterList(nn.Parameter(ones.clone()) for _ in range(experts if scale_in else 0))  # [I] each
@@ -104,6 +108,7 @@ def scale_shapes(unet: nn.Module, experts: int, scale_in: bool) -> Shapes:
 def add_scales(unet: nn.Module, experts: Experts, scale_in: bool) -> Parameters:
     """Have a UNet of integers (affine8, affine4) multiply by trained scales, the set of each denoising step by itself."""
     for name, layer in integer_layers(unet).items():
+        assert isinstance(layer, AffineLayer), "a UNet of integers is loaded with all of them packed"
         unet.set_submodule(name, ScaledLayer(layer, experts.number, scale_in))
     layers = [module for module in unet.modules() if isinstance(module, ScaledLayer)]
     if experts.number > 1 or experts.interval is not None:
@@ -151,6 +156,7 @@ class KroneckerLayer(nn.Module):
 
     def merged_weight(self) -> torch.Tensor:
         """W + A kron B [O, I], fp32. Only for a base that is not packed: packed again it would be another model."""
+        assert isinstance(self.base, nn.Linear)
         return self.base.weight.float() + torch.kron(self.lokr_w1.detach(), self.lokr_w2.detach())
 
 
@@ -209,7 +215,9 @@ def lora_config(rank: int):
             if self.disable_adapters:
                 return outputs
             for name in self.active_adapters:
-                down, up = self.lora_A[name].weight.to(inputs.dtype), self.lora_B[name].weight.to(inputs.dtype)
+                lora_a, lora_b = self.lora_A[name], self.lora_B[name]
+                assert isinstance(lora_a, nn.Linear) and isinstance(lora_b, nn.Linear)
+                down, up = lora_a.weight.to(inputs.dtype), lora_b.weight.to(inputs.dtype)
                 outputs = outputs + F.linear(F.linear(inputs, down), up) * self.scaling[name]
             return outputs
 
@@ -220,6 +228,9 @@ def lora_config(rank: int):
 
 def add_lora(unet: nn.Module, rank: int, generator: torch.Generator) -> Parameters:
     """LoRA on every projection: B = 0, A ~ N(0, (1 / rank)^2), as diffusers' example starts it."""
+    from diffusers.loaders.peft import PeftAdapterMixin
+
+    assert isinstance(unet, PeftAdapterMixin)  # as every UNet of diffusers
     with torch.random.fork_rng(), warnings.catch_warnings():  # peft draws from the global generator; A is drawn anew below
         warnings.filterwarnings("ignore", "Unsupported layer type")  # ours, registered in `lora_config`
         unet.add_adapter(lora_config(rank))

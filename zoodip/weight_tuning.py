@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -43,8 +43,8 @@ from zoodip.model import (
     build_model,
     find_model_folder,
     hub_variant,
-    load_frozen,
     load_text_encoder,
+    load_unet,
     load_vae_encoder,
     model_digest,
     native_resolution,
@@ -58,6 +58,9 @@ from zoodip.run import Run, make_accelerator
 from zoodip.subject import Subject, load_subject
 from zoodip.thrift import split_feed_forward, tune_malloc
 from zoodip.tuned_layers import Parameters, Shapes
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 LOSS_SCALE = 1024.0  # where activations are fp16: a power of two, which keeps their gradients from vanishing
 WEIGHT_DECAY, MAX_GRADIENT_NORM = 1e-2, 1.0  # of the reference scripts
@@ -167,7 +170,7 @@ def read_tuning_inputs(
 class TunedModel:
     """The UNet under training, and the text states of a run's prompts, of which a batch's prompt_ids [B, 1] are the rows."""
 
-    unet: nn.Module
+    unet: UNet2DConditionModel
     states: torch.Tensor  # [P, L, d], on the device
     autocast: torch.dtype | None  # of activations, where the weights are fp32 and trained
 
@@ -208,7 +211,7 @@ def load_tuned_model(
     dtype, others = DTYPES[mixed_precision], frozen_format(system.quantization)
     states = encode_texts(folder, variant, inputs.prompts, others, dtype, device)
     autocast = dtype if system.trains_unet else None
-    unet = load_frozen(folder, "unet", variant, system.quantization, torch.float32 if system.trains_unet else dtype, device)
+    unet = load_unet(folder, variant, system.quantization, torch.float32 if system.trains_unet else dtype, device)
     split_feed_forward(unet)
     model = TunedModel(unet, states if autocast is None else states.float(), autocast)
     rows = Prompts(torch.arange(len(states))[:, None], states)
@@ -304,7 +307,7 @@ class WeightTuner:
             total += loss.item()
         trained = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
         if self.scale != 1.0:
-            torch._foreach_div_([parameter.grad for parameter in trained], self.scale)
+            torch.ops.aten._foreach_div_.Scalar([parameter.grad for parameter in trained], self.scale)
         if not torch.isfinite(torch.nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)):
             return None, len(groups)
         self.optimizer.step()
