@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +167,9 @@ def biased_attention(unet: UNet2DConditionModel, bias_of: Callable[[int], torch.
         yield
         return
     before, processor = unet.attn_processors, BiasedAttention(bias_of)
-    unet.set_attn_processor({name: processor if ".attn2." in name else own for name, own in before.items()})
+    # Any: the library takes every callable, though its annotation lists only its own classes
+    processors: dict[str, Any] = {name: processor if ".attn2." in name else own for name, own in before.items()}
+    unet.set_attn_processor(processors)
     try:
         yield
     finally:

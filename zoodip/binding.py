@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from zoodip.arguments import new_parser, parse, require
 from zoodip.binding_settings import METHODS, PLAIN, Settings, check_settings
@@ -195,7 +195,10 @@ def draw_bound(
     height, width = canvas(pipeline.unet.config, pipeline.vae_scale_factor, height, width)
     new_scheduler = scheduler_maker(pipeline, scheduler, settings.steps)
     words = [word for word in pipeline.tokenizer.added_tokens_encoder if word not in pipeline.tokenizer.all_special_tokens]
-    expand = lambda text: pipeline.maybe_convert_prompt(text, pipeline.tokenizer)  # noqa: E731
+
+    def expand(text: str) -> str:  # cast: only of a list does the library make a list
+        return cast(str, pipeline.maybe_convert_prompt(text, pipeline.tokenizer))
+
     prompts = [parse_marks(text, words, expand) for text in marked_prompts]
     if clean_prompts is not None:
         prompts = [replace(prompt, clean=expand(clean)) for prompt, clean in zip(prompts, clean_prompts, strict=True)]
@@ -323,6 +326,7 @@ def scheduler_maker(pipeline: StableDiffusionPipeline, scheduler, steps: int) ->
             own = type(scheduler).from_config(scheduler.config)
         else:  # clip_sample is for pixels: latents are larger than 1
             own = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+            assert isinstance(own, DDIMScheduler)  # a tuple only where return_unused_kwargs is asked for
         own.set_timesteps(steps, device=pipeline.unet.device)
         return own
 
@@ -334,7 +338,8 @@ def decode(pipeline: StableDiffusionPipeline, latents: Tensor) -> list[Image.Ima
     images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
     images, flagged = pipeline.run_safety_checker(images, latents.device, latents.dtype)
     keep = [not flag for flag in flagged] if flagged else [True] * len(images)
-    return pipeline.image_processor.postprocess(images, output_type="pil", do_denormalize=keep)
+    pictures = pipeline.image_processor.postprocess(images, output_type="pil", do_denormalize=keep)
+    return cast("list[Image.Image]", pictures)  # of "pil" it is a list, though the library says a single picture
 
 
 # ---------------------------------------------------------------------------------------------------------------- command
