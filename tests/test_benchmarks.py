@@ -57,6 +57,7 @@ def test_resident_memory_is_seen():
     assert peaks["resident"] > peaks["anonymous"] > 100_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["bytes", "steps"])
 def test_watched_script(tiny_model, subject, tmp_path, mode):
     """A real run seen from outside: a time for every step but the last; a peak of at least the run's own packed weights."""

@@ -321,6 +321,7 @@ def test_captions_that_are_not_used_are_spoken_of(tmp_path, subject, capsys):
     assert "the 1 captions beside the photographs have no effect without --use_cc" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_accelerate_launch_that_starts_one_process_instead_of_two_is_spoken_of(tiny_model, subject, tmp_path):
     """It used to train in one process in silence."""
     argv = arguments(tiny_model, subject, tmp_path / "out", max_train_steps=1, eval_steps=0)
