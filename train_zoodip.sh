@@ -1,6 +1,6 @@
 #!/bin/sh
 # sh train_zoodip.sh         the paper's run: Stable Diffusion v1.5 and DreamBooth's dog6 (dataset/README.md: how to get it)
-# sh train_zoodip.sh demo    the bundled miniature and the bundled subject: 40 seconds on two CPU cores
+# sh train_zoodip.sh demo    the bundled miniature and the bundled subject: a minute or two on two CPU cores
 #
 # MODEL_NAME, DATA_DIR and OUTPUT_DIR override the paths; arguments are passed on to train_zoodip.py and override the
 # ones below. Hyper-parameters are not set here: train_zoodip.py's defaults are the paper's. Only the demo sets two: it has
