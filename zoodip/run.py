@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from zoodip.checkpoints import can_follow, checkpoint_step, list_checkpoints, read_checkpoint, write_checkpoint
-from zoodip.errors import BrokenCheckpoint, InputError, Interrupted
+from zoodip.errors import BrokenCheckpoint, InputError, Interrupted, notice
 from zoodip.files import lock_folder, write_atomically, write_image, write_json
 from zoodip.records import environment, peak_memory_gb
 
@@ -169,8 +169,8 @@ class Run:
                 self.load_checkpoint(path)
                 return
             except BrokenCheckpoint as error:
-                print(f"skipped a broken checkpoint: {error}", file=sys.stderr)
-        print(f"{self.folder}: no checkpoint to continue from, starting at step 0", file=sys.stderr)
+                notice(f"skipped a broken checkpoint: {error}")
+        notice(f"{self.folder}: no checkpoint to continue from, starting at step 0")
 
     def load_checkpoint(self, path: Path) -> None:
         """Raises BrokenCheckpoint, or InputError where it is of another run."""
@@ -465,7 +465,7 @@ def set_aside(folder: Path, results: Sequence[str]) -> None:
             path.rename(folder / f"previous-{number}" / path.name)
     except OSError as error:
         raise cannot_be_moved(error) from error
-    print(f"{folder}: moved the {len(earlier)} files of an earlier run to {folder / f'previous-{number}'}", file=sys.stderr)
+    notice(f"{folder}: moved the {len(earlier)} files of an earlier run to {folder / f'previous-{number}'}")
 
 
 def cannot_be_moved(error: OSError) -> InputError:
