@@ -108,7 +108,7 @@ def load_drawer(flags: argparse.Namespace, device: torch.device, steps: int, gui
     options = (flags.variant, flags.quantization, DTYPES[flags.mixed_precision], device)
     text_encoder, unet = load_text_encoder(folder, *options), load_unet(folder, *options)
     model = FrozenModel(unet, text_encoder, torch.zeros(0, device=device))
-    return Drawer(model, folder, flags.variant, flags.quantization, flags.resolution, steps, guidance, batch_size)
+    return Drawer(model, folder, flags.variant, flags.quantization, flags.resolution, steps, guidance, batch_size, "pndm")
 
 
 def write_scores(folder: Path, scores: dict[str, dict[str, float]], record: dict) -> dict[str, float]:

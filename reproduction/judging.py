@@ -109,7 +109,7 @@ class Judge:
         flags, inputs = self.judged.flags, self.judged.inputs
         quantization, resolution = flags["quantization"], flags["resolution"]
         drawer = Drawer(self.judged.model, inputs.folder, inputs.variant, quantization, resolution, how["steps"], how["guidance"],
-                        batch_size=16 if resolution <= 128 else 2)  # fmt: skip
+                        batch_size=16 if resolution <= 128 else 2, scheduler="pndm")  # fmt: skip
         cache = PictureCache(drawer, self.folder / "pictures", inputs.variant, self.placeholder_token,
                              [quantization, flags["mixed_precision"]])  # fmt: skip
         names = [None if name in settings.missing else name for name in (settings.clip, settings.dino)]

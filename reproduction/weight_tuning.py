@@ -97,7 +97,7 @@ def draw(tuning: Tuning, prompts: list[str], images: int) -> list[list[Image.Ima
     quantization = frozen_format(tuning.outputs.system.quantization)
     texts = plain_prompts(folder, variant, [*prompts, ""])
     states = encode_texts(folder, variant, texts, quantization, torch.float32, torch.device("cpu"))
-    drawer = Drawer(tuning.model, folder, variant, quantization, 64, steps=25, guidance=5.0, batch_size=14)
+    drawer = Drawer(tuning.model, folder, variant, quantization, 64, steps=25, guidance=5.0, batch_size=14, scheduler="pndm")
     pictures = list(drawer.draw_states(states, [(row, seed) for row in range(len(prompts)) for seed in range(images)]))
     return [pictures[first : first + images] for first in range(0, len(pictures), images)]
 

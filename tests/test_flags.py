@@ -227,7 +227,7 @@ def test_candidates_per_forward_is_obeyed(run):
 
 
 def test_pictures_are_asked_of_the_unet_as_the_flags_say(run):
-    """Two halves of a batch with guidance, one without; 50 steps of PNDM are 51 forwards."""
+    """Two halves of a batch with guidance, one without; 20 forwards a picture."""
     for flags, size, count in ((PICTURE, 2, 1), (dict(PICTURE, validation_guidance=1), 1, 1),
                                (dict(PICTURE, num_validation_images=2), 2, 2)):  # fmt: skip
-        assert run(**flags).unet_batches[11:] == [size] * 51 * count
+        assert run(**flags).unet_batches[11:] == [size] * 20 * count

@@ -28,12 +28,14 @@ if TYPE_CHECKING:  # diffusers and transformers take seconds to import
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from transformers import CLIPTextModel, CLIPTokenizer
 
 MAX_LAYERS = 100  # in a row; a damaged configuration that promises more would keep us building for hours
 WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 PACKED_NAME = "packed"  # of weights that --save_quantized wrote: under the usual names others would load them, as noise
 NEEDED = ["model_index.json", "tokenizer", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in WEIGHT_NAMES)]
+SCHEDULERS = ("pndm", "ddim", "dpmsolver++")
 VAE_ENCODER, VAE_DECODER = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.")  # names of parameters begin so
 
 
@@ -411,6 +413,18 @@ def load_pipeline(
     return assemble_pipeline(folder, **components, tokenizer=tokenizer)
 
 
+def build_scheduler(folder: Path, name: str) -> SchedulerMixin:
+    """The scheduler `name` of SCHEDULERS with the folder's noise schedule and timestep spacing. Raises DamagedModel."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+
+    kind = dict(zip(SCHEDULERS, (PNDMScheduler, DDIMScheduler, DPMSolverMultistepScheduler), strict=True))[name]
+    with damaged_model(folder / "scheduler"):
+        # By way of PNDM, the class that the folder names: what its file leaves out gets PNDM's defaults, not those of `kind`.
+        return kind.from_config(PNDMScheduler.from_pretrained(folder / "scheduler").config)
+
+
 def assemble_pipeline(
     folder: Path,
     *,
@@ -418,16 +432,15 @@ def assemble_pipeline(
     vae: nn.Module,
     text_encoder: nn.Module | None = None,
     tokenizer: CLIPTokenizer | None = None,
+    scheduler: str = "pndm",
 ) -> StableDiffusionPipeline:
-    """A pipeline of loaded parts with the folder's noise schedule and the paper's sampler (PNDM). Raises DamagedModel.
+    """A pipeline of loaded parts with the folder's noise schedule and a scheduler of `SCHEDULERS`. Raises DamagedModel.
 
     Without text encoder and tokenizer it draws from embeddings.
     """
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-    from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 
-    with damaged_model(folder / "scheduler"):
-        scheduler = PNDMScheduler.from_pretrained(folder / "scheduler")
-    parts: dict[str, Any] = dict(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler)
+    parts: dict[str, Any] = dict(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+    parts["scheduler"] = build_scheduler(folder, scheduler)
     parts |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     return StableDiffusionPipeline(**parts)

@@ -72,7 +72,7 @@ class TokenOutputs:
     def draw(self, step: int, final: bool, stopped: Callable[[], bool]) -> Iterator[tuple[str, Image.Image]]:
         """(file name, picture): of the validation prompt, and at the end the initial word above the learned one.
 
-        50 steps, the same noises every time. Raises Interrupted between two denoising steps once `stopped()`.
+        The same noises every time. Raises Interrupted between two denoising steps once `stopped()`.
         """
         compare = final and self.compares
         if not (self.validates or compare):

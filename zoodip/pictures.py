@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class Drawer:
     """Draws prompts with the modules that training holds in memory, plus the VAE's decoder, quantised like them.
 
-    `steps` and `guidance` are the sampler's. Raises InputError where the folder is damaged.
+    `scheduler` is one of `zoodip.model.SCHEDULERS`. On the miniature 20 steps of DPM-Solver++ are as good as 50 of PNDM, the
+    paper's, in two fifths of the time (miniature/schedulers.json). Raises InputError where the folder is damaged.
     """
 
     def __init__(
@@ -32,20 +33,20 @@ class Drawer:
         variant: str | None,
         quantization: str,
         resolution: int,
-        steps: int = 50,
+        steps: int = 20,
         guidance: float = 7.5,
         batch_size: int = 1,
+        scheduler: str = "dpmsolver++",
     ):
         weight = model.unet.conv_in.weight
         self.text_encoder, self.folder, self.resolution = model.text_encoder, folder, resolution
         self.steps, self.guidance, self.batch_size = steps, guidance, batch_size
         vae = load_vae_decoder(folder, variant, quantization, weight.dtype, weight.device)
-        self.pipeline = assemble_pipeline(folder, unet=model.unet, vae=vae)
+        self.pipeline = assemble_pipeline(folder, unet=model.unet, vae=vae, scheduler=scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.scheduler.set_timesteps(steps)
-        self.forwards = len(
-            self.pipeline.scheduler.timesteps
-        )  # denoising steps of a picture: PNDM takes one more than it is asked for
+        # Denoising steps of a picture: PNDM takes one more than it is asked for.
+        self.forwards = len(self.pipeline.scheduler.timesteps)
 
     @torch.no_grad()
     def draw(

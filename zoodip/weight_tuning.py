@@ -393,7 +393,7 @@ class TunedOutputs:
     def draw(self, step: int, final: bool, stopped: Callable[[], bool]) -> Iterator[tuple[str, Image.Image]]:
         """(file name, picture): the prompt by the untuned model at step 0, and by the tuned one.
 
-        50 steps, the same noises every time. Raises Interrupted between two denoising steps once `stopped()`.
+        The same noises every time. Raises Interrupted between two denoising steps once `stopped()`.
         """
         if not self.draws_before:
             return
