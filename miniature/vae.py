@@ -68,14 +68,17 @@ def train_vae(
 ) -> bool:
     """Trains the VAE, gives every latent channel mean 0 and std 1, writes `work`/vae; True once the last step is taken.
 
-    `start`: a model folder whose VAE to begin from instead of random weights.
+    `start`: a model folder whose VAE to begin from instead of random weights. Its decoder alone goes on: the latents stay
+    what the UNet of that folder knows.
     """
     pictures = rendered(work / "images.npy", training_spec, images)
     torch.manual_seed(STAGE)  # the initial weights: diffusers draws them from the global generator
     vae = build_vae().to(device)
     if start is not None:
         vae.load_state_dict(AutoencoderKL.from_pretrained(start / "vae").state_dict())
-    trainer = Trainer("vae", STAGE, {"vae": vae}, steps, 1.5e-3 if start is None else 5e-4, work)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    trainer = Trainer("vae", STAGE, {"vae": vae}, steps, 1.5e-3 if start is None else 1e-3, work)
     if not restart:
         trainer.resume()
 
@@ -85,7 +88,8 @@ def train_vae(
 
     finished = trainer.run(loss_of_step, until)
     if finished:
-        normalise_latents(vae, pictures)
+        if start is None:
+            normalise_latents(vae, pictures)
         part = work / "vae.part"
         vae.half().save_pretrained(part)
         (part / "training.json").write_text(json.dumps(trainer.record()))
