@@ -122,8 +122,9 @@ def encode_images(vae: AutoencoderKL, images: Tensor, device: torch.device) -> t
 
 
 def latents_of_images(vae: AutoencoderKL, images: Tensor, path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`encode_images`, kept in the file `path`; encoded anew for another VAE or another number of pictures."""
-    digest = str(sum(parameter.double().abs().sum().item() for parameter in vae.parameters()))
+    """`encode_images`, kept in the file `path`; encoded anew for another encoder or another number of pictures."""
+    encoder = [*vae.encoder.parameters(), *vae.quant_conv.parameters()]
+    digest = str(sum(parameter.double().abs().sum().item() for parameter in encoder))
     if path.exists():
         stored = load_file(path)
         if len(stored["mean"]) == len(images) and bytes(stored["vae"].tolist()).decode() == digest:
@@ -274,7 +275,8 @@ def train_diffusion(
         return diffusion_loss(modules, tokenizer, scheduler, data, specs, draws, batch)
 
     def export(folder: Path) -> None:
-        export_pipeline(vae, text_encoder, unet, tokenizer, folder)
+        # As it is now: with `start`, its decoder may be trained beside this.
+        export_pipeline(AutoencoderKL.from_pretrained(work / "vae"), text_encoder, unet, tokenizer, folder)
 
     finished = trainer.run(loss_of_step, until, lambda: export(work / "model-so-far"), action_every=500)
     export(output if finished else work / "model-so-far")

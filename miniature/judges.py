@@ -30,13 +30,13 @@ CLIP_STAGE, CLASSIFIER_STAGE = 2, 3
 LABEL_WEIGHTS = {"tail": 3.0}
 
 
-def judge_pictures(work: Path, model: Path, count: int, device: torch.device) -> Tensor:
-    """uint8 [N, 64, 64, 3]: renders, and the first quarter of them once more as the VAE of `model` gives them back.
+def judge_pictures(work: Path, count: int, device: torch.device) -> Tensor:
+    """uint8 [N, 64, 64, 3]: renders, and the first quarter of them once more as `work`/vae gives them back.
 
     What is judged comes out of the VAE's decoder: judges trained on clean renders alone mistrust its blur.
     """
     images = rendered(work / "judge_images.npy", judge_spec, count)
-    vae = AutoencoderKL.from_pretrained(model / "vae").float().to(device).eval()
+    vae = AutoencoderKL.from_pretrained(work / "vae").float().to(device).eval()
     path, first = work / "judge_round_trip.safetensors", images[: count // 4]
     digest = str(sum(parameter.double().abs().sum().item() for parameter in vae.parameters()))
     if path.exists():
@@ -73,18 +73,10 @@ def attribute_targets(specs: list[SceneSpec]) -> dict[str, Tensor]:
 
 
 def train_classifier(
-    work: Path,
-    output: Path,
-    model: Path,
-    *,
-    images: int,
-    steps: int,
-    device: torch.device,
-    restart: bool = False,
-    until: int | None = None,
+    work: Path, output: Path, *, images: int, steps: int, device: torch.device, restart: bool = False, until: int | None = None
 ) -> bool:
     """Trains `AttributeClassifier` and writes the folder `output`; True once the last step is taken."""
-    pictures = judge_pictures(work, model, images, device)
+    pictures = judge_pictures(work, images, device)
     targets = attribute_targets([judge_spec(index) for index in range(images)])
     torch.manual_seed(CLASSIFIER_STAGE)  # the initial weights
     classifier = AttributeClassifier().to(device)
@@ -116,8 +108,8 @@ def export_classifier(classifier: AttributeClassifier, folder: Path) -> None:
     replace_folder(part, folder)
 
 
-def build_clip(tokenizer: CLIPTokenizer, model: Path) -> CLIPModel:
-    """A CLIP of 8 x 8 patches, 128 wide, whose text tower begins as the text encoder of `model`."""
+def build_clip(tokenizer: CLIPTokenizer, start: Path) -> CLIPModel:
+    """A CLIP of 8 x 8 patches, 128 wide, whose text tower begins as the text encoder of the model folder `start`."""
     config = CLIPConfig(
         text_config=text_config(tokenizer, width=256, layers=3, heads=4).to_dict(),
         vision_config={
@@ -127,7 +119,7 @@ def build_clip(tokenizer: CLIPTokenizer, model: Path) -> CLIPModel:
         projection_dim=128,
     )  # fmt: skip
     clip = CLIPModel(config)
-    text_encoder = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch.float32)
+    text_encoder = CLIPTextModel.from_pretrained(start / "text_encoder", dtype=torch.float32)
     clip.text_model.load_state_dict(text_encoder.state_dict())
     return clip
 
@@ -155,23 +147,26 @@ def contrastive_loss(similarity: Tensor, captions: list[str]) -> Tensor:
 def train_clip(
     work: Path,
     output: Path,
-    model: Path,
     *,
     images: int,
     steps: int,
     device: torch.device,
+    start: Path,
     restart: bool = False,
     until: int | None = None,
 ) -> bool:
-    """Trains the scorer contrastively and writes the folder `output`. Held-out breeds are never named."""
-    pictures = judge_pictures(work, model, images, device)
+    """Trains the scorer contrastively and writes the folder `output`. Held-out breeds are never named.
+
+    `start`: the model folder whose text encoder the text tower begins as.
+    """
+    pictures = judge_pictures(work, images, device)
     names = set(vocabulary())
     specs = [judge_spec(index) for index in range(images)]
     specs = [spec if spec.breed in names else dataclasses.replace(spec, breed=None) for spec in specs]
     targets = attribute_targets(specs)
     tokenizer = build_tokenizer(vocabulary())
     torch.manual_seed(CLIP_STAGE)  # the initial weights
-    clip = build_clip(tokenizer, model).to(device)
+    clip = build_clip(tokenizer, start).to(device)
     # Naming the attributes teaches the image tower sooner than contrast alone; these heads are not kept.
     width = clip.config.projection_dim  # the pooled output is projected already
     heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in LABELS.items()}).to(device)

@@ -7,8 +7,9 @@
 Stages, in order: `vae`; `diffusion` (text encoder and UNet jointly); `clip` (a small image-text scorer);
 `classifier` (reads scene, accessory and attributes off a picture). Each has a budget of steps, over which its learning
 rate falls to zero. Stop it as you like: the same command goes on from the last checkpoint in the work folder, to the same
-weights as without the stop; `--restart` begins anew. `--start FOLDER` begins VAE, text encoder and UNet from the weights
-of an earlier model. Results: `miniature/model` (a diffusers folder), `miniature/clip`, `miniature/classifier`, all fp16.
+weights as without the stop; `--restart` begins anew. `--start FOLDER` begins from the weights of an earlier model; of its VAE
+the decoder alone goes on, so that the latents stay what its UNet knows. Results: `miniature/model` (a diffusers folder),
+`miniature/clip`, `miniature/classifier`, all fp16.
 """
 
 from __future__ import annotations
@@ -60,10 +61,8 @@ def main(args: argparse.Namespace) -> None:
             args.work, model, images=args.images, steps=args.steps_diffusion, batch=48, peak_lr=args.lr_diffusion,
             start=args.start, **common,
         ),
-        "clip": lambda: train_clip(args.work, args.output / "clip", model, steps=args.steps_clip, **judges),
-        "classifier": lambda: train_classifier(
-            args.work, args.output / "classifier", model, steps=args.steps_classifier, **judges
-        ),
+        "clip": lambda: train_clip(args.work, args.output / "clip", steps=args.steps_clip, start=args.start or model, **judges),
+        "classifier": lambda: train_classifier(args.work, args.output / "classifier", steps=args.steps_classifier, **judges),
     }  # fmt: skip
     for name in STAGES if args.stage == "all" else (args.stage,):
         if not stages[name]():
