@@ -1,6 +1,6 @@
 """Measures the miniature model: does a picture show what its caption says?
 
-    python -m miniature.quality                    # quality.json and three grids: samples, samples_nf4, held_out
+    python -m miniature.quality                    # quality.json, three grids (samples, samples_nf4, held_out), README's table
 
 Pictures are generated from four kinds of prompts: descriptions of unseen critters without and with tail and eyes, names of
 trained breeds, and full descriptions of the held-out breeds. The classifier of `train.py` reads them; its own
@@ -23,13 +23,13 @@ from torch import Tensor
 
 from miniature.classifier import AttributeClassifier, load_classifier
 from miniature.drawing import render
-from miniature.measures import JUDGED, Scorer, clip_image_report, clip_report, fresh_renders, generate, judge, shares, vae_report
+from miniature.measures import Scorer, clip_image_report, clip_report, fresh_renders, generate, judge, shares, vae_report
 from miniature.prompts import Prompt, breed_prompts, description_prompts, held_out_prompts, whole_description_prompts
 from miniature.schedulers import SCHEDULERS
 from zoodip.model import is_quantized
 from zoodip.pictures import picture_sheet
 from zoodip.quantize import pack_weight, quantized_layer
-from zoodip.records import environment, table
+from zoodip.records import environment, table, write_between
 
 HERE = Path(__file__).resolve().parent
 
@@ -121,14 +121,39 @@ def save_held_out(images: Tensor, path: Path) -> None:
     picture_sheet(blocks, columns=4, cell=160, headings=["true", "drawn"]).save(path, optimize=True)
 
 
-def print_table(report: dict) -> None:
-    """The report as a Markdown table, in per cent."""
-    columns = {f"classifier on {name}": values for name, values in report["classifier"].items()}
-    for weights in ("fp16", "nf4"):
-        for kind, values in report.get(weights, {}).items():
-            columns[f"{kind} {weights}"] = values
-    names = (*JUDGED, "pattern_colour", "tail", "eyes", "body", "all_six")
-    print(table(["", *columns], [[name, *(f"{100 * values[name]:.1f}" for values in columns.values())] for name in names]))
+ROWS = {
+    "scene": "scene (12)", "accessory": "accessory (6, “nothing” included)", "colour": "body colour (11)",
+    "pattern": "pattern (4)", "pattern_colour": "colour of the pattern (11)", "ears": "ears (4)", "shape": "shape (4)",
+    "tail": "tail (4)", "eyes": "eyes (4)", "body": "colour, pattern, ears and shape all right",
+    "all_six": "these and scene and accessory",
+}  # fmt: skip
+# What a description does not word says nothing of the model.
+UNWORDED = {("descriptions", "tail"), ("descriptions", "eyes")}
+
+
+def quality_table(report: dict) -> str:
+    """The report as Markdown, in per cent: the classifier's own accuracy, then every kind of prompt, as it is and in NF4."""
+    columns = {(name, name): values for name, values in report["classifier"].items()}
+    for kind in report["fp16"]:
+        columns[kind, f"{kind.replace('_', ' ')} ({report['counts'][kind]})"] = report["fp16"][kind]
+        if "nf4" in report:
+            columns[kind, f"{kind} NF4"] = report["nf4"][kind]
+    heads = ["NF4" if head.endswith("NF4") else head.replace("_", " ") for _, head in columns]
+    rows = [[text, *("-" if (kind, name) in UNWORDED else f"{100 * values[name]:.1f}" for (kind, _), values in columns.items())]
+            for name, text in ROWS.items()]  # fmt: skip
+    vae, image = report["vae"], report["clip_image"]
+    scorer = {name: f"{100 * value:.1f} %" for name, value in report["clip"].items()}
+    figures = [
+        f"VAE, on 1,000 fresh renders: PSNR {vae['psnr_db']:.1f} dB; hue error {vae['mean_hue_error_degrees']:.1f} degrees on "
+        f"average (chroma above 0.25), median {vae['median_hue_error_degrees']:.1f}.",
+        f"Scorer, on the same: right scene of 12 {scorer['scene_of_12']}, right accessory of 6 {scorer['accessory_of_6']}, own "
+        f"full description of 12 {scorer['description_of_12']}; an accessory seen where there is none "
+        f"{scorer['nothing_taken_for_an_accessory']}.",
+        f"Scale of CLIP-I, on the held-out breeds: {image['ceiling']:.3f} for true renders (ceiling), {image['floor']:.3f} for "
+        "those of another breed (floor). A true render scores above one of another breed in the same scene in "
+        f"{100 * image['ordered']:.1f} %.",
+    ]
+    return table(["", *heads], rows) + "\n" + "\n".join(f"- {line}" for line in figures) + "\n"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -159,11 +184,14 @@ def main(args: argparse.Namespace) -> None:
         report["nf4_weights"] = round_weights_to_nf4(pipeline)
         report["nf4"], images = measure(args, pipeline, classifier, "nf4")
         save_samples(args, images, args.output / "samples_nf4.png")
+    report["counts"] = {kind: len(prompts) for kind, prompts in prompts_by_kind(args).items()}
     folders = ("output", "model", "judges")
     report["arguments"] = {name: value for name, value in vars(args).items() if name not in folders}
     report["environment"], report["seconds"] = environment(args.device), round(time.monotonic() - started)
     (args.output / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
-    print_table(report)
+    print(quality_table(report))
+    if args.output == HERE:
+        write_between(HERE / "README.md", "quality", quality_table(report))
 
 
 if __name__ == "__main__":

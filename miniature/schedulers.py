@@ -18,7 +18,7 @@ from miniature.classifier import load_classifier
 from miniature.measures import generate, judge
 from miniature.prompts import whole_description_prompts
 from zoodip.model import model_digest
-from zoodip.records import environment, table
+from zoodip.records import environment, table, write_between
 
 HERE = Path(__file__).resolve().parent
 SCHEDULERS = {
@@ -80,7 +80,10 @@ def main(args: argparse.Namespace) -> None:
         [setting, *(f"{100 * result[name]:.0f}" for name in columns), f"{result['cpu_seconds_a_picture']:.2f}"]
         for setting, result in results.items()
     ]
-    print(table(["", *columns, "CPU s"], rows))
+    columns = [name.replace("_", " ") for name in columns]
+    print(text := table(["", *columns, "CPU s"], rows))
+    if args.output.parent == HERE:
+        write_between(HERE / "README.md", "schedulers", text + "\n")
 
 
 if __name__ == "__main__":

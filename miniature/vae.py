@@ -78,7 +78,7 @@ def train_vae(
         vae.load_state_dict(AutoencoderKL.from_pretrained(start / "vae").state_dict())
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-    trainer = Trainer("vae", STAGE, {"vae": vae}, steps, 1.5e-3 if start is None else 1e-3, work)
+    trainer = Trainer("vae", STAGE, {"vae": vae}, steps, 1.5e-3 if start is None else 5e-4, work)
     if not restart:
         trainer.resume()
 

@@ -7,9 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from miniature import diffusion, vae
+from miniature import diffusion, judges, vae
 from miniature.captions import class_caption, describe, said, sample_caption, scorer_caption, vocabulary
 from miniature.critters import held_out_breeds
 from miniature.diffusion import draw_timesteps
@@ -182,6 +183,27 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tiny_training, tmp_path)
     for part in ("vae", "text_encoder", "unet"):
         (whole,), (stopped,) = ((root / "model" / part).glob("*.safetensors") for root in (tiny_training, tmp_path))
         assert whole.read_bytes() == stopped.read_bytes(), part
+
+
+def test_a_decoder_that_goes_on_keeps_the_latents(tiny_training, tmp_path):
+    """Begun from a model's VAE, the decoder alone learns: what its UNet was trained on stays."""
+    assert vae.train_vae(tmp_path, images=40, steps=2, device=CPU, start=tiny_training / "model")
+    before, after = (load_file(root / "vae" / "diffusion_pytorch_model.safetensors") for root in (tiny_training, tmp_path))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
+@pytest.mark.slow
+def test_judges_that_were_stopped_go_on_to_the_same_weights(tiny_training, tmp_path):
+    """On 52 renders and 13 round trips: one batch."""
+    work, start = tiny_training, tiny_training / "model"
+    for train, more in ((judges.train_classifier, {}), (judges.train_clip, {"start": start})):
+        settings = dict(images=52, steps=2, device=CPU, **more)
+        assert train(work, tmp_path / "whole", **settings)
+        assert not train(work, tmp_path / "stopped", restart=True, until=1, **settings)
+        assert train(work, tmp_path / "stopped", **settings)
+        whole, stopped = (tmp_path / name / "model.safetensors" for name in ("whole", "stopped"))
+        assert whole.read_bytes() == stopped.read_bytes(), train.__name__
 
 
 def test_another_number_of_steps_is_refused(tiny_training):

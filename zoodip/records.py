@@ -76,6 +76,15 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
 
 
+def write_between(path: Path, mark: str, text: str) -> None:
+    """Puts `text` between the lines <!-- mark --> and <!-- /mark --> of a Markdown file."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(f"<!-- {mark} -->\n")
+    _, found, after = rest.partition(f"<!-- /{mark} -->\n")
+    if not found:
+        raise ValueError(f"{path}: no lines <!-- {mark} --> and <!-- /{mark} -->")
+    path.write_text(f"{before}<!-- {mark} -->\n{text}<!-- /{mark} -->\n{after}", encoding="utf-8")
+
+
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
          2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
 
