@@ -109,7 +109,7 @@ def export_classifier(classifier: AttributeClassifier, folder: Path) -> None:
 
 
 def build_clip(tokenizer: CLIPTokenizer, start: Path) -> CLIPModel:
-    """A CLIP of 8 x 8 patches, 128 wide, whose text tower begins as the text encoder of the model folder `start`."""
+    """A CLIP of 8 x 8 patches, 128 wide, whose text tower is the text encoder of the model folder `start`."""
     config = CLIPConfig(
         text_config=text_config(tokenizer, width=256, layers=3, heads=4).to_dict(),
         vision_config={
@@ -157,7 +157,7 @@ def train_clip(
 ) -> bool:
     """Trains the scorer contrastively and writes the folder `output`. Held-out breeds are never named.
 
-    `start`: the model folder whose text encoder the text tower begins as.
+    `start`: the model folder whose text encoder is the text tower; all but its projection stays as it is.
     """
     pictures = judge_pictures(work, images, device)
     names = set(vocabulary())
@@ -168,6 +168,8 @@ def train_clip(
     torch.manual_seed(CLIP_STAGE)  # the initial weights
     clip = build_clip(tokenizer, start).to(device)
     clip.set_attn_implementation("eager")  # as for the diffusion stage: faster in bf16 on a CPU
+    # Every attribute can be read off its states already (`word_loss`): pictures are to find their place among the words.
+    clip.text_model.requires_grad_(False)
     # Naming the attributes teaches the image tower sooner than contrast alone; these heads are not kept.
     width = clip.config.projection_dim  # the pooled output is projected already
     heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in LABELS.items()}).to(device)

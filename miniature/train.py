@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--judge-images", type=int, default=16000, help="pictures for the two judges (default: 16000)")
     parser.add_argument("--steps-vae", type=int, default=12000, help="of batch 16 (default: 12000)")
     parser.add_argument("--steps-diffusion", type=int, default=6000, help="of batch 48 (default: 6000)")
-    parser.add_argument("--steps-clip", type=int, default=2500, help="of batch 64 (default: 2500)")
+    parser.add_argument("--steps-clip", type=int, default=4000, help="of batch 64 (default: 4000)")
     parser.add_argument("--steps-classifier", type=int, default=4000, help="of batch 64 (default: 4000)")
     parser.add_argument("--lr-diffusion", type=float, default=5e-4, help="peak learning rate of the UNet (default: 5e-4)")
     parser.add_argument("--until", type=int, default=None, help="stop at this step, as if interrupted (default: the last)")
