@@ -126,6 +126,16 @@ def test_a_caption_without_the_subject_is_refused(tmp_path, text):
         load_subject(folder, tmp_path / "none.json", class_word="dog")
 
 
+def test_captions_that_say_left_or_right(tmp_path, capsys):
+    """Half of the draws are mirrored: one line names the files and their words. 'leftover' and templates are no such words."""
+    folder = captioned(tmp_path / "mine", _00="a dog facing left", _01="To the RIGHT of a {}", _02="a {} with leftovers, upright")
+    load_subject(folder, tmp_path / "none.json", class_word="dog")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(folder) in line and "00.png (left), 01.png (RIGHT);" in line and "02" not in line and "mirrored" in line
+    load_subject(make_subject(tmp_path / "plain"), None)
+    assert capsys.readouterr().err == ""
+
+
 def test_training_with_captions_beside_the_images(tiny_model, tmp_path, capsys):
     folder = captioned(tmp_path / "mine", _00="a photo of a dog in snow", _01="a dog on grass", _02="a {} in white")
     flags = dict(use_cc=True, cc_file=tmp_path / "none.json", max_train_steps=1, eval_steps=0)

@@ -201,6 +201,17 @@ def text_captions(images: list[Path], class_word: str | None) -> dict[str, str]:
     return captions
 
 
+def warn_of_sides(captions: dict[str, str], folder: str | Path) -> None:
+    """One line on captions {file name: text} that say left or right: the photograph is mirrored in half of the draws."""
+    found = {name: re.findall(r"\b(left|right)\b", text, re.IGNORECASE) for name, text in captions.items()}
+    named = [f"{name} ({words[0]})" for name, words in found.items() if words]
+    if named:
+        notice(
+            f"{folder}: captions that say left or right: {', '.join(named[:5])}{' ...' if len(named) > 5 else ''}; every second "
+            "draw of a photograph is mirrored, so write 'to the side' or the like"
+        )
+
+
 @dataclass
 class Subject:
     """What is known of the subject before any model is loaded."""
@@ -219,11 +230,13 @@ def load_subject(
 ) -> Subject:
     """The images of `folder` with the captions of `cc_file` or beside them, or with the templates for an "object" or a "style".
 
-    Says what is done to photographs that are far from square. Raises InputError that names the file which cannot be used.
+    Says what is done to photographs that are far from square, and which captions a mirrored photograph belies. Raises
+    InputError that names the file which cannot be used.
     """
     paths = find_images(folder)
     if cc_file is not None:
         captions = [[caption] for caption in load_captions(cc_file, folder, paths, class_word)]
+        warn_of_sides({path.name: caption for path, (caption,) in zip(paths, captions, strict=True)}, folder)
     else:
         beside = sum(path.with_suffix(".txt").is_file() for path in paths)
         if beside:
