@@ -155,3 +155,38 @@ def test_results_in_the_readme_are_those_of_the_record():
     assert f"a step takes {seconds['zoodip']:.1f} seconds and the whole run needs {gigabytes['zoodip']:.2f} GB" in text
     assert f"INT8 weights takes {seconds['authors']:.1f} seconds and {gigabytes['authors']:.1f} GB" in text
     assert f"on the same 4-bit model {seconds['ti']:.1f} seconds" in text
+
+
+# (table, row, other row, score): differences that reproduction/README.md and docs/measurements.md both quote of twelve breeds
+QUOTED = [
+    ("1", "ZOODiP", "TI, ZOODiP's weights, captions, timesteps", "CLIP-I"),
+    ("1", "ZOODiP", "TI, ZOODiP's weights, captions, timesteps", "attributes"),
+    ("1", "ZOODiP", "TI, as published", "CLIP-I"),
+    ("3", "SG and PUTS", "PUTS", "CLIP-I"),
+    ("3", "SG and PUTS", "SG", "CLIP-I"),
+]
+
+
+def signed(values) -> str:
+    """Mean and half width as the pages write them, without the zero before the point."""
+    mean, half_width = mean_interval(list(values))
+    return f"{mean:+.3f} ± {half_width:.3f}".replace("0.", ".")
+
+
+@pytest.mark.parametrize("quoted", QUOTED, ids=lambda quoted: " ".join(quoted))
+def test_quoted_differences_are_those_of_the_record(quoted):
+    table, row, other, score = quoted
+    record = json.loads((ROOT / "reproduction/twelve_breeds/results.json").read_text())[table]
+    first, second = ({run["spec"]["subject"]: run[score] for run in record[name]} for name in (row, other))
+    difference = signed(first[subject] - second[subject] for subject in first)
+    for page in ("reproduction/README.md", "docs/measurements.md"):
+        assert difference in " ".join((ROOT / page).read_text().split()), (page, difference)
+
+
+def test_lengths_of_words_are_those_of_the_record():
+    """Means over breeds at the end of the runs."""
+    record = json.loads((ROOT / "reproduction/twelve_breeds/results.json").read_text())["1"]
+    names = ("TI, ZOODiP's weights, captions, timesteps", "ZOODiP")
+    gradients, ours = (np.mean([run["curve"][-1]["token_norm"] for run in record[name]]) for name in names)
+    text = " ".join((ROOT / "reproduction/README.md").read_text().split())
+    assert f"not longer ({gradients:.2f}, ZOODiP's {ours:.2f};" in text
