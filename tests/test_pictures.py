@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import arguments, run_cli, sample
 from diffusers import DPMSolverMultistepScheduler
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tiny import Tiny, rewrite
 
 from zoodip.diffusion import FrozenModel
 from zoodip.model import load_pipeline
-from zoodip.pictures import Drawer, picture_sheet
+from zoodip.pictures import Drawer, picture_sheet, wrap
 from zoodip.prompts import build_prompts
 
 TEXTS = ["a photo of {} in the snow", "{} on the grass with a cat", ""]  # the last is the negative prompt
@@ -108,6 +108,33 @@ def test_validation_pictures_are_the_pipelines(attentive, subject, tmp_path, cas
         word, scale = distance(0, "a photo of dog in the snow"), distance(0, scale=7.5)
         noise, exchanged = distance(0, seed=8), distance(0, "", negative=prompt)
         assert min(word, scale, noise, exchanged) > 0.5, (word, scale, noise, exchanged)
+
+
+@pytest.mark.parametrize(("cell", "gap", "columns"), [(192, 6, 3), (64, 3, 2), (256, 0, 1)])
+def test_captions_are_whole(cell, gap, columns):
+    """All of their ink is on the sheet, none of it in the gap before the next picture, no two lines touch."""
+    captions = [
+        "a chubby blue critter with brown stripes, long ears, a puffy tail and amber eyes with a city at night in the "
+        "background wearing a rainbow scarf",
+        "WWWWWW mmmmmm wwwwww MMMMMM",
+        "gyp qjy " + "Incomprehensibilities" * 3,
+    ]
+    blank = Image.new("RGB", (cell, cell), "white")
+    font = ImageFont.load_default(max(10, cell // 10))
+    sheet = 255 - np.asarray(picture_sheet([([blank], caption) for caption in captions], columns, cell, gap).convert("L"), int)
+    lines = [wrap(caption, cell, font) for caption in captions]
+    for caption, own in zip(captions, lines, strict=True):
+        assert "".join(own).replace(" ", "") == caption.replace(" ", "") and max(map(font.getlength, own)) <= cell
+
+    def ink(text: str) -> int:
+        free = Image.new("L", (3 * cell, 3 * cell), "white")
+        ImageDraw.Draw(free).text((cell, cell), text, fill="black", font=font)
+        return int((255 - np.asarray(free, int)).sum())
+
+    assert sheet.sum() == sum(ink(line) for own in lines for line in own)
+    for column in range(columns if gap else 0):  # a letter may reach one pixel to the left of its place
+        start = column * (cell + 2 * gap)
+        assert not sheet[:, start : start + gap - 1].any()
 
 
 def test_picture_sheet():

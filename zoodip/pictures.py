@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -86,6 +85,22 @@ class Drawer:
             yield from pictures
 
 
+def wrap(text: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
+    """Lines of a text, each at most `width` pixels wide; broken between words, and within one that is wider by itself."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        lines.append("")
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return [line for line in lines if line]
+
+
 def picture_sheet(
     blocks: list[tuple[list[Image.Image], str]],
     columns: int = 1,
@@ -96,14 +111,13 @@ def picture_sheet(
 ) -> Image.Image:
     """Pictures in blocks, each a row of `cell` pixels' height with its caption below, whole; `columns` blocks side by side.
 
-    Pictures are made squares, or `aspect` times as wide as high. `headings` stand above those of the first row of blocks.
+    Pictures are made squares, or `aspect` times as wide as high. `headings` stand above those of the first block of each column.
     """
     width = round(cell * aspect)
     font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(max(10, cell // 10)))
     most = max(len(pictures) for pictures, _ in blocks)
     block_width = most * (width + gap)
-    letters = max(8, int(block_width / font.getlength("n")))
-    captions = [textwrap.wrap(caption, letters) for _, caption in blocks]
+    captions = [wrap(caption, block_width - gap, font) for _, caption in blocks]
     line_height = sum(font.getmetrics()) + 1
     foot = max(len(lines) for lines in captions) * line_height
     head = (line_height + gap) if headings else 0
@@ -111,12 +125,15 @@ def picture_sheet(
     height = head + -(-len(blocks) // columns) * (cell + foot + gap)
     sheet = Image.new("RGB", (columns * (block_width + gap), height - (0 if foot else gap)), "white")
     pen = ImageDraw.Draw(sheet)
-    for i, heading in enumerate(headings or []):
-        pen.text((gap + i * (width + gap) + width / 2, line_height / 2), heading, fill="black", font=font, anchor="mm")
+    for column in range(columns):
+        for i, heading in enumerate(headings or []):
+            middle = gap + column * (block_width + gap) + i * (width + gap) + width / 2
+            pen.text((middle, line_height / 2), heading, fill="black", font=font, anchor="mm")
     for k, ((pictures, _), lines) in enumerate(zip(blocks, captions, strict=True)):
         left = gap + (k % columns) * (block_width + gap)
         top = head + (k // columns) * (cell + foot + gap)
         for i, picture in enumerate(pictures):
             sheet.paste(picture.resize((width, cell), Image.Resampling.LANCZOS), (left + i * (width + gap), top))
-        pen.multiline_text((left, top + cell + 1), "\n".join(lines), fill="black", font=font, spacing=1)
+        for i, line in enumerate(lines):
+            pen.text((left, top + cell + 1 + i * line_height), line, fill="black", font=font)
     return sheet
