@@ -41,7 +41,7 @@ class Task:
 class ThisProject:
     """`train_zoodip.py`: its loading and its step."""
 
-    label, forwards, candidates_per_forward, compile = "ZOODiP, this project", N + 1, None, False
+    label, forwards, candidates_per_forward, compile, weights = "ZOODiP, this project", N + 1, None, False, "nf4"
 
     def __init__(self, task: Task):
         self.task = task
@@ -57,7 +57,7 @@ class ThisProject:
         )
         self.model, self.data = load_model(
             inputs,
-            quantization="nf4",
+            quantization=self.weights,
             mixed_precision=task.mixed_precision,
             device=task.device,
             resolution=native_resolution(inputs.folder),
@@ -75,6 +75,14 @@ class ThisProject:
 
 class OneByOne(ThisProject):
     label, candidates_per_forward = "the same, one candidate per forward", 1
+
+
+class Int8(ThisProject):
+    label, weights = "the same, INT8", "int8"
+
+
+class NotQuantized(ThisProject):
+    label, weights = "the same, not quantised", "none"
 
 
 class Compiled(ThisProject):
@@ -199,13 +207,13 @@ class AuthorsLoopStock(AuthorsLoop):
 class GradientInversion(Reference):
     """Textual inversion as diffusers' example trains it, on this project's 4-bit layers: the whole table through AdamW."""
 
-    label, forwards, checkpointing = "gradient textual inversion, NF4", 1, False
+    label, forwards, checkpointing, weights = "gradient textual inversion, NF4", 1, False, "nf4"
 
     def load(self) -> None:
         self.load_inputs()
         self.vae = self.from_pretrained("vae")
         self.text_encoder, self.unet = (
-            load_frozen(self.task.model, component, self.task.variant, "nf4", self.dtype, self.device)
+            load_frozen(self.task.model, component, self.task.variant, self.weights, self.dtype, self.device)
             for component in ("text_encoder", "unet")
         )
         embedding = self.text_encoder.embeddings.token_embedding
@@ -231,6 +239,10 @@ class GradientInversion(Reference):
 
 class GradientInversionCheckpointed(GradientInversion):
     label, checkpointing = "the same, with gradient checkpointing", True
+
+
+class GradientInversionNotQuantized(GradientInversion):
+    label, weights = "gradient textual inversion, not quantised", "none"
 
 
 class BareForward(Reference):
@@ -264,12 +276,15 @@ Method = ThisProject | AuthorsLoop | GradientInversion | BareForward
 METHODS: dict[str, type[Method]] = {
     "zoodip": ThisProject,
     "zoodip_one": OneByOne,
+    "zoodip_int8": Int8,
+    "zoodip_none": NotQuantized,
     "zoodip_compiled": Compiled,
     "authors": AuthorsLoop,
     "authors_fast": AuthorsLoopFast,
     "authors_stock": AuthorsLoopStock,
     "ti": GradientInversion,
     "ti_checkpointed": GradientInversionCheckpointed,
+    "ti_none": GradientInversionNotQuantized,
     "floor": BareForward,
     "floor_as_loaded": BareForwardAsLoaded,
 }

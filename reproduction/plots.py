@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import singledispatch
 from pathlib import Path
@@ -11,10 +12,10 @@ import numpy as np
 from reproduction.experiments import COLUMNS, HeatMaps, Histograms, PictureGrid, Plot, Scatter
 from reproduction.runs import Settings
 from reproduction.scores import slug
-from reproduction.stats import Records, values_of
+from reproduction.stats import Records, spread_of_cells, values_of
 from zoodip.files import write_image
 from zoodip.pictures import picture_sheet
-from zoodip.records import mean_interval
+from zoodip.records import ROOT, mean_interval
 from zoodip.subject import find_images, open_image
 
 Collect = Callable[[str], dict[str, Records]]  # name of a table -> its rows
@@ -32,8 +33,15 @@ def new_plot(rows: int, columns: int, size: tuple[float, float], **more):
 
 
 def save_plot(figure, path: Path) -> None:
+    """Legends stand beneath their axes and the axes' labels, where they cover nothing."""
     from matplotlib import pyplot
 
+    size = 6  # points, the unit of the distance below
+    for axis in figure.axes:
+        if axis.get_legend_handles_labels()[0]:
+            labels = (axis.get_window_extent().y0 - axis.get_tightbbox().y0) * 72 / figure.dpi  # points that they reach down
+            axis.legend(fontsize=size, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0),
+                        borderaxespad=labels / size)  # fmt: skip
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -48,7 +56,10 @@ def draw(plot: Plot, name: str, collect: Collect, settings: Settings, path: Path
 
 @draw.register
 def heat_maps(plot: HeatMaps, name: str, collect: Collect, settings: Settings, path: Path) -> bool:
-    """One panel for each score of which there is a run; bright is good; a cell without one stays blank."""
+    """One panel for each score of which there is a run; bright is good; a cell without one stays blank.
+
+    Each says what noise alone would make of equal cells: the colours span the cells, however close they lie.
+    """
     rows, (x_name, xs), (y_name, ys) = collect(name), plot.x, plot.y
     labels = [[plot.label.format(x=x, y=y) for x in xs] for y in ys]
     maps = {score: np.array([[np.mean(values_of(rows.get(label, {}), score) or [np.nan]) for label in line] for line in labels])
@@ -66,10 +77,19 @@ def heat_maps(plot: HeatMaps, name: str, collect: Collect, settings: Settings, p
                           bbox=dict(facecolor="black", alpha=0.3, linewidth=0, pad=1))  # fmt: skip
         axis.set_xticks(range(len(xs)), [f"{value:g}" for value in xs])
         axis.set_yticks(range(len(ys)), [f"{value:g}" for value in ys])
-        axis.set(xlabel=x_name, ylabel=y_name, title=COLUMNS[score].heading)
+        axis.set(xlabel=f"{x_name}\n{noise_of_cells(rows, score)}", ylabel=y_name, title=COLUMNS[score].heading)
         figure.colorbar(picture, ax=axis)
     save_plot(figure, path)
     return True
+
+
+def noise_of_cells(rows: dict[str, Records], score: str) -> str:
+    """The scale of a grid's differences beside that of noise; nothing where it cannot be told."""
+    spread = spread_of_cells(rows, score)
+    if spread is None:
+        return ""
+    between, noise = (f"{value:.{COLUMNS[score].digits + 1}f}".removeprefix("0") for value in spread)
+    return f"standard deviation of the cells {between}, of noise alone {noise}"
 
 
 @draw.register
@@ -92,20 +112,41 @@ def histograms(plot: Histograms, name: str, collect: Collect, settings: Settings
 
 @draw.register
 def scatter(plot: Scatter, name: str, collect: Collect, settings: Settings, path: Path) -> bool:
-    """CLIP-I with its interval against peak memory, of the points of which both are known."""
-    figure, (axis,) = new_plot(1, 1, (6.6, 3.4))
+    """CLIP-I with its interval against peak memory, of the points of which both are known.
+
+    The miniature's memory is the interpreter's, whatever the method: beside its quality stands what Stable Diffusion v1.5 takes.
+    """
+    own = settings.world.name == "sd15"
+    found = {}
     for label, ((table, row), cost_row) in plot.points.items():
-        quality = values_of(collect(table)[row], "CLIP-I")
-        memory = values_of(collect(name)[cost_row], "peak_memory_gb")
+        quality = values_of(collect(table).get(row, {}), "CLIP-I")
+        memory = values_of(collect(name).get(cost_row, {}), "peak_memory_gb") if own else sd15_memory(label)
         if quality and memory:
-            mean, width = mean_interval(quality)
-            bar = width if np.isfinite(width) else None
-            axis.errorbar(np.mean(memory), mean, yerr=bar, fmt="o", label=label, capsize=2)
-    axis.set(xlabel="peak memory, GB", ylabel="CLIP-I")
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))  # beside, where it hides no interval
+            found[label] = (float(np.mean(memory)), *mean_interval(quality))
+    if len(found) < 2:  # nothing to compare
+        return False
+    figure, (axis,) = new_plot(1, 1, (6.6, 4))
+    for label, (memory, quality, width) in found.items():
+        axis.errorbar(memory, quality, yerr=width if np.isfinite(width) else None, fmt="o", label=label, capsize=2)
+    axis.set(xlabel="peak memory, GB" if own else "memory at Stable Diffusion v1.5's size: live tensors at the peak, GB",
+             ylabel="CLIP-I" if own else "CLIP-I of the miniature's pictures")  # fmt: skip
+    axis.set_xlim(0, 1.1 * max(memory for memory, _, _ in found.values()))
     save_plot(figure, path)
     return True
+
+
+# point of the plot of quality and memory -> method of benchmarks/speed_memory.py, which has no GF-TI
+SD15_METHODS = {
+    "TI, not quantised": "ti_none", "TI, NF4": "ti", "ZOODiP, not quantised": "zoodip_none", "ZOODiP, INT8": "zoodip_int8",
+    "ZOODiP, NF4": "zoodip",
+}  # fmt: skip
+
+
+def sd15_memory(label: str, record: Path = ROOT / "benchmarks" / "speed_memory.json") -> list[float]:
+    """Peak of a method's live tensors at Stable Diffusion v1.5's shape, [GB]; empty where it was not measured."""
+    measured = json.loads(record.read_text())["results"].get("sd15 bf16", {}).get("memory", {})
+    peaks = measured.get(SD15_METHODS.get(label, ""), {}).get("bytes", {}).get("peaks", {})
+    return [max(peaks.values()) / 1e9] if peaks else []
 
 
 @draw.register
@@ -157,6 +198,4 @@ def draw_curves(panels: dict[str, dict[str, Records]], path: Path) -> None:
             (line,) = axis.plot(x, mean, marker=".", markersize=4, linewidth=1, label=label)
             axis.fill_between(x, mean - width, mean + width, alpha=0.15, color=line.get_color())
         axis.set(title=title, xlabel="forwards used", ylabel="loss on unseen pictures" if axis is axes[0] else "")
-        if lines:
-            axis.legend(fontsize=6)
     save_plot(figure, path)
