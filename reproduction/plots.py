@@ -41,7 +41,7 @@ def save_plot(figure, path: Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             labels = (axis.get_window_extent().y0 - axis.get_tightbbox().y0) * 72 / figure.dpi  # points that they reach down
             axis.legend(fontsize=size, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0),
-                        borderaxespad=labels / size)  # fmt: skip
+                        borderaxespad=labels / size + 0.5)  # fmt: skip
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
