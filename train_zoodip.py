@@ -26,7 +26,6 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from zoodip import arguments
@@ -130,44 +129,20 @@ from zoodip.diffusion import (
     Data,
     FrozenModel,
     TimestepSampler,
+    denoising_losses,
     draw_batch,
     load_model,
     read_inputs,
     settle_flags,
-    snr_timesteps,
-    uniform_timesteps,
+    timestep_sampler,
 )
 from zoodip.outputs import TokenOutputs
 from zoodip.packing import save_quantized
 from zoodip.run import Run, make_accelerator
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Timesteps: Partial Uniform Timestep Sampling (Eq. 9) and its rivals (Table 5)
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def sample_timesteps(
-    kind: str, batch_size: int, generator: torch.Generator, t_min: int, t_max: int, alphas_cumprod: torch.Tensor
-) -> torch.Tensor:
-    """[batch_size] timesteps. `puts` is Partial Uniform Timestep Sampling (Eq. 9): uniform over [t_min, t_max).
-
-    `uniform` covers all timesteps, `snr` draws one the more often the lower its signal-to-noise ratio (TextBoost; Table 5).
-    """
-    if kind == "puts":
-        return uniform_timesteps(batch_size, generator, t_min, t_max)
-    if kind == "uniform":
-        return uniform_timesteps(batch_size, generator)
-    return snr_timesteps(batch_size, generator, alphas_cumprod)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The loss (Eq. 1)
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def denoising_losses(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L(theta) of Eq. 1 for C candidates: predictions [C, B, 4, h, w], target [B, 4, h, w] -> [C], accumulated in fp32."""
-    return (noise_pred - target.float()).square().flatten(1).mean(1)
 
 
 @torch.inference_mode()
@@ -462,9 +437,7 @@ def main(args: argparse.Namespace) -> int:
     run.claim()
     model, data = load_model(inputs, device=accelerator.device, **flags_for(load_model, flags))
     outputs = TokenOutputs(zo, inputs, model, data, run.settings, **flags_for(TokenOutputs, flags))
-    sample = partial(
-        sample_timesteps, args.timestep_sampling, t_min=args.t_min, t_max=args.t_max, alphas_cumprod=data.scheduler.alphas_cumprod
-    )
+    sample = timestep_sampler(data, **flags_for(timestep_sampler, flags))  # PUTS (Eq. 9), or a rival of Table 5
     with run:
         train(run, outputs, zo, model, data, sample, args.train_batch_size, generator)
     return run.finish()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,13 +17,12 @@ from train_zoodip import (
     ZOAdam,
     candidate_losses,
     low_variance_directions,
-    sample_timesteps,
     shared_losses,
     train,
     zeroth_order_gradient,
 )
 from zoodip.checkpoints import read_checkpoint, write_checkpoint
-from zoodip.diffusion import Batch, Data, FrozenModel
+from zoodip.diffusion import Batch, Data, FrozenModel, timestep_sampler
 
 NAMES = ["rge", "spsa", "one_point"]
 MU = 1e-2
@@ -44,6 +42,11 @@ def chi_square(draws: torch.Tensor, probabilities: np.ndarray) -> float:
     return (statistic - dof) / math.sqrt(2 * dof)
 
 
+def sampler_of(kind: str, t_min: int, t_max: int):
+    data = SimpleNamespace(scheduler=SimpleNamespace(alphas_cumprod=torch.from_numpy(alphas_cumprod()).float()))
+    return timestep_sampler(data, timestep_sampling=kind, t_min=t_min, t_max=t_max)
+
+
 @pytest.mark.parametrize(
     ("kind", "t_min", "t_max"),
     [("puts", 500, 900), ("puts", 0, 1000), ("puts", 700, 707), ("uniform", 500, 900), ("snr", 500, 900)],
@@ -51,7 +54,7 @@ def chi_square(draws: torch.Tensor, probabilities: np.ndarray) -> float:
 def test_timestep_distribution(kind, t_min, t_max):
     """A bound off by one, or any preference among timesteps, shows in the statistic."""
     abar = alphas_cumprod()
-    draws = sample_timesteps(kind, 200000, seeded(), t_min, t_max, torch.from_numpy(abar).float())
+    draws = sampler_of(kind, t_min, t_max)(200000, seeded())
     weights = np.zeros(1000)
     if kind == "puts":
         weights[t_min:t_max] = 1
@@ -68,7 +71,7 @@ def test_timestep_distribution(kind, t_min, t_max):
 
 def test_timestep_puts_of_one_value():
     """t_max = t_min + 1 is allowed and leaves a single timestep."""
-    assert set(sample_timesteps("puts", 50, seeded(), 42, 43, None).tolist()) == {42}
+    assert set(sampler_of("puts", 42, 43)(50, seeded()).tolist()) == {42}
 
 
 # --- the gradient estimate (Eq. 3) ---
@@ -444,7 +447,7 @@ class Watched(FrozenModel):
 def test_every_estimator_sees_the_same_batches(tiny):
     """The batch is drawn before the directions, so that step 1 has the same image and noise for all estimators."""
     data = Data(torch.rand(3, 2, 2, 4, 8, 8, generator=seeded()), [[0], [1], [0, 1]], tiny.prompts, scheduler_of(tiny.folder))
-    sample = partial(sample_timesteps, "puts", t_min=500, t_max=900, alphas_cumprod=data.scheduler.alphas_cumprod)
+    sample = timestep_sampler(data, timestep_sampling="puts", t_min=500, t_max=900)
     model, forwards = Watched(tiny.unet, tiny.text_encoder, tiny.prompts.rows), []
     run = SimpleNamespace(
         steps=lambda outputs: [1],

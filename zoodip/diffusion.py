@@ -235,7 +235,11 @@ def snr_timesteps(batch_size: int, generator: torch.Generator, alphas_cumprod: t
 
 
 def timestep_sampler(data: Data, *, timestep_sampling: str, t_min: int, t_max: int) -> TimestepSampler:
-    """What --timestep_sampling names: "puts" (uniform over [t_min, t_max)), "uniform" (over all), or "snr"."""
+    """What --timestep_sampling names.
+
+    "puts" is Partial Uniform Timestep Sampling (Eq. 9): uniform over [t_min, t_max). Its rivals (Table 5): "uniform", over all
+    timesteps, and TextBoost's "snr".
+    """
     return {
         "puts": partial(uniform_timesteps, low=t_min, high=t_max),
         "uniform": uniform_timesteps,
@@ -285,6 +289,11 @@ def merge_batches(batches: list[Batch], size: int) -> list[Batch]:
 # ----------------------------------------------------------------------------------------------------- the model
 
 
+def denoising_losses(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L(theta) of Eq. 1 for C candidates: predictions [C, B, 4, h, w], target [B, 4, h, w] -> [C], accumulated in fp32."""
+    return (noise_pred - target.float()).square().flatten(1).mean(1)
+
+
 @dataclass
 class FrozenModel:
     """The quantised modules, and what they predict as a function of the token."""
@@ -320,8 +329,8 @@ class FrozenModel:
     def mean_loss(self, batches: list[Batch], theta: torch.Tensor) -> float:
         """Mean squared error of one token's predictions [V, d] over a fixed set."""
         tokens = theta.detach()[None]
-        errors = [self.predict(batch, tokens) - batch.target.to(self.rows.device) for batch in batches]  # [1, B, 4, h, w] each
-        return float(np.mean([error.square().flatten(1).mean(1).item() for error in errors]))
+        losses = [denoising_losses(self.predict(batch, tokens), batch.target.to(self.rows.device)) for batch in batches]
+        return float(np.mean([loss.item() for loss in losses]))
 
 
 def load_model(
