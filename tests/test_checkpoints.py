@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import arguments, make_subject, run_cli
+from conftest import arguments, make_subject, run_cli, seeded
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from zoodip.checkpoints import state_digest
+from zoodip.checkpoints import state_digest, write_checkpoint
+from zoodip.errors import InputError
+from zoodip.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +119,22 @@ def test_a_checksum_that_fits_is_not_enough(trained, tmp_path, refused, kind):
     damage(trained / "out" / "checkpoint-6.safetensors", tmp_path / "checkpoint-6.safetensors", kind, resigned=True)
     line = refused(data=trained / "dog", resume_from_checkpoint=tmp_path / "checkpoint-6.safetensors")
     assert "is not a whole checkpoint" in line and "checkpoint-6" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"), [({}, "'n' is missing"), ([], "of another form: list indices"), (None, "NoneType")]
+)
+def test_a_header_of_another_version(tmp_path, settings, fault):
+    """What is wrong is named as it is: a value that is missing, or one of another kind."""
+    run = Run(SimpleNamespace(state_dict=dict), seeded(), SimpleNamespace(is_main_process=True), {"n": 2}, {},
+              output_dir=tmp_path, max_train_steps=4, save_steps=0, checkpointing_steps=0, checkpoints_total_limit=0,
+              eval_steps=0, validation_steps=0)  # fmt: skip
+    header, tensors = run.state()
+    write_checkpoint(tmp_path / "checkpoint-1.safetensors", {**header, "settings": settings}, tensors)
+    with pytest.raises(InputError, match=re.escape(fault)) as caught:
+        run.load_checkpoint(tmp_path / "checkpoint-1.safetensors")
+    assert "is of another method or version" in str(caught.value)
+    assert ("is missing" in str(caught.value)) == (settings == {})
 
 
 def test_checkpoint_that_is_not_there(trained, tmp_path, refused):

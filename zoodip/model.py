@@ -268,27 +268,36 @@ def load_frozen(
         else:
             setattr(module, leaf, nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False))
     for module_name, packed in packed_weights.items():
-        try:
-            module = model.get_submodule(module_name)
-            if not packed:  # of a module in `skip`
-                module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-                continue
-            layer = quantized_layer(module, packed, dtype)
-        except (AttributeError, KeyError, ValueError) as error:
-            raise InputError(
-                f"{where}: the packed weight of {module_name} does not fit config.json ({error}); "
-                "write the folder again with --save_quantized"
-            ) from None
-        if quantization != layer.quantization:
-            raise InputError(
-                f"{where}: {module_name} is packed as {layer.quantization}, not {quantization}; write the folder "
-                "again with --save_quantized"
-            )
-        model.set_submodule(module_name, layer)
+        set_packed(model, module_name, packed, quantization, dtype, where)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise DamagedModel(where, f"the weights lack {missing[0]!r} and {len(missing) - 1} more that config.json describes")
     return model.to(device).eval().requires_grad_(False)
+
+
+def set_packed(
+    model: nn.Module, name: str, packed: dict[str, torch.Tensor], quantization: str, dtype: torch.dtype, where: Path
+) -> None:
+    """Put the packed weight of a module in its place; without tensors, of a module that is skipped, an empty one.
+
+    Raises InputError where it does not fit the module, or is of another quantization.
+    """
+    try:
+        module = model.get_submodule(name)
+        if not packed:
+            module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+            return
+        layer = quantized_layer(module, packed, dtype)
+    except (AttributeError, KeyError, ValueError) as error:
+        raise InputError(
+            f"{where}: the packed weight of {name} does not fit config.json ({error}); "
+            "write the folder again with --save_quantized"
+        ) from None
+    if quantization != layer.quantization:
+        raise InputError(
+            f"{where}: {name} is packed as {layer.quantization}, not {quantization}; write the folder again with --save_quantized"
+        )
+    model.set_submodule(name, layer)
 
 
 def load_unet(

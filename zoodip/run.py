@@ -192,8 +192,9 @@ class Run:
                     )
             progress = Progress(**{name: header["progress"][name] for name in vars(Progress())})
         except (LookupError, TypeError) as error:
+            fault = f"{error} is missing" if isinstance(error, LookupError) else f"its header is of another form: {error}"
             raise InputError(
-                f"--resume_from_checkpoint {path}: is of another method or version ({error} is missing); start anew "
+                f"--resume_from_checkpoint {path}: is of another method or version ({fault}); start anew "
                 "without --resume_from_checkpoint"
             ) from error
         if not can_follow(tensors, self.state()[1]):
