@@ -79,15 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="how the learning rate goes on, as diffusers has them; all but the constant ones end at 0 after --max_train_steps",
     )
     add("--lr_warmup_steps", type=int, default=0, help="updates over which the learning rate rises from 0; not of constant")
-    add("--train_batch_size", type=int, default=1, help="images per step; all candidates share them")
     add("--max_train_steps", type=int, default=30000, help="steps to train")
-    add(
-        "--candidates_per_forward",
-        type=int,
-        default=None,
-        help="candidates per UNet forward; default: all at once. Less needs less memory and changes only rounding",
-    )
-    add("--seed", type=int, default=0, help="seed of every random draw")
+    arguments.add_step_flags(add, "images per step; all candidates share them")
 
     arguments.add_run_flags(parser)
     return parser

@@ -62,13 +62,13 @@ from torch import nn
 
 from zoodip.tuned_files import merged_unet, save_lokr, save_unet
 from zoodip.tuned_layers import Parameters, Shapes, add_kronecker, kronecker_shapes
-from zoodip.weight_tuning import prepare
+from zoodip.weight_tuning import System, prepare
 
 
-class DiffuseKronA:
+class DiffuseKronA(System):
     """Kronecker products added to the attention projections."""
 
-    name, remedy, trains_unet, sample = "DiffuseKronA", "a smaller --learning_rate", False, None
+    name = "DiffuseKronA"
     files = ("pytorch_lokr_weights*.safetensors", "peft_adapter*")
 
     def __init__(self, *, a1: int = 4, a2: int = 64, base: str = "nf4"):
@@ -79,12 +79,6 @@ class DiffuseKronA:
 
     def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
         return add_kronecker(unet, self.a1, self.a2, generator)
-
-    def options(self, name: str) -> dict:
-        return {}
-
-    def group(self, timestep: int) -> None:
-        return None
 
     def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
         return save_lokr(folder, parameters, header, suffix)

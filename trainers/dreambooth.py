@@ -53,13 +53,13 @@ from zoodip.model import find_model_folder
 from zoodip.quantize import DTYPES
 from zoodip.tuned_files import save_other_folders, save_unet
 from zoodip.tuned_layers import Parameters, Shapes
-from zoodip.weight_tuning import prepare
+from zoodip.weight_tuning import System, prepare
 
 
-class DreamBooth:
+class DreamBooth(System):
     """Every weight of the UNet."""
 
-    name, remedy, quantization, trains_unet, sample = "DreamBooth", "a smaller --learning_rate", "none", True, None
+    name, quantization, trains_unet = "DreamBooth", "none", True
     files = ("unet*", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json")
 
     def __init__(
@@ -79,12 +79,6 @@ class DreamBooth:
 
     def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
         return dict(unet.requires_grad_(True).named_parameters())
-
-    def options(self, name: str) -> dict:
-        return {}
-
-    def group(self, timestep: int) -> None:
-        return None
 
     def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
         base = find_model_folder(*self.base)

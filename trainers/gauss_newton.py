@@ -64,14 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--t_min", type=int, default=500, help="smallest timestep drawn (T_L of Eq. 9)")
     add("--t_max", type=int, default=900, help="end of the timesteps drawn (T_U), itself not drawn")
-    add("--train_batch_size", type=int, default=1, help="images per step; all candidates share them")
-    add(
-        "--candidates_per_forward",
-        type=int,
-        default=None,
-        help="candidates per UNet forward; default: all at once. Less needs less memory and changes only rounding",
-    )
-    add("--seed", type=int, default=0, help="seed of every random draw")
+    arguments.add_step_flags(add, "images per step; all candidates share them")
     arguments.add_run_flags(parser)
     parser.set_defaults(output_dir="results/gauss_newton", eval_steps=10, checkpointing_steps=50)
     return parser

@@ -43,11 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--population", type=int, default=20, help="candidates per generation, one forward each")
     add("--sigma", type=float, default=1.0, help="CMA-ES's initial step size")
     add("--alpha", type=float, default=None, help="first spread, in units of the vocabulary's; default 1, and 0.2 in --mode fair")
-    add("--train_batch_size", type=int, default=1, help="images that a candidate is judged on")
     add("--max_train_steps", type=int, default=13000, help="generations")
     arguments.add_timestep_flags(add, "uniform")
-    add("--candidates_per_forward", type=int, default=None, help="in --mode fair, less memory by fewer; default: all at once")
-    add("--seed", type=int, default=0, help="seed of every random draw")
+    arguments.add_step_flags(
+        add, "images that a candidate is judged on", "in --mode fair, less memory by fewer; default: all at once"
+    )
     arguments.add_run_flags(parser)
     parser.set_defaults(output_dir="results/gf_ti", method="gf_ti")
     return parser

@@ -58,13 +58,11 @@ from torch import nn
 from zoodip.prompts import file_stem
 from zoodip.tuned_files import save_lora
 from zoodip.tuned_layers import Parameters, Shapes, add_lora, lora_shapes
-from zoodip.weight_tuning import prepare
+from zoodip.weight_tuning import System, prepare
 
 
-class QLoRA:
+class QLoRA(System):
     """Low-rank updates of the attention projections."""
-
-    remedy, trains_unet, sample = "a smaller --learning_rate", False, None
 
     def __init__(self, *, rank: int = 2, base: str = "nf4", identifier: str = "sks"):
         self.rank, self.quantization, self.stem = rank, base, file_stem(identifier)
@@ -76,12 +74,6 @@ class QLoRA:
 
     def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
         return add_lora(unet, self.rank, generator)
-
-    def options(self, name: str) -> dict:
-        return {}
-
-    def group(self, timestep: int) -> None:
-        return None
 
     def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
         return save_lora(folder, unet, self.stem, header, suffix)

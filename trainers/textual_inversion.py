@@ -35,10 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("method").add_argument
     add("--learning_rate", type=float, default=5e-3, help="of Adam (betas .9, .999), constant")
     add("--adam_epsilon", type=float, default=1e-8, help="of Adam; ZOODiP's is 1e-3, but here gradients are exact")
-    add("--train_batch_size", type=int, default=1, help="images per step")
     add("--max_train_steps", type=int, default=5000, help="steps of one forward and one backward")
     arguments.add_timestep_flags(add, "puts")
-    add("--seed", type=int, default=0, help="seed of every random draw")
+    arguments.add_step_flags(add, candidates=None)
     arguments.add_run_flags(parser)
     parser.set_defaults(output_dir="results/textual_inversion", method="textual_inversion")
     return parser

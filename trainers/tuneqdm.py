@@ -95,13 +95,12 @@ from torch import nn
 from zoodip.diffusion import uniform_timesteps
 from zoodip.tuned_files import save_scales
 from zoodip.tuned_layers import Experts, Parameters, Shapes, add_scales, scale_shapes
-from zoodip.weight_tuning import prepare
+from zoodip.weight_tuning import System, prepare
 
 
-class TuneQDM:
+class TuneQDM(System):
     """Scales of integers, with experts over timesteps."""
 
-    remedy, trains_unet = "a smaller --learning_rate", False
     files = ("tuned_scales*.safetensors",)
 
     def __init__(

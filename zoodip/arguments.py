@@ -169,12 +169,24 @@ def add_tuning_flags(
     add = parser.add_argument_group("method").add_argument
     add("--learning_rate", type=float, default=learning_rate, help="of AdamW (betas .9, .999, weight decay .01), constant")
     add("--max_train_steps", type=int, default=max_train_steps, help="steps of one forward and one backward")
-    add("--train_batch_size", type=int, default=1, help="images per step")
+    add_step_flags(add, candidates=None)
     add("--gradient_checkpointing", action="store_true", help="keep few activations and compute the others again: less memory")
-    add("--seed", type=int, default=0, help="seed of every random draw")
     add_timestep_flags(add, "uniform")
     add_run_flags(parser)
     return add
+
+
+def add_step_flags(
+    add: Callable[..., argparse.Action],
+    images: str = "images per step",
+    candidates: str
+    | None = "candidates per UNet forward; default: all at once. Less needs less memory and changes only rounding",
+) -> None:
+    """How a step is computed, and what it draws. `candidates` None: a step has no candidates."""
+    add("--train_batch_size", type=int, default=1, help=images)
+    if candidates is not None:
+        add("--candidates_per_forward", type=int, default=None, help=candidates)
+    add("--seed", type=int, default=0, help="seed of every random draw")
 
 
 def add_base_flag(add: Callable[..., argparse.Action]) -> None:

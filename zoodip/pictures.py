@@ -56,12 +56,14 @@ class Drawer:
         A seed is the same first noise for every prompt and token. after_step() is called after every denoising step, and may
         raise Interrupted. Raises InputError where the model's folder is damaged.
         """
+        yield from self.draw_states(self.encode(prompts, theta), wanted, after_step)
+
+    @torch.no_grad()
+    def encode(self, prompts: Prompts, theta: torch.Tensor) -> torch.Tensor:
+        """Text states [P, L, d] of prompts with theta [V, d] as the token."""
         assert self.text_encoder is not None  # a TunedModel's is freed: `draw_states`
         device = self.pipeline.unet.conv_in.weight.device
-        states = encode_prompts(
-            self.text_encoder, prompts.rows.to(device), prompts.ids.to(device), theta.detach()[None].to(device)
-        )  # [P, L, d]
-        yield from self.draw_states(states, wanted, after_step)
+        return encode_prompts(self.text_encoder, prompts.rows.to(device), prompts.ids.to(device), theta.detach()[None].to(device))
 
     @torch.no_grad()
     def draw_states(

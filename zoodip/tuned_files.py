@@ -245,6 +245,38 @@ def read_tuned(path: Path) -> TunedFile:
     return file
 
 
+def tuned_settings(tuned: Path) -> dict:
+    """The settings of the run that left a file, or a folder with unet/. Raises InputError."""
+    if not (tuned / "unet").is_dir():
+        return json.loads(read_tuned(tuned).header["zoodip.settings"])
+    path = tuned / "unet" / f"{WEIGHT_NAMES['unet']}.safetensors"
+    try:
+        with safe_open(path, framework="pt") as handle:
+            settings = json.loads((handle.metadata() or {})["zoodip.settings"])
+        if not isinstance(settings, dict):
+            raise ValueError("its settings are no JSON object")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: is not of trainers/dreambooth.py ({why_unreadable(path, error)}); give the folder that a run "
+                         "of it left") from error  # fmt: skip
+    return settings
+
+
+def load_tuned_unet(
+    folder: Path, variant: str | None, tuned: Path, dtype: torch.dtype, device: torch.device | str
+) -> tuple[nn.Module, str]:
+    """The UNet of the model in `folder` with what is in `tuned`, a file or a folder with unet/, quantised exactly as in training,
+    and the format of the model's other parts.
+
+    Raises InputError where it cannot be loaded, or was learned on other weights.
+    """
+    if (tuned / "unet").is_dir():
+        return load_frozen(tuned, "unet", None, "none", dtype, device), "none"
+    file = read_tuned(tuned)
+    file.check_base(model_digest(folder, variant))
+    unet = load_frozen(folder, "unet", variant, file.quantization, dtype, device)
+    return file.apply(unet), frozen_format(file.quantization)
+
+
 def load_tuned_pipeline(
     name: str,
     tuned: str | Path,
@@ -260,13 +292,7 @@ def load_tuned_pipeline(
     expert of each denoising step by itself. Raises InputError where it cannot be loaded, or was learned on other weights.
     """
     variant = variant or hub_variant(name, revision)
-    folder, tuned = find_model_folder(name, revision, variant, model_config), Path(tuned)
-    if (tuned / "unet").is_dir():
-        unet, others = load_frozen(tuned, "unet", None, "none", dtype, device), "none"
-    else:
-        file = read_tuned(tuned)
-        file.check_base(model_digest(folder, variant))
-        unet = file.apply(load_frozen(folder, "unet", variant, file.quantization, dtype, device))
-        others = frozen_format(file.quantization)
+    folder = find_model_folder(name, revision, variant, model_config)
+    unet, others = load_tuned_unet(folder, variant, Path(tuned), dtype, device)
     parts = {part: load_frozen(folder, part, variant, others, dtype, device) for part in ("vae", "text_encoder")}
     return assemble_pipeline(folder, unet=unet, tokenizer=load_tokenizer(folder), **parts)

@@ -1,6 +1,6 @@
 """What the systems that tune weights share: prompts in plain words, AdamW on an exact gradient, prior preservation, outputs.
 
-A system is an object of a script in trainers/, with the parts of `System`. Every such script then tells the same story:
+A system is a class of a script in trainers/, a `System`. Every such script then tells the same story:
 
     tuning = prepare(SystemOfTheScript(...), flags, SETTINGS)     # check, resume, load: what is wrong is refused first
     with tuning.run as run:
@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -66,35 +66,35 @@ LOSS_SCALE = 1024.0  # where activations are fp16: a power of two, which keeps t
 WEIGHT_DECAY, MAX_GRADIENT_NORM = 1e-2, 1.0  # of the reference scripts
 
 
-class System(Protocol):
+class System:
     """A system of weight tuning: what is trained, how it is put into the UNet, and what is left of it."""
 
     name: str
     quantization: str  # of the UNet's weights: nf4, affine8, affine4 or none
-    trains_unet: bool  # whether the UNet's own weights are trained, and so kept in fp32
-    remedy: str  # what to try where the loss runs away
+    trains_unet = False  # whether the UNet's own weights are trained, and so kept in fp32
+    remedy = "a smaller --learning_rate"  # what to try where the loss runs away
     files: tuple[str, ...]  # patterns of the files that it leaves
-    sample: TimestepSampler | None  # of its own timesteps; None: what --timestep_sampling says
+    sample: TimestepSampler | None = None  # of its own timesteps; None: what --timestep_sampling says
 
     def shapes(self, unet: nn.Module) -> Shapes:
         """The trained tensors, from the architecture alone. Raises InputError where the flags do not fit it."""
-        ...
+        raise NotImplementedError
 
     def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
         """Make a loaded, frozen UNet a tuned one that still computes the same -> the trained parameters, as in `shapes`."""
-        ...
+        raise NotImplementedError
 
     def options(self, name: str) -> dict:
         """Settings of AdamW for a trained tensor, other than --learning_rate and the reference's."""
-        ...
+        return {}
 
     def group(self, timestep: int) -> Hashable:
         """Timesteps of different groups cannot share a forward."""
-        ...
+        return None
 
     def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
         """Write what is learned, in names that end in `suffix` -> the file or folder to tell of. Raises InputError."""
-        ...
+        raise NotImplementedError
 
 
 # ----------------------------------------------------------------------------------------------------- before the model
@@ -190,6 +190,11 @@ class TunedModel:
         with self.precision():
             return self.unet(latents, batch.timesteps, self.states[batch.prompt_ids[:, 0]], return_dict=False)[0].float()
 
+    @torch.inference_mode()
+    def mean_loss(self, batches: list[Batch]) -> float:
+        """Mean squared error over a fixed set, of batches of one: timesteps may be of different experts."""
+        return float(np.mean([(self.predict(batch).cpu() - batch.target).square().mean().item() for batch in batches]))
+
 
 def load_tuned_model(
     inputs: TuningInputs,
@@ -206,16 +211,13 @@ def load_tuned_model(
     """
     folder, variant = inputs.folder, inputs.variant
     tune_malloc(1 << 20, 1 << 17)
-    scheduler = load_scheduler(folder)
-    latents = encode_photographs(inputs, inputs.subject.paths, device, resolution, center_crop)
     dtype, others = DTYPES[mixed_precision], frozen_format(system.quantization)
-    states = encode_texts(folder, variant, inputs.prompts, others, dtype, device)
+    data = load_tuning_data(inputs, others, dtype, device, resolution, center_crop)
+    states = data.prompts.rows
     autocast = dtype if system.trains_unet else None
     unet = load_unet(folder, variant, system.quantization, torch.float32 if system.trains_unet else dtype, device)
     split_feed_forward(unet)
     model = TunedModel(unet, states if autocast is None else states.float(), autocast)
-    rows = Prompts(torch.arange(len(states))[:, None], states)
-    data = Data(latents, inputs.choices, rows, scheduler)
     with damaged_model(folder), torch.inference_mode():
         model.predict(evaluation_batches(data, 1, 0, NUM_TRAIN_TIMESTEPS)[0])
     class_data = None
@@ -223,9 +225,22 @@ def load_tuned_model(
         if prior.missing():
             prior.draw(Drawer(model, folder, variant, others, resolution), states[[inputs.class_row, inputs.empty_row]])
         class_latents = prior.latents(lambda paths: encode_photographs(inputs, paths, device, resolution, center_crop))
-        class_data = Data(class_latents, [[inputs.class_row]] * len(class_latents), rows, scheduler)
+        class_data = Data(class_latents, [[inputs.class_row]] * len(class_latents), data.prompts, data.scheduler)
     tune_malloc(32 << 20, 256 << 20)  # while stepping, activations are better kept at hand
     return model, data, class_data
+
+
+def load_tuning_data(
+    inputs: TuningInputs, quantization: str, dtype: torch.dtype, device: torch.device, resolution: int, center_crop: bool
+) -> Data:
+    """Photographs and text states, encoded: a prompt's only id is the row of its states, `prompts.rows` [P, L, d].
+
+    VAE and text encoder are freed. Raises InputError where the folder is damaged.
+    """
+    scheduler = load_scheduler(inputs.folder)
+    latents = encode_photographs(inputs, inputs.subject.paths, device, resolution, center_crop)
+    states = encode_texts(inputs.folder, inputs.variant, inputs.prompts, quantization, dtype, device)
+    return Data(latents, inputs.choices, Prompts(torch.arange(len(states))[:, None], states), scheduler)
 
 
 def encode_photographs(
@@ -381,14 +396,9 @@ class TunedOutputs:
         inputs, others = self.inputs, frozen_format(self.system.quantization)
         return Drawer(self.model, inputs.folder, inputs.variant, others, self.settings["resolution"], guidance=self.guidance)
 
-    @torch.inference_mode()
     def evaluate(self) -> dict[str, float]:
         """Columns of the curve: the loss on the fixed set, and on one of class pictures with prior preservation."""
-
-        def loss(batch: Batch) -> float:
-            return (self.model.predict(batch).cpu() - batch.target).square().mean().item()
-
-        return {name: float(np.mean([loss(batch) for batch in batches])) for name, batches in self.fixed_sets.items()}
+        return {name: self.model.mean_loss(batches) for name, batches in self.fixed_sets.items()}
 
     def draw(self, step: int, final: bool, stopped: Callable[[], bool]) -> Iterator[tuple[str, Image.Image]]:
         """(file name, picture): the prompt by the untuned model at step 0, and by the tuned one.
