@@ -1,15 +1,18 @@
 #!/usr/bin/env python
-"""Scores of learned tokens: CLIP-T, CLIP-I, DINO and DINO_inter (see scores.py), as in the paper's Section 4 and supplement.
+"""Scores of learned tokens or tuned weights: CLIP-T, CLIP-I, DINO and DINO_inter (see scores.py), as in the paper's Section 4.
 
     python -m reproduction.evaluate --embeddings results/learned_embeds.safetensors --references dataset/dog6 \\
         --prompts dataset/prompts_and_classes.txt --quantization int8
+    python -m reproduction.evaluate --tuned results/qlora/pytorch_lora_weights.safetensors --references dataset/dog6 \\
+        --prompts dataset/prompts_and_classes.txt
 
 For every embedding, --images pictures of every prompt are drawn without the class word ("a <sks> in the jungle"), by the model
 quantised as --quantization says (a line tells where the token was learned on another), and compared with the folder of references
-that has the same place in the list. A scorer that is not to be had is left out with a line that says so. Pictures are kept under
---output, one file per (embedding, prompt, seed, settings), and never drawn twice. Writes scores.csv and scores.json (per subject,
-and their mean) and a contact sheet per subject. The paper's setting is --images 5, the default. Further flags are those of
-train_zoodip.py.
+that has the same place in the list. For what a weight-tuning trainer left, --tuned, they are drawn with the class word ("a sks
+dog in the jungle"), by the model quantised as in training. A scorer that is not to be had is left out with a line that says so.
+Pictures are kept under --output, one file per (what was learned, prompt, seed, settings), and never drawn twice. Writes
+scores.csv and scores.json (per subject, and their mean) and a contact sheet per subject. The paper's setting is --images 5, the
+default. Further flags are those of train_zoodip.py.
 """
 
 from __future__ import annotations
@@ -28,7 +31,17 @@ from tqdm import tqdm
 
 import train_zoodip
 from reproduction.prompts import read_prompts
-from reproduction.scores import INTER_PROMPT, PictureCache, contact_sheet, load_scorer, score_diversity, score_pictures
+from reproduction.scores import (
+    INTER_PROMPT,
+    PictureCache,
+    Token,
+    Words,
+    contact_sheet,
+    digest_of,
+    load_scorer,
+    score_diversity,
+    score_pictures,
+)
 from reproduction.worlds import CLIP, DINO
 from zoodip.arguments import OneLineArgumentParser, flags_for, settings_of
 from zoodip.diffusion import FrozenModel, settle_flags
@@ -41,13 +54,16 @@ from zoodip.quantize import DTYPES
 from zoodip.records import environment, plain_arguments
 from zoodip.run import make_accelerator
 from zoodip.subject import find_images, open_image
+from zoodip.tuned_files import load_tuned_unet, tuned_settings
+from zoodip.weight_tuning import TunedModel
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("--embeddings", type=Path, nargs="+", required=True, help="learned_embeds.safetensors of each subject")
+    add("--embeddings", type=Path, nargs="+", default=[], help="learned_embeds.safetensors of each subject")
+    add("--tuned", type=Path, nargs="+", default=[], help="instead: each subject's file of tuned weights, or DreamBooth's folder")
     add("--references", type=Path, nargs="+", required=True, help="folder of each subject's pictures, in the same order")
     add("--prompts", type=Path, required=True, help="DreamBooth's prompts_and_classes.txt, or a list with one {} a line")
     add("--class_word", default=None, help="word for the subject in CLIP-T's text; default: what DreamBooth's file says")
@@ -60,8 +76,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dino", default=DINO, help="DINOv2 scorer, name or folder")
     add("--output", type=Path, default=Path("results/evaluation"), help="folder for pictures, scores and sheets")
     args, rest = parser.parse_known_args(argv)
-    if len(args.embeddings) != len(args.references):
-        parser.error(f"--references: {len(args.references)} folders for {len(args.embeddings)} embeddings; give one for each")
+    if bool(args.embeddings) == bool(args.tuned):
+        parser.error("--embeddings or --tuned is required, one of them")
+    if len(args.embeddings or args.tuned) != len(args.references):
+        what = f"{len(args.embeddings)} embeddings" if args.embeddings else f"{len(args.tuned)} of --tuned"
+        parser.error(f"--references: {len(args.references)} folders for {what}; give one for each")
     for name, least in (("images", 1), ("inter_images", 0), ("inference_steps", 1), ("batch_size", 1), ("guidance", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
@@ -73,42 +92,66 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class Learned:
-    """A token and what it is judged by."""
+    """What is judged, and by what."""
 
     name: str
-    theta: torch.Tensor  # [V, d]
+    what: torch.Tensor | Path  # a token [V, d], or tuned weights
+    settings: dict  # of the run that learned it
     references: list[Image.Image]
     class_word: str
     prompts: list[str]
 
 
 def read_learned(args: argparse.Namespace) -> list[Learned]:
-    """The tokens of the command line, before a model is loaded. Raises InputError."""
+    """The tokens or tuned weights of the command line, before a model is loaded. Raises InputError."""
     flags, learned = args.zoodip, []
-    for embedding, folder in zip(args.embeddings, args.references, strict=True):
-        theta, settings = read_embedding(embedding, flags.placeholder_token)
-        asked = flags.quantization or "nf4"
-        if (quantization := settings.get("quantization", asked)) != asked:
-            print(f"{embedding}: was learned with --quantization {quantization}, its pictures are drawn with "
-                  f"{asked}", file=sys.stderr)  # fmt: skip
+    for path, folder in zip(args.embeddings or args.tuned, args.references, strict=True):
+        if args.tuned:
+            what, settings = path, tuned_settings(path)
+        else:
+            what, settings = read_embedding(path, flags.placeholder_token)
+            what, asked = what.float(), flags.quantization or "nf4"
+            if (quantization := settings.get("quantization", asked)) != asked:
+                print(f"{path}: was learned with --quantization {quantization}, its pictures are drawn with "
+                      f"{asked}", file=sys.stderr)  # fmt: skip
         name = folder.resolve().name
         references = [open_image(path) for path in find_images(folder)]
-        learned.append(Learned(name, theta.float(), references, *read_prompts(args.prompts, name, args.class_word)))
-    if len({token.name for token in learned}) < len(learned):
+        learned.append(Learned(name, what, settings, references, *read_prompts(args.prompts, name, args.class_word)))
+    if len({one.name for one in learned}) < len(learned):
         raise InputError("--references: two folders have the same name; name each after its subject")
-    if len({token.theta.shape for token in learned}) > 1:
+    if len({one.what.shape for one in learned if isinstance(one.what, torch.Tensor)}) > 1:
         raise InputError("--embeddings: the tokens have different numbers of vectors; evaluate them in separate commands")
     return learned
 
 
-def load_drawer(flags: argparse.Namespace, device: torch.device, steps: int, guidance: float, batch_size: int) -> Drawer:
+def load_drawer(
+    flags: argparse.Namespace, device: torch.device, steps: int, guidance: float, batch_size: int, tuned: Path | None = None
+) -> Drawer:
     """A drawer with the model of train_zoodip.py's `flags`, whose open defaults are filled in. Raises InputError."""
     folder = find_model_folder(flags.pretrained_model_name_or_path, flags.revision, flags.variant)
     vars(flags).update(settle_flags(folder, flags.variant, device, **flags_for(settle_flags, vars(flags))))
-    options = (flags.variant, flags.quantization, DTYPES[flags.mixed_precision], device)
-    text_encoder, unet = load_text_encoder(folder, *options), load_unet(folder, *options)
-    model = FrozenModel(unet, text_encoder, torch.zeros(0, device=device))
+    dtype = DTYPES[flags.mixed_precision]
+    if tuned is None:
+        options = (flags.variant, flags.quantization, dtype, device)
+        model = FrozenModel(load_unet(folder, *options), load_text_encoder(folder, *options), torch.zeros(0, device=device))
+    else:
+        unet, flags.quantization = load_tuned_unet(folder, flags.variant, tuned, dtype, device)
+        model = TunedModel(unet, torch.zeros(0, device=device), None)
     return Drawer(model, folder, flags.variant, flags.quantization, flags.resolution, steps, guidance, batch_size, "pndm")
+
+
+def learned_words(one: Learned, flags: argparse.Namespace, drawer: Drawer) -> Token | Words:
+    """What stands for {} in its prompts. Raises InputError where a token is of another model than the drawer's."""
+    if isinstance(one.what, Path):
+        weights = one.what / "unet" if (one.what / "unet").is_dir() else one.what
+        return Words(
+            digest_of(weights), one.settings["identifier"], one.settings["class_word"], flags.variant, flags.quantization
+        )
+    width, wanted = one.what.shape[1], drawer.text_encoder.config.hidden_size
+    if width != wanted:
+        raise InputError(f"--embeddings: the one of {one.name} has {width} numbers, the model's tokens have {wanted}; give the "
+                         "model that it was learned on")  # fmt: skip
+    return Token(one.what, flags.placeholder_token, flags.variant)
 
 
 def write_scores(folder: Path, scores: dict[str, dict[str, float]], record: dict) -> dict[str, float]:
@@ -131,22 +174,20 @@ def main(args: argparse.Namespace, load=load_scorer) -> None:
     flags, learned = args.zoodip, read_learned(args)
     device = make_accelerator(1, **flags_for(make_accelerator, vars(flags))).device
     clip, dino = load(args.clip, device), load(args.dino, device)
-    drawer = load_drawer(flags, device, args.inference_steps, args.guidance, args.batch_size)
-    width, wanted = learned[0].theta.shape[1], drawer.text_encoder.config.hidden_size
-    if width != wanted:
-        raise InputError(f"--embeddings {args.embeddings[0]}: has {width} numbers, the model's tokens have {wanted}; give the "
-                         "model that it was learned on")  # fmt: skip
-    scores = {}
-    for token in tqdm(learned, unit="subject"):
-        cache = PictureCache(drawer, args.output / token.name, flags.variant, flags.placeholder_token,
+    drawer, scores = None, {}
+    for one in tqdm(learned, unit="subject"):
+        if drawer is None or args.tuned:  # tokens share a model
+            tuned = one.what if isinstance(one.what, Path) else None
+            drawer = load_drawer(flags, device, args.inference_steps, args.guidance, args.batch_size, tuned)
+        cache = PictureCache(drawer, args.output / one.name, learned_words(one, flags, drawer),
                              [flags.quantization, flags.mixed_precision])  # fmt: skip
-        pictures = cache.pictures(token.theta, token.prompts, range(args.images))
-        texts = [prompt.replace("{}", token.class_word) for prompt in token.prompts]
-        scores[token.name] = score_pictures(pictures, token.references, texts, clip, dino)
+        pictures = cache.pictures(one.prompts, range(args.images))
+        texts = [prompt.replace("{}", one.class_word) for prompt in one.prompts]
+        scores[one.name] = score_pictures(pictures, one.references, texts, clip, dino)
         if args.inter_images:
-            (row,) = cache.pictures(token.theta, [INTER_PROMPT], range(args.inter_images))
-            scores[token.name].update(score_diversity(row, clip, dino))
-        write_image(args.output / f"{token.name}.png", contact_sheet(token.references, pictures, token.prompts))
+            (row,) = cache.pictures([INTER_PROMPT], range(args.inter_images))
+            scores[one.name].update(score_diversity(row, clip, dino))
+        write_image(args.output / f"{one.name}.png", contact_sheet(one.references, pictures, one.prompts))
     own = {name: value for name, value in vars(args).items() if name != "zoodip"}
     arguments = plain_arguments(own) | {"zoodip": settings_of(vars(flags), train_zoodip.SETTINGS)}
     means = write_scores(args.output, scores, dict(arguments=arguments, **environment(device)))

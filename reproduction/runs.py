@@ -1,7 +1,7 @@
 """What a run is: a specification with a hash, the command line that does it, the files that it leaves, and what they say.
 
 A run is a JSON-able dict (world, model, method, subject, seed, flags); the hash of its content names its folder under
-<output>/runs. There it leaves learned_embeds.safetensors, result.json once it has learned and been judged, and
+<output>/runs. There it leaves what it learned (`LEARNED`), result.json once it has learned and been judged, and
 scores-<hash of the evaluation>.json once its pictures are scored. What is there is not done again, so any interrupted command
 continues, several machines may share or merge their folders, and tables that ask for the same run share it.
 """
@@ -19,22 +19,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from statistics import stdev
+from types import ModuleType
 
 import train_zoodip
 from reproduction import stats
-from reproduction.experiments import Experiment, Row
+from reproduction.experiments import SYSTEMS, Experiment, Row
 from reproduction.worlds import World
-from trainers import gf_ti, textual_inversion
+from trainers import diffusekrona, dreambooth, gf_ti, qlora, textual_inversion, tuneqdm
 from zoodip.errors import InputError
 from zoodip.files import write_atomically
 
 # Each a module with `parse_args(argv)`, `main(args) -> exit code` and the files of a `zoodip.run.Run`.
-METHODS = {"zoodip": train_zoodip, "ti": textual_inversion, "gf_ti": gf_ti}
-UNTRAINED = ("initial", "described")  # a token that nothing is learned for: the class word's, or those of a full description
+METHODS = {"zoodip": train_zoodip, "ti": textual_inversion, "gf_ti": gf_ti,
+           "dreambooth": dreambooth, "qlora": qlora, "tuneqdm": tuneqdm, "diffusekrona": diffusekrona}  # fmt: skip
+# Nothing is learned: a token that is the class word's, or those of a full description; the model itself, in a script's bits.
+UNTRAINED = {"initial": train_zoodip, "described": train_zoodip, "untuned": qlora, "untuned_integers": tuneqdm}
+# What a method leaves. Those that are here tune weights, and call the subject by an identifier and its class word.
+LEARNED = {dreambooth: "unet", qlora: "pytorch_lora_weights.safetensors", tuneqdm: "tuned_scales.safetensors",
+           diffusekrona: "pytorch_lokr_weights.safetensors"}  # fmt: skip
 
 SNAPSHOTS = 8  # tokens of a run that the learning curve shows, beside the first
 QUICK_SPEEDUP = 4  # --quick has so many times fewer steps
-ARCHIVE = "runs.tar.xz"  # in the folder of a report: token, curve and scores of each of its runs
+ARCHIVE = "runs.tar.xz"  # in the folder of a report: token, curve and scores of each of its runs; tuned weights are too large
 ARCHIVED = re.compile(r"[0-9a-f]{12}/(spec|result|scores-[0-9a-f]{12})\.json|[0-9a-f]{12}/learned_embeds\.safetensors")
 
 
@@ -50,6 +57,7 @@ class Settings:
     dino: str | None
     subjects: tuple[str, ...] | None = None  # instead of the world's or the experiment's
     seeds: tuple[int, ...] | None = None
+    rates: dict[str, float] = field(default_factory=dict)  # chosen for the systems of weight tuning, before the world's
     extra: dict = field(default_factory=dict)  # flags of train_zoodip.py for every run
     missing: set[str] = field(default_factory=set)  # scorers that are not to be had
     quick: bool = False
@@ -66,6 +74,14 @@ class Settings:
     def folder(self, spec: dict) -> Path:
         return self.output / "runs" / digest(spec)
 
+    def rate(self, row: Row) -> dict:
+        """The learning rate of a row that has the rate of a system, as a flag."""
+        if row.rate_of is None:
+            return {}
+        rates = {system: published for system, (_, _, published) in SYSTEMS.items()} | self.world.start_rates
+        rates |= {} if row.of_grid else self.rates
+        return dict(learning_rate=float(f"{rates[row.rate_of] * row.rate_factor:.3g}"))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Specifications
@@ -76,14 +92,39 @@ def digest(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def script_of(method: str) -> ModuleType:
+    """The script of a method, or of one that is untrained the script whose start it is."""
+    return METHODS[method] if method in METHODS else UNTRAINED[method]
+
+
+def tunes_weights(method: str) -> bool:
+    return script_of(method) in LEARNED
+
+
+def learned_path(spec: dict, settings: Settings) -> Path:
+    """The file or folder that a run leaves."""
+    return settings.folder(spec) / LEARNED.get(script_of(spec["method"]), "learned_embeds.safetensors")
+
+
+def stored_bytes(spec: dict, settings: Settings) -> int:
+    """Of what a run leaves; 0 where nothing was learned and the model is what there was."""
+    path = learned_path(spec, settings)
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*")))
+
+
 def parse(method: str, argv: list[str]) -> argparse.Namespace:
     """A run's arguments, by its method's own parser, which exits in one line where one is wrong."""
-    return METHODS.get(method, train_zoodip).parse_args(argv)
+    return script_of(method).parse_args(argv)
+
+
+def word_flag(method: str) -> str:
+    """The flag of the word for the subject's class."""
+    return "--class_word" if tunes_weights(method) else "--initializer_token"
 
 
 @lru_cache
 def flag_names(method: str) -> set[str]:
-    return set(vars(parse(method, ["--train_data_dir", "x", "--initializer_token", "x"])))
+    return set(vars(parse(method, ["--train_data_dir", "x", word_flag(method), "x"])))
 
 
 def make_spec(settings: Settings, method: str, subject: str, seed: int, flags: dict, cost: bool = False) -> dict:
@@ -95,6 +136,8 @@ def make_spec(settings: Settings, method: str, subject: str, seed: int, flags: d
     if "max_train_steps" in all_flags:
         steps = settings.dry_steps or round(all_flags["max_train_steps"] / (QUICK_SPEEDUP if settings.quick else 1))
         all_flags["max_train_steps"] = (settings.dry_steps or world.cost_steps) if cost else steps
+    if settings.dry_steps and "num_class_images" in all_flags:
+        all_flags["num_class_images"] = settings.dry_steps
     spec = dict(world=world.name, model=settings.model_id, method=method, subject=subject, seed=seed, flags=all_flags)
     return spec | {"cost": True} if cost else spec
 
@@ -104,7 +147,7 @@ def spec_argv(spec: dict, settings: Settings) -> list[str]:
     world, subject = settings.world, spec["subject"]
     described = spec["method"] == "described"
     argv = ["--pretrained_model_name_or_path", settings.model, "--train_data_dir", str(world.data / subject),
-            "--initializer_token", world.description(subject) if described else world.class_word(subject),
+            word_flag(spec["method"]), world.description(subject) if described else world.class_word(subject),
             "--seed", str(spec["seed"]), "--cc_file", str(world.captions), "--no-final_picture",
             "--output_dir", str(settings.folder(spec))]  # fmt: skip
     for name, value in spec["flags"].items():
@@ -141,6 +184,8 @@ class Job:
 
 def subjects_of(experiment: Experiment, settings: Settings) -> tuple[str, ...]:
     world = settings.world
+    if experiment.chooses_rates:
+        return settings.subjects or world.grid_subjects
     subjects = settings.subjects or (experiment.paper_subjects if world.paper_subjects else world.subjects)
     return subjects[:1] if experiment.kind == "cost" or (experiment.one_seed and settings.quick) else subjects
 
@@ -152,11 +197,15 @@ def seeds_of(experiment: Experiment, settings: Settings) -> tuple[int, ...]:
 
 
 def jobs_of(experiment: Experiment, row: Row, settings: Settings) -> list[Job]:
-    """The runs of a row."""
+    """The runs of a row. One whose rate was chosen on some subjects is not reported on these."""
+    if row.spread_of:
+        return []
+    chosen_on = settings.world.grid_subjects if row.rate_of and not row.of_grid else ()
     seeds = seeds_of(experiment, settings)[: 1 if row.method in UNTRAINED else None]  # nothing is drawn before the first step
     kinds = {experiment.kind} & {"scores", "inter"}
-    return [Job(make_spec(settings, row.method, subject, seed, row.flags, experiment.kind == "cost"), kinds)
-            for subject in subjects_of(experiment, settings) for seed in seeds]  # fmt: skip
+    flags = row.flags | settings.rate(row)
+    return [Job(make_spec(settings, row.method, subject, seed, flags, experiment.kind == "cost"), kinds)
+            for subject in subjects_of(experiment, settings) if subject not in chosen_on for seed in seeds]  # fmt: skip
 
 
 def cost_jobs(experiment: Experiment, row: Row, settings: Settings) -> list[Job]:
@@ -164,7 +213,7 @@ def cost_jobs(experiment: Experiment, row: Row, settings: Settings) -> list[Job]
     if not experiment.with_cost or row.method in UNTRAINED:
         return []
     subject, seed = subjects_of(experiment, settings)[0], seeds_of(experiment, settings)[0]
-    return [Job(make_spec(settings, row.method, subject, seed, row.flags, cost=True), set())]
+    return [Job(make_spec(settings, row.method, subject, seed, row.flags | settings.rate(row), cost=True), set())]
 
 
 def plan(experiments: Iterable[Experiment], settings: Settings) -> list[Job]:
@@ -194,7 +243,7 @@ def estimated_seconds(job: Job, settings: Settings) -> float:
     judged = (SNAPSHOTS + 2) * settings.eval_samples
     for kind in job.kinds:
         pictures = evaluation(settings, kind)["images"] * (len(settings.prompts(spec["subject"])) if kind == "scores" else 1)
-        judged += pictures * settings.inference_steps * 2
+        judged += pictures * settings.inference_steps * (3 if kind == "scores" and tunes_weights(spec["method"]) else 2)
     return seconds + judged * world.seconds_per_forward
 
 
@@ -246,6 +295,9 @@ def collect(experiment: Experiment, settings: Settings) -> dict[str, stats.Recor
             for record in records.values():
                 record.update({name: cost[name] for name in ("steps_per_second", "peak_memory_gb") if name in cost})
         found[row.label] = records
+    for row in experiment.rows:
+        if row.spread_of:
+            found[row.label] = spread([found[label] for label in row.spread_of], experiment.columns)
     stats.add_equal_budgets(found)
     if experiment.gap is not None:
         stats.add_gaps(found, *experiment.gap)
@@ -253,6 +305,15 @@ def collect(experiment: Experiment, settings: Settings) -> dict[str, stats.Recor
         removed = stats.control_removed(kind, settings.world.scaled(128), 1e-3, settings.world.width, 30)
         found[label] = {("", 0): stats.derived(dict(removed=removed), settings.world.scaled(128))}
     return found
+
+
+def spread(rows: list[stats.Records], scores: Iterable[str]) -> stats.Records:
+    """The standard deviation of each score over rows, of every run that all of them have."""
+    records: stats.Records = {}
+    for run in set.intersection(*(set(records) for records in rows)):
+        values = {score: [records[run][score] for records in rows if score in records[run]] for score in scores}
+        records[run] = {score: stdev(some) for score, some in values.items() if len(some) == len(rows)}
+    return records
 
 
 def pack_runs(jobs: list[Job], settings: Settings, path: Path) -> None:

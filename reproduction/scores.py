@@ -12,8 +12,10 @@ import hashlib
 import json
 import re
 import sys
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -24,6 +26,7 @@ from zoodip.model import model_digest
 from zoodip.pictures import Drawer, picture_sheet
 from zoodip.prompts import build_prompts, load_tokenizer
 from zoodip.subject import open_image
+from zoodip.weight_tuning import encode_texts, in_words, plain_prompts
 
 INTER_PROMPT = "a photo of a {}"
 
@@ -32,29 +35,89 @@ INTER_PROMPT = "a photo of a {}"
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Learned(Protocol):
+    """What a run learned, as prompts need it."""
+
+    @property
+    def variant(self) -> str | None:
+        """Of the model's weight files."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Of what it is: pictures of equal digests are the same."""
+        ...
+
+    def states(self, drawer: Drawer, prompts: list[str]) -> torch.Tensor:
+        """Text states [P + 1, L, d] of prompts, {} being the subject, and of the empty prompt, the last."""
+        ...
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token theta [V, d] in the place of {}."""
+
+    theta: torch.Tensor
+    placeholder_token: str
+    variant: str | None
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.theta.contiguous().numpy().tobytes()).hexdigest()
+
+    def states(self, drawer: Drawer, prompts: list[str]) -> torch.Tensor:
+        word, vectors = self.placeholder_token, len(self.theta)
+        tokenizer = load_tokenizer(drawer.folder, word, vectors)
+        return drawer.encode(build_prompts(tokenizer, drawer.folder, self.variant, [*prompts, ""], word, vectors), self.theta)
+
+
+@dataclass(frozen=True)
+class Words:
+    """What tuned weights know the subject by: its identifier and class word in the place of {}."""
+
+    digest: str  # of the tuned weights, which the drawer has
+    identifier: str
+    class_word: str
+    variant: str | None
+    quantization: str  # of the text encoder
+
+    def states(self, drawer: Drawer, prompts: list[str]) -> torch.Tensor:
+        texts = [in_words(prompt, self.identifier, self.class_word) for prompt in prompts]
+        plain, weight = plain_prompts(drawer.folder, self.variant, [*texts, ""]), drawer.pipeline.unet.conv_in.weight
+        return encode_texts(drawer.folder, self.variant, plain, self.quantization, weight.dtype, weight.device)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 over the bytes of a file, or of all files of a folder in the order of their names."""
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.glob("*")):
+        with open(file, "rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
 class PictureCache:
-    """Pictures of a token, one file for each, drawn once. `settings`: what they depend on beside the model and the drawer."""
+    """Pictures of what was learned, one file for each, drawn once. `settings`: what they depend on beside that, the model and the
+    drawer."""
 
-    def __init__(self, drawer: Drawer, cache: Path, variant: str | None, placeholder_token: str, settings: list):
-        self.drawer, self.cache, self.variant, self.placeholder_token = drawer, cache, variant, placeholder_token
-        self.settings = [model_digest(drawer.folder, variant), *settings, drawer.resolution]
+    def __init__(self, drawer: Drawer, cache: Path, learned: Learned, settings: list):
+        self.drawer, self.cache, self.learned = drawer, cache, learned
+        self.settings = [model_digest(drawer.folder, learned.variant), *settings, drawer.resolution]
 
-    def path(self, theta: torch.Tensor, prompt: str, seed: int) -> Path:
+    def path(self, prompt: str, seed: int) -> Path:
         """The file of a picture: its name tells all that it depends on."""
-        token = hashlib.sha256(theta.contiguous().numpy().tobytes()).hexdigest()
-        depends = [token, prompt, seed, *self.settings, self.drawer.steps, self.drawer.guidance]
+        depends = [self.learned.digest, prompt, seed, *self.settings, self.drawer.steps, self.drawer.guidance]
         return self.cache / f"{slug(prompt)}-{seed}-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]}.png"
 
-    def pictures(self, theta: torch.Tensor, prompts: list[str], seeds: range) -> list[list[Image.Image]]:
-        """Pictures [prompt][seed] of prompts (each with {}) with theta [V, d]; a seed is the same first noise for all of them."""
+    def pictures(self, prompts: list[str], seeds: range) -> list[list[Image.Image]]:
+        """Pictures [prompt][seed] of prompts, {} being the subject; a seed is the same first noise for all of them."""
         self.cache.mkdir(parents=True, exist_ok=True)
-        paths = {(prompt, seed): self.path(theta, prompt, seed) for prompt in prompts for seed in seeds}
+        paths = {(prompt, seed): self.path(prompt, seed) for prompt in prompts for seed in seeds}
         missing = [wanted for wanted, path in paths.items() if not path.exists()]
         if missing:
             texts = sorted({prompt for prompt, _ in missing})
-            tokenizer = load_tokenizer(self.drawer.folder, self.placeholder_token, len(theta))
-            rows = build_prompts(tokenizer, self.drawer.folder, self.variant, [*texts, ""], self.placeholder_token, len(theta))
-            drawn = self.drawer.draw(rows, theta, [(texts.index(prompt), seed) for prompt, seed in missing])
+            states = self.learned.states(self.drawer, texts)
+            drawn = self.drawer.draw_states(states, [(texts.index(prompt), seed) for prompt, seed in missing])
             bar = tqdm(drawn, desc="drawing", unit="picture", leave=False, total=len(missing))
             for wanted, image in zip(missing, bar, strict=True):
                 write_image(paths[wanted], image)
@@ -67,7 +130,7 @@ def slug(prompt: str) -> str:
 
 def contact_sheet(references: list[Image.Image], pictures: list[list[Image.Image]], prompts: list[str],
                   per_prompt: int = 3) -> Image.Image:  # fmt: skip
-    """The references, then the first pictures of every prompt with the prompt below."""
+    """The references, then the first pictures of every prompt with the prompt below; <*> is the subject."""
     per_prompt = min(per_prompt, len(pictures[0]))
     chunks = [references[first : first + per_prompt] for first in range(0, len(references), per_prompt)]
     blocks = [(chunk, "references") for chunk in chunks]

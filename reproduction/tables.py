@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""The paper's tables of the token methods, each a list of runs: does what is not done, then writes RESULTS.md and plots.
+"""The paper's tables, each a list of runs: does what is not done, then writes RESULTS.md and plots.
 
     python -m reproduction.tables                                  # the miniature, everything
     python -m reproduction.tables --quick --jobs 2                 # the same in about 20 minutes: 2 subjects, 1 seed, short runs
     python -m reproduction.tables --tables 3 S4 --jobs 2           # some tables
+    python -m reproduction.tables --tables TuningRates            # choose the learning rates of weight tuning, by pictures
+    python -m reproduction.tables --tables Tuning TuneQDM KronA --subjects vaxmo mexti runma      # weight tuning's own tables
     python -m reproduction.tables --dry_run                        # what would run, and how long
     python -m reproduction.tables --shard 1/8                      # the first of eight machines; then, on one, without it
     python -m reproduction.tables --world sd15 --data dataset --prompts dataset/prompts_and_classes.txt
@@ -21,7 +23,7 @@ import sys
 from pathlib import Path
 
 import train_zoodip
-from reproduction import report, runs, workers
+from reproduction import rates, report, runs, workers
 from reproduction.experiments import BY_NAME
 from reproduction.runs import Job, Settings
 from reproduction.scores import load_scorer
@@ -56,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help=f"folder for RESULTS.md, results.json, plots and {runs.ARCHIVE}, whose runs are taken from there; default: --output",
     )
+    add("--rates", type=Path, default=rates.FILE, help="learning rates of weight tuning, as --tables TuningRates chose them")
     add("--jobs", type=int, default=1, help="runs at once")
     add("--threads", type=int, default=1, help="CPU threads of each")
     add("--shard", default=None, metavar="I/K", help="do only every K-th run, from the I-th; write no report")
@@ -128,6 +131,8 @@ def make_settings(args: argparse.Namespace) -> Settings:
     if args.quick or args.dry_steps:
         settings.seeds = settings.seeds or world.seeds[:1]
         settings.subjects = settings.subjects or world.subjects[: 1 if args.dry_steps else 2]
+    if world.grid_subjects and any(row.rate_of and not row.of_grid for name in args.tables for row in BY_NAME[name].rows):
+        settings.rates = rates.read_rates(args.rates, settings.model_id)
     return settings
 
 
@@ -161,6 +166,9 @@ def main(args: argparse.Namespace) -> None:
         failures = workers.run_jobs(mine, settings, args.jobs)
     if args.shard is None:
         report.write_report(args.tables, jobs, settings, folder)
+        if any(BY_NAME[name].chooses_rates for name in args.tables):
+            trial = args.quick or args.dry_steps  # its rates mean nothing
+            rates.write_rates(settings, folder / args.rates.name if trial else args.rates)
     if failures:
         raise InputError(f"{len(failures)} runs failed, the first: {failures[0]}; fix it and start the same command again")
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from reproduction import runs
-from reproduction.judging import Judge, snapshot_steps
+from reproduction.judging import open_judge, snapshot_steps
 from reproduction.runs import METHODS, UNTRAINED, Job, Settings
 from zoodip.arguments import SHARED_SETTINGS, flags_for, settings_of
 from zoodip.checkpoints import checkpoint_step, list_checkpoints
@@ -45,7 +46,8 @@ def learn(spec: dict, settings: Settings) -> dict:
     args, folder = runs.spec_args(spec, settings), settings.folder(spec)
     record, steps = folder / "run.json", args.max_train_steps
     if not record.exists() or json.loads(record.read_text())["step"] < steps:  # else only the judging was interrupted
-        args.eval_steps, args.save_steps, args.resume_from_checkpoint = 0, snapshot_steps(steps)[0], "latest"
+        snapshots = 0 if runs.tunes_weights(spec["method"]) else snapshot_steps(steps)[0]
+        args.eval_steps, args.save_steps, args.resume_from_checkpoint = 0, snapshots, "latest"
         args.checkpoints_total_limit = 0
         if hasattr(args, "tau"):  # at the refreshes of Subspace Gradient, for `removed_directions`
             args.checkpointing_steps = args.tau
@@ -65,7 +67,10 @@ def removed_directions(folder: Path, every: int) -> list[int]:
 
 
 def leave_untrained(spec: dict, settings: Settings) -> None:
-    """The token that nothing was learned for, as a run leaves one: of a description as many vectors as it has words."""
+    """The token that nothing was learned for, as a run leaves one: of a description as many vectors as it has words. Untuned
+    weights are the model's, and nothing is left."""
+    if runs.tunes_weights(spec["method"]):
+        return
     args = runs.spec_args(spec, settings)
     folder = find_model_folder(settings.model, args.revision, args.variant)
     tokenizer = load_tokenizer(folder, args.placeholder_token, 1)
@@ -89,7 +94,7 @@ def measure_cost(spec: dict, settings: Settings) -> None:
     names = ("steps_per_second", "peak_memory_gb", "device", "versions", "commit")
     write_json(folder / "result.json", dict(
         spec=spec, **{name: run[name] for name in names}, forwards=run["unet_forwards"],
-        stored_bytes=(folder / "learned_embeds.safetensors").stat().st_size))  # fmt: skip
+        stored_bytes=runs.stored_bytes(spec, settings)))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,22 +106,23 @@ def do(job: Job, settings: Settings) -> None:
     """What is not there yet of one job."""
     spec, folder = job.spec, settings.folder(job.spec)
     folder.mkdir(parents=True, exist_ok=True)
+    judge = cache(lambda: open_judge(spec, settings))
     if not (folder / "result.json").exists():
         write_json(folder / "spec.json", spec)
         if spec.get("cost"):
             measure_cost(spec, settings)
         elif spec["method"] in UNTRAINED:
             leave_untrained(spec, settings)
-            write_json(folder / "result.json", Judge(spec, settings).result(None))
+            write_json(folder / "result.json", judge().result(None))
         else:
             run = learn(spec, settings)
-            result = Judge(spec, settings).result(run) | dict(removed=removed_directions(folder, spec["flags"].get("tau", 128)))
+            result = judge().result(run) | dict(removed=removed_directions(folder, spec["flags"].get("tau", 128)))
             write_json(folder / "result.json", result)
             for path in list_checkpoints(folder):  # they were to go on from
                 path.unlink()
     for kind in sorted(job.kinds):
         if not runs.scored(folder, settings, kind):
-            Judge(spec, settings).score(kind)
+            judge().score(kind)
 
 
 def start_worker(threads: int) -> None:

@@ -39,6 +39,11 @@ DREAMBOOTH = tuple(
     "shiny_sneaker teapot vase wolf_plushie".split())  # fmt: skip
 
 
+# Steps as published; the settings beside them are the scripts' own.
+TUNERS = {"dreambooth": dict(max_train_steps=400), "qlora": dict(max_train_steps=500), "tuneqdm": dict(max_train_steps=400),
+          "diffusekrona": dict(max_train_steps=500), "untuned": {}, "untuned_integers": {}}  # fmt: skip
+
+
 class World:
     """What the two have in common."""
 
@@ -46,6 +51,8 @@ class World:
     model: str
     width: int  # of a token; what the paper gives for 768 scales with it: tau, GF-TI's intrinsic dimension
     methods: dict[str, dict]  # flags of each method
+    start_rates: dict[str, float] = {}  # of `experiments.SYSTEMS`, where they are not the published ones: a grid's middle
+    grid_subjects: tuple[str, ...] = ()  # on which rates are chosen
     subjects: tuple[str, ...]
     paper_subjects = False  # whether a table is of its `paper_subjects`, and not of the world's
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -116,7 +123,12 @@ class Miniature(World):
         "ti": dict(max_train_steps=1000, learning_rate=5e-3),
         "gf_ti": dict(max_train_steps=433, intrinsic_dim=85),  # the paper's 13,000 to ZOODiP's 30,000
         "initial": dict(use_cc=True), "described": dict(use_cc=True),
+        **TUNERS, "diffusekrona": TUNERS["diffusekrona"] | dict(a1=4, a2=16),  # nearest to the numbers of LoRA r = 2
     }  # fmt: skip
+    # 3 to 20 times the published ones, at which so small a model hardly changes; from single runs on furmix.
+    start_rates = {"DreamBooth": 5e-5, "QLoRA": 2e-3, "PEQA": 1e-5, "PEQA, 4 bit": 1.7e-4, "TuneQDM": 1e-5,
+                   "TuneQDM, 4 bit": 1.7e-4, "DiffuseKronA": 2e-3}  # fmt: skip
+    grid_subjects = ("ronfo", "zafpux")
     subjects = tuple(breed.name for breed in held_out_breeds()[:4])
     images, inference_steps, guidance = 2, 25, 5.0
     clip, dino = str(ROOT / "miniature" / "clip"), None
@@ -216,6 +228,7 @@ class StableDiffusion15(World):
         "zoodip": dict(use_cc=True, max_train_steps=30000, quantization="int8"),
         "ti": dict(max_train_steps=5000, quantization="int8"),
         "gf_ti": dict(max_train_steps=13000, quantization="int8"), "initial": dict(use_cc=True, quantization="int8"),
+        **TUNERS,
     }  # fmt: skip
     subjects, paper_subjects = ("shiny_sneaker",), True
     images, inference_steps, guidance = 5, 50, 7.5

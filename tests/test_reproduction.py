@@ -23,11 +23,23 @@ from PIL import Image
 from safetensors.torch import load_file, save
 
 import train_zoodip
-from reproduction import evaluate, plots, prompts, report, runs, scores, stats, tables, workers, worlds
-from reproduction.experiments import BY_NAME, CLAIM_COLUMNS, CLAIMS, COLUMNS, EXPERIMENTS, QUALITY_AND_MEMORY, TAUS
+from reproduction import evaluate, judging, plots, prompts, rates, report, runs, scores, stats, tables, workers, worlds
+from reproduction.experiments import (
+    BY_NAME,
+    CLAIM_COLUMNS,
+    CLAIMS,
+    COLUMNS,
+    EXPERIMENTS,
+    GRID_FACTORS,
+    QUALITY_AND_MEMORY,
+    SYSTEMS,
+    TAUS,
+)
 from trainers import gauss_newton
 from zoodip.errors import InputError
+from zoodip.model import load_unet
 from zoodip.prompts import read_embedding, save_embedding
+from zoodip.tuned_files import load_tuned_pipeline
 
 PROMPT_FILE = """Classes
 
@@ -162,38 +174,39 @@ def test_scorers_clip_and_dino(tmp_path, capsys):
 def cache(tiny_model, subject, tmp_path):
     flags = train_zoodip.parse_args(arguments(tiny_model, subject, tmp_path))
     drawer = evaluate.load_drawer(flags, torch.device("cpu"), steps=2, guidance=5.0, batch_size=2)
-    return scores.PictureCache(drawer, tmp_path / "cache", None, "<sks>", ["nf4", "fp32"])
+    return scores.PictureCache(drawer, tmp_path / "cache", scores.Token(THETA, "<sks>", None), ["nf4", "fp32"])
 
 
 THETA = torch.randn(1, 32, generator=seeded(0))
 
 
 def test_pictures_are_drawn_once(cache):
-    drawn, draw = [], cache.drawer.draw
-    cache.drawer.draw = lambda rows, theta, wanted: drawn.extend(wanted) or draw(rows, theta, wanted)
-    first = cache.pictures(THETA, ["a photo of {}", "{} in the snow"], range(2))
+    drawn, draw = [], cache.drawer.draw_states
+    cache.drawer.draw_states = lambda states, wanted: drawn.extend(wanted) or draw(states, wanted)
+    first = cache.pictures(["a photo of {}", "{} in the snow"], range(2))
     assert len(drawn) == 4 and len(list(cache.cache.iterdir())) == 4
-    again = cache.pictures(THETA, ["a photo of {}", "{} in the snow"], range(2))
+    again = cache.pictures(["a photo of {}", "{} in the snow"], range(2))
     assert len(drawn) == 4
     assert all(np.array_equal(a, b) for row, other in zip(first, again, strict=True) for a, b in zip(row, other, strict=True))
-    cache.pictures(THETA, ["a photo of {}"], range(3))  # interrupted, or more wanted: only what is missing
+    cache.pictures(["a photo of {}"], range(3))  # interrupted, or more wanted: only what is missing
     assert drawn[4:] == [(0, 2)]
-    cache.pictures(THETA + 1e-6, ["a photo of {}"], range(1))  # another token
+    cache.learned = replace(cache.learned, theta=THETA + 1e-6)  # another token
+    cache.pictures(["a photo of {}"], range(1))
     assert drawn[5:] == [(0, 0)]
     cache.drawer.guidance = 7.5
-    cache.pictures(THETA, ["a photo of {}"], range(1))
+    cache.pictures(["a photo of {}"], range(1))
     assert drawn[6:] == [(0, 0)]
 
 
 def test_a_picture_does_not_depend_on_its_batch(cache):
     """Else a resumed evaluation would differ from an uninterrupted one. 2 of 255: rounding of another batch size."""
-    alone = scores.PictureCache(cache.drawer, cache.cache, None, "<sks>", ["alone"])
+    alone = scores.PictureCache(cache.drawer, cache.cache, cache.learned, ["alone"])
     texts = ["a photo of {}", "{} in the snow"]
-    both = cache.pictures(THETA, texts, range(2))
+    both = cache.pictures(texts, range(2))
     for k, prompt in enumerate(texts):
         for seed in range(2):
-            path = alone.path(THETA, prompt, seed)
-            (picture,) = alone.pictures(THETA, [prompt], range(seed, seed + 1))[0]
+            path = alone.path(prompt, seed)
+            (picture,) = alone.pictures([prompt], range(seed, seed + 1))[0]
             assert path.exists()
             assert np.abs(np.asarray(both[k][seed], int) - np.asarray(picture, int)).max() <= 2
 
@@ -238,6 +251,29 @@ def test_evaluate_command(tiny_model, subject, tmp_path, capsys):
     assert Image.open(tmp_path / "out" / "dog6.png").width > 200
 
 
+@pytest.mark.parametrize("method", ["qlora", "dreambooth"])
+def test_evaluate_command_of_tuned_weights(tiny_model, subject, tmp_path, method):
+    """Of a run's file or folder alone: with its own words, on weights as they were in training."""
+    tuning = dict(class_word="dog", initializer_token=None, tau=None, nu=None, mu=None, max_train_steps=1, eval_steps=0)
+    assert run_cli(arguments(tiny_model, subject, tmp_path / "run", identifier="zwx", **tuning), runs.METHODS[method]) == 0
+    (tmp_path / "prompts.txt").write_text("a photo of {}\n")
+    tuned = tmp_path / "run" if method == "dreambooth" else tmp_path / "run" / "pytorch_lora_weights.safetensors"
+    argv = ["--tuned", str(tuned), "--references", str(subject), "--class_word", "dog", "--images", "1", "--inference_steps", "2",
+            "--prompts", str(tmp_path / "prompts.txt"), "--resolution", "16", "--output", str(tmp_path / "out"), "--cpu",
+            "--pretrained_model_name_or_path", str(tiny_model)]  # fmt: skip
+    evaluate.main(evaluate.parse_args(argv), load=lambda name, device: LineScorer())
+    assert set(json.loads((tmp_path / "out" / "scores.json").read_text())["mean"]) == {"CLIP-T", "CLIP-I", "DINO"}
+    (picture,) = (tmp_path / "out" / "dog6").glob("*.png")
+    pipeline = load_tuned_pipeline(str(tiny_model), tuned)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.Generator().manual_seed(0)
+    expected = pipeline("a photo of zwx dog", num_inference_steps=2, height=16, width=16, generator=noise).images[0]
+    assert np.abs(np.asarray(Image.open(picture), int) - np.asarray(expected, int)).max() <= 2  # rounding of another batch
+    argv[1] = str(tmp_path / "prompts.txt")
+    with pytest.raises(InputError, match="holds no tuned weights"):
+        evaluate.main(evaluate.parse_args(argv), load=lambda name, device: LineScorer())
+
+
 TOKEN = torch.ones(1, 32)
 
 
@@ -269,7 +305,7 @@ def test_embeddings_of_others(tmp_path):
 @pytest.mark.parametrize(("flags", "words"), [
     (["--images", "0"], "--images must be at least 1, got 0"), (["--inter_images", "1"], "got 1"),
     (["--guidance", "0.5"], "--guidance must be at least 1"), (["--references", "a", "b"], "2 folders for 1 embeddings"),
-    (["--quantization", "int3"], "invalid choice: 'int3'"),
+    (["--quantization", "int3"], "invalid choice: 'int3'"), (["--tuned", "z"], "--embeddings or --tuned is required, one of"),
 ])  # fmt: skip
 def test_wrong_flags_of_an_evaluation(capsys, flags, words):
     """Refused in one line, before anything is read."""
@@ -320,7 +356,8 @@ def test_every_run_of_every_table_has_valid_arguments(tmp_path, flags):
         args = runs.spec_args(job.spec, settings)
         subject = job.spec["subject"]
         words = settings.world.description(subject) if job.spec["method"] == "described" else settings.world.class_word(subject)
-        assert args.seed == job.spec["seed"] and args.initializer_token == words
+        word = args.class_word if runs.tunes_weights(job.spec["method"]) else args.initializer_token
+        assert args.seed == job.spec["seed"] and word == words
         assert json.loads(json.dumps(job.spec)) == job.spec
         assert runs.estimated_seconds(job, settings) > 0
         if "--variant" in flags:
@@ -330,6 +367,9 @@ def test_every_run_of_every_table_has_valid_arguments(tmp_path, flags):
 def test_the_full_miniature_plan(tmp_path):
     """At least 3 subjects x 3 seeds, in at most 12 core hours; tau in proportion to the token; runs shared between tables."""
     settings = settings_of(tmp_path)
+    specs = [job.spec for job in plan_of(settings) if runs.tunes_weights(job.spec["method"]) and "cost" not in job.spec]
+    steps = {spec["method"]: spec["flags"]["max_train_steps"] for spec in specs}
+    assert steps == {"dreambooth": 400, "qlora": 500, "tuneqdm": 400, "diffusekrona": 500}  # as published
     assert sum(runs.estimated_seconds(job, settings) for job in plan_of(settings)) < 12 * 3600
     for name in ("1", "3", "5", "S4", "S5", "S6"):
         assert len(runs.subjects_of(BY_NAME[name], settings)) >= 3 and len(runs.seeds_of(BY_NAME[name], settings)) >= 3
@@ -355,6 +395,68 @@ def test_the_report_names_the_command_that_makes_it(tmp_path, flags):
     assert [job.spec for job in plan_of(tables.make_settings(again), *again.tables)] == [job.spec for job in jobs]
     steps = {job.spec["flags"]["max_train_steps"] for job in jobs if job.spec["method"] == "zoodip" and "cost" not in job.spec}
     assert f"- {steps.pop():,} steps at learning rate " in text and not steps
+
+
+def test_rates_are_chosen_by_pictures_and_read_from_their_file(tmp_path, capsys):
+    """The highest sum of attributes, scenes and accessories; not the loss. The file is of the weights it names, and rows learn at
+    its rates, but for those of the grid and at published rates; not on the subjects of the grid."""
+    settings = settings_of(tmp_path, "--tables", "TuningRates")
+    grid, path = BY_NAME["TuningRates"], tmp_path / "rates.json"
+    best = {system: GRID_FACTORS[k % 3] for k, system in enumerate(SYSTEMS)}
+    for row in grid.rows:
+        for job in runs.jobs_of(grid, row, settings):
+            assert job.spec["subject"] in settings.world.grid_subjects
+            right = 0.7 if row.rate_factor == best[row.rate_of] else 0.6
+            worst = {"attributes": right, "scene": 0.9, "accessory": 0.5, "drift": 0.2}
+            fake_run(settings, job.spec, forwards=400, loss=right / 10, scores=worst)
+    rates.write_rates(settings, path)
+    said, notes = capsys.readouterr(), json.loads(path.read_text())
+    start = settings.world.start_rates
+    assert notes["chosen"] == {system: float(f"{start[system] * factor:.3g}") for system, factor in best.items()}
+    assert set(notes["at_edge"]) == {system for system, factor in best.items() if factor != 1} and "widened" in said.err
+    assert len(notes["cells"]) == 21 and notes["cells"][0]["sum"] == pytest.approx(0.7 + 0.9 + 0.5)
+    assert notes["subjects"] == list(settings.world.grid_subjects) and notes["model"] == settings.model_id
+
+    later = settings_of(tmp_path, "--tables", "1", "--rates", str(path), "--subjects", "furmix", "ronfo")
+    assert later.rates == notes["chosen"]
+    rows = {row.label: row for row in BY_NAME["1"].rows}
+    (job, *_) = runs.jobs_of(BY_NAME["1"], rows["QLoRA"], later)
+    assert job.spec["flags"]["learning_rate"] == notes["chosen"]["QLoRA"]
+    assert {job.spec["subject"] for job in runs.jobs_of(BY_NAME["1"], rows["QLoRA"], later)} == {"furmix"}
+    published = runs.jobs_of(BY_NAME["1"], rows["QLoRA, published rate"], later)
+    assert {job.spec["subject"] for job in published} == {"furmix", "ronfo"}
+    assert published[0].spec["flags"]["learning_rate"] == 1e-4
+    assert later.rate(grid.rows[1]) == {"learning_rate": start["DreamBooth"]}  # the grid stays where it is
+
+    path.write_text(json.dumps(notes | dict(model="another")))
+    assert settings_of(tmp_path, "--tables", "1", "--rates", str(path)).rates == {}
+    assert "of other weights" in capsys.readouterr().err
+    (settings.folder(job.spec) / "result.json").unlink(missing_ok=True)
+    (job, *_) = runs.jobs_of(grid, grid.rows[0], settings)
+    (settings.folder(job.spec) / "result.json").unlink()
+    rates.write_rates(settings, tmp_path / "none.json")
+    assert not (tmp_path / "none.json").exists() and "none is chosen" in capsys.readouterr().err
+
+
+def test_the_spread_of_rows_is_theirs_run_by_run(tmp_path):
+    """Standard deviation over four rates, of each run; what varies more beats what varies less in the claim's sign."""
+    settings = settings_of(tmp_path, "--tables", "KronA", "--subjects", "furmix", "meppor", "vaxmo")
+    experiment = BY_NAME["KronA"]
+    for row in sorted(experiment.rows, key=lambda row: "KronA's rate" not in row.label):  # which share runs with the others
+        for job in runs.jobs_of(experiment, row, settings):
+            if settings.folder(job.spec).exists():
+                continue
+            wide = 0.1 if row.method == "qlora" else 0.01
+            shift = {"furmix": 0, "meppor": 1, "vaxmo": 2}[job.spec["subject"]] / 1000
+            score = 0.5 + (wide + shift) * row.rate_factor if row.rate_of == "DiffuseKronA" else 0.5
+            fake_run(settings, job.spec, forwards=400, loss=0.1, scores={"CLIP-I": score})
+    rows = runs.collect(experiment, settings)
+    spread = rows["QLoRA, spread over the four rates"]
+    assert {run[0] for run in spread} == {"furmix", "meppor", "vaxmo"}
+    assert spread["meppor", 0]["CLIP-I"] == pytest.approx(np.std([0.101 * f for f in (0.2, 0.4, 1.0, 2.0)], ddof=1))
+    (claim,) = [claim for claim in CLAIMS if "varies more" in claim.text]
+    finding = stats.judge(claim, rows, {})
+    assert finding.verdicts == {"CLIP-I": "holds here"} and finding.differences["CLIP-I"][2] == 3
 
 
 def test_settings_that_matter_change_the_hash(tmp_path):
@@ -407,10 +509,12 @@ def test_what_is_declared_exists():
         if isinstance(grid, plots.HeatMaps):
             cells = {grid.label.format(x=x, y=y) for x in grid.x[1] for y in grid.y[1]}
             assert labels[experiment.name] <= cells and set(grid.scores) <= set(experiment.columns)
+        if isinstance(grid, plots.PictureGrid):
+            assert set(grid.columns.values()) <= labels[experiment.name] and set(grid.prompts) <= set(worlds.MINIATURE_PROMPTS)
+        assert all(row.rate_of in (None, *SYSTEMS) and set(row.spread_of) <= labels[experiment.name] for row in experiment.rows)
     for (name, quality_row), cost_row in QUALITY_AND_MEMORY.values():
         assert quality_row in labels[name] and cost_row in labels["2"]
-    assert set(BY_NAME["Gap"].plot.columns.values()) <= labels["Gap"]
-    assert set(BY_NAME["Gap"].plot.prompts) <= set(worlds.MINIATURE_PROMPTS)
+    assert set(worlds.Miniature.start_rates) == set(SYSTEMS)
 
 
 # ----------------------------------------------------------------------------------------------------- statistics
@@ -585,6 +689,8 @@ class TinyWorld(worlds.World):
         "zoodip": dict(max_train_steps=12, tau=4, nu=.1, mu=1e-2), "ti": dict(max_train_steps=12),
         "gf_ti": dict(max_train_steps=4, population=4, intrinsic_dim=5, mode="fair", num_eval_samples=2),
         "gauss_newton": dict(max_forwards=20, basis_size=6, directions=4, cpu=True, resolution=16), "initial": {},
+        "dreambooth": dict(max_train_steps=3), "qlora": dict(max_train_steps=3), "tuneqdm": dict(max_train_steps=3, experts=2),
+        "diffusekrona": dict(max_train_steps=3, a1=2, a2=4), "untuned": {}, "untuned_integers": {},
     }  # fmt: skip
 
     def __init__(self, subject: Path, output: Path):
@@ -630,6 +736,53 @@ def test_a_run_is_the_script_s_run(tiny_settings, tmp_path, method):
     assert len(result["removed"]) == (3 if method == "zoodip" else 0) and all(0 < count < 4 for count in result["removed"])
     assert not list(folder.glob("checkpoint-*")) and (folder / "sheet.png").exists()
     assert {"CLIP-T", "CLIP-I"} == set(runs.read_run(spec, tiny_settings)) & {"CLIP-T", "CLIP-I", "DINO"}
+
+
+@pytest.mark.parametrize(("method", "flags"), [
+    ("dreambooth", {}), ("qlora", {}), ("tuneqdm", {}), ("tuneqdm", dict(experts=1, no_scale_in=True, bits=4)),
+    ("diffusekrona", {}), ("untuned", {}), ("untuned_integers", dict(bits=4)),
+], ids=["dreambooth", "qlora", "tuneqdm", "peqa", "krona", "untuned", "untuned-int4"])  # fmt: skip
+def test_tuned_weights_are_judged_as_they_were_trained(tiny_settings, method, flags):
+    """What a run left is loaded and drawn with: prompts with the words, one with them for diversity, and the class word alone.
+
+    An untuned model is judged as it is."""
+    spec = runs.make_spec(tiny_settings, method, "dog6", 0, flags | dict(learning_rate=1e-2))
+    job = runs.Job(spec, {"scores", "inter"})
+    settings = replace(tiny_settings, inter_images=2)
+    workers.do(job, settings)
+    assert job.done(settings)
+    result, folder = result_of(settings, spec), settings.folder(spec)
+    record = runs.read_run(spec, settings)
+    assert {"CLIP-T", "CLIP-I", "drift_CLIP-I", "CLIP_inter"} <= set(record) and result["curve"] == []
+    assert len(list((folder / "pictures").glob("*.png"))) == 2 + 2 + 2  # of the words, of the class word, of one prompt
+    judge = judging.open_judge(spec, settings)
+    base = {"dreambooth": "none", "tuneqdm": f"affine{flags.get('bits', 8)}", "untuned_integers": "affine4"}.get(method, "nf4")
+    untuned = replace(judge.model, unet=load_unet(judge.inputs.folder, None, base, torch.float32, "cpu"))
+    same = [torch.equal(judge.model.predict(batch), untuned.predict(batch)) for batch in judge.sets["loss_all"]]
+    assert all(same) == (method in runs.UNTRAINED)  # three steps need not reach every expert
+    if method in runs.UNTRAINED:
+        assert result["stored_bytes"] == result["forwards"] == 0 and "trained" not in result
+        return
+    assert result["forwards"] == 3 and result["stored_bytes"] > 4 * result["trained"] * (0.5 if method == "dreambooth" else 1)
+    assert ("travel" in result) == (method == "tuneqdm")
+    texts = judge.inputs.prompts
+    assert len(texts.ids) == 4  # caption with the words, the class, the preview's, the empty one
+    digest = judge.learned.digest
+    target = runs.learned_path(spec, settings)
+    target = target / "diffusion_pytorch_model.safetensors" if target.is_dir() else target
+    target.write_bytes(target.read_bytes()[:-1] + bytes([target.read_bytes()[-1] ^ 1]))
+    assert judging.open_judge(spec, settings).learned.digest != digest
+
+
+def test_a_worker_tunes_no_model_twice(tiny_settings):
+    """Judged one after the other by the same process, equal runs are equal: what is shared between them is not tuned."""
+    results = []
+    for seed in (0, 1, 0):
+        spec = runs.make_spec(tiny_settings, "qlora", "dog6", seed, dict(learning_rate=1e-2))
+        (tiny_settings.folder(spec) / "result.json").unlink(missing_ok=True)
+        workers.do(runs.Job(spec, set()), tiny_settings)
+        results.append(result_of(tiny_settings, spec)["loss_all"])
+    assert results[0] == results[2] != results[1]
 
 
 def test_an_interrupted_run_continues(tiny_settings):
@@ -699,7 +852,7 @@ def test_tokens_that_nothing_is_learned_for(tmp_path):
     from zoodip.prompts import build_prompts, encode_prompts, load_tokenizer
 
     settings, theta = settings_of(tmp_path), {}
-    for method in runs.UNTRAINED:
+    for method in ("initial", "described"):
         spec = runs.make_spec(settings, method, "furmix", 0, {})
         settings.folder(spec).mkdir(parents=True)
         workers.leave_untrained(spec, settings)
