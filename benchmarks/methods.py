@@ -185,23 +185,28 @@ class AuthorsLoopFast(AuthorsLoop):
     label, weights = "authors' loop, with this project's NF4 layers", "nf4"
 
 
+def linear4bit(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Every Linear of a model that bitsandbytes' own module takes, replaced by that."""
+    import bitsandbytes as bnb
+
+    options = dict(compress_statistics=True, quant_type="nf4")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module.in_features % 64 == 0 and module.out_features % 32 == 0:
+            bias = module.bias is not None
+            layer = bnb.nn.Linear4bit(module.in_features, module.out_features, bias, dtype, device="meta", **options)
+            layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, **options)
+            layer.bias = module.bias
+            model.set_submodule(name, layer.to(device).eval())
+    return model
+
+
 class AuthorsLoopStock(AuthorsLoop):
     """4 bits as bitsandbytes offers them: Linear alone, through its own module."""
 
     label = "authors' loop, bitsandbytes' Linear4bit"
 
     def quantize(self, model: nn.Module) -> nn.Module:
-        import bitsandbytes as bnb
-
-        options = dict(compress_statistics=True, quant_type="nf4")
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and module.in_features % 64 == 0 and module.out_features % 32 == 0:
-                bias = module.bias is not None
-                layer = bnb.nn.Linear4bit(module.in_features, module.out_features, bias, self.dtype, device="meta", **options)
-                layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, **options)
-                layer.bias = module.bias
-                model.set_submodule(name, layer.to(self.device).eval())
-        return model
+        return linear4bit(model, self.dtype, self.device)
 
 
 class GradientInversion(Reference):

@@ -1,12 +1,15 @@
 #!/usr/bin/env python
 """Memory and time of a step of each weight-tuning system at the shape of Stable Diffusion v1.5, 512 pixels.
 
-    python benchmarks/weight_tuning.py                     # every row, in processes of their own
-    python benchmarks/weight_tuning.py --rows qlora peqa4
+    python -m benchmarks.weight_tuning                      # all, with a model of that shape, which it writes first
+    python -m benchmarks.weight_tuning --folder sd15-shape --rows qlora peqa4
+    python -m benchmarks.weight_tuning --small --output x   # on the miniature: does it work?
 
-A row loads, and steps without and with gradient checkpointing, --steps times each. Memory is that of tensors that live at once,
-exact and the same in every run (benchmarks/memory.py); time is the last step's, under the profiler that counts them, of a machine
-that others may use, so that ratios within a run say more than seconds. Writes weight_tuning.json, after each row, and .md.
+For each system, in processes of their own and one after the other: a step of ZOODiP, of the system here and on the stock path of
+the libraries (`stock_tuning.py`), the last two without and with gradient checkpointing. Memory is that of tensors that live at
+once in --steps steps, exact and the same in every run (benchmarks/memory.py). Time is of --steps further steps without the
+profiler, in seconds of the processor, which other programs on the machine hardly add to; ratios are within a row, of what ran one
+after the other. Writes weight_tuning.json, after each row, and weight_tuning.md.
 """
 
 from __future__ import annotations
@@ -18,25 +21,47 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import torch
+from tqdm import tqdm
 
 from benchmarks.memory import count_live_bytes
+from benchmarks.methods import Task, ThisProject
 from benchmarks.sd15_shape import build_folder
+from benchmarks.stock_tuning import Stock, StockDreamBooth, StockLoKr, StockPEQA, StockQLoRA, StockScales
 from zoodip.arguments import flags_for
+from zoodip.errors import quiet_libraries
 from zoodip.files import write_atomically, write_json
+from zoodip.quantize import DTYPES
 from zoodip.records import ROOT, environment, table
-from zoodip.weight_tuning import Tuning, prepare
+from zoodip.weight_tuning import prepare
 
-ROWS = {  # trainer, class, flags; what the issue of memory aims at and the paper's table says, GB
-    "qlora": ("qlora", "QLoRA", {}, "QLoRA r = 2, NF4", 7.56),
-    "krona": ("diffusekrona", "DiffuseKronA", {}, "DiffuseKronA (4, 64), NF4", None),
-    "peqa4": ("tuneqdm", "TuneQDM", dict(experts=1, no_scale_in=True, bits=4), "PEQA int4", 6.31),
-    "tuneqdm8": ("tuneqdm", "TuneQDM", dict(experts=4), "TuneQDM int8, N = 4", 8.96),
-    "dreambooth": ("dreambooth", "DreamBooth", {}, "DreamBooth", 19.4),
+
+@dataclass(frozen=True)
+class Row:
+    """A system: its script, class and flags, the stock path, and what ZOODiP's Table 1 says it needs, GB."""
+
+    label: str
+    script: str
+    system: str
+    flags: dict
+    stock: type[Stock]
+    paper: float | None
+
+
+ROWS = {
+    "qlora": Row("QLoRA r = 2, NF4", "qlora", "QLoRA", {}, StockQLoRA, 7.56),
+    "krona": Row("DiffuseKronA (4, 64), NF4", "diffusekrona", "DiffuseKronA", {}, StockLoKr, None),
+    "peqa4": Row("PEQA int4", "tuneqdm", "TuneQDM", dict(experts=1, no_scale_in=True, bits=4), StockPEQA, 6.31),
+    "tuneqdm8": Row("TuneQDM int8, N = 4", "tuneqdm", "TuneQDM", dict(experts=4), StockScales, 8.96),
+    "dreambooth": Row("DreamBooth", "dreambooth", "DreamBooth", {}, StockDreamBooth, 19.4),
 }
+PATHS = ("zoodip", "ours", "stock")
+VARIANTS = ("plain", "checkpointed")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,94 +69,144 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     add("--folder", type=Path, default=None, help="the SD v1.5-shaped model: written here, or used if it is there")
+    add("--small", action="store_true", help="the miniature instead: does it work?")
     add("--photos", type=Path, default=ROOT / "dataset" / "furmix", help="folder of photographs")
-    add("--steps", type=int, default=2, help="steps whose live bytes are followed")
+    add("--steps", type=int, default=2, help="steps whose live bytes are followed, and as many that are timed")
+    add("--mixed_precision", default="bf16", choices=list(DTYPES), help="precision of activations")
     add("--output", type=Path, default=ROOT / "benchmarks", help="folder for weight_tuning.json and .md")
-    add("--child", default=None, choices=list(ROWS), help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    add("--child", nargs=2, default=None, metavar=("ROW", "PATH"), help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
+    return args
 
 
-def some_steps(tuning: Tuning, steps: int, moments: list[float]) -> None:
-    """Step, and note the moments between steps."""
+# ----------------------------------------------------------------------------------------------------- one process
+
+
+class Ours:
+    """A system of trainers/, as its script prepares and steps it."""
+
+    def __init__(self, row: Row, folder: Path, variant: str | None, photos: Path, mixed_precision: str, output: str):
+        module = importlib.import_module(f"trainers.{row.script}")
+        argv = ["--pretrained_model_name_or_path", str(folder), *(["--variant", variant] if variant else [])]
+        argv += ["--train_data_dir", str(photos), "--class_word", "dog", "--mixed_precision", mixed_precision, "--cpu"]
+        argv += ["--eval_steps", "0", "--no-final_picture", "--output_dir", output]
+        flags = {**vars(module.parse_args(argv)), **row.flags}
+        system = getattr(module, row.system)
+        self.tuning = prepare(system(**flags_for(system, flags)), flags, module.SETTINGS)
+        self.unet, self.optimizer = self.tuning.model.unet, self.tuning.tuner.optimizer
+        self.parameters = list(self.tuning.tuner.parameters.values())
+
+    def held(self) -> list[torch.Tensor]:
+        return [self.tuning.model.states]
+
+    def step(self) -> None:
+        self.tuning.step()
+
+
+def processor_seconds(step: Callable[[], None], steps: int) -> list[float]:
+    """Of each step: of this process alone, all its threads together."""
+    seconds = []
     for _ in range(steps):
-        moments.append(time.perf_counter())
-        tuning.step()
-    moments.append(time.perf_counter())
+        started = time.process_time()
+        step()
+        seconds.append(time.process_time() - started)
+    return seconds
 
 
-def measure(row: str, folder: Path, photos: Path, steps: int) -> dict:
-    """Live bytes and seconds of some steps of a row, without and with gradient checkpointing, and what is held between steps."""
-    script, class_name, own, _, _ = ROWS[row]
-    module = importlib.import_module(f"trainers.{script}")
-    found: dict = {}
-    with tempfile.TemporaryDirectory() as output:
-        argv = ["--pretrained_model_name_or_path", str(folder), "--variant", "fp16", "--train_data_dir", str(photos)]
-        argv += ["--class_word", "dog", "--mixed_precision", "bf16", "--cpu", "--eval_steps", "0", "--output_dir", output]
-        flags = {**vars(module.parse_args(argv)), **own}
-        system = getattr(module, class_name)
-        tuning = prepare(system(**flags_for(system, flags)), flags, module.SETTINGS)
-        unet, parameters = tuning.model.unet, tuning.tuner.parameters
-        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers())}
-        adam = [moment for state in tuning.tuner.optimizer.state.values() for moment in state.values()]
-        found["held"] = sum(tensors.values()) + sum(moment.nbytes for moment in adam) + tuning.model.states.nbytes
-        found["trained"] = sum(parameter.numel() for parameter in parameters.values())
-        for name in ("plain", "checkpointed"):
-            if name == "checkpointed":
-                unet.enable_gradient_checkpointing()
-            tuning.tuner.optimizer.zero_grad(set_to_none=True)
-            moments: list[float] = []
-            live = count_live_bytes(partial(some_steps, tuning, steps, moments))
-            found[name] = dict(peak=found["held"] + live.peak, seconds=moments[-1] - moments[-2])
-        tuning.run.lock.release()
+def measure(tuner: Ours | Stock, steps: int) -> dict:
+    """Live bytes and seconds of some steps, without and with gradient checkpointing, and what is held between steps."""
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*tuner.unet.parameters(), *tuner.unet.buffers(), *tuner.held())}
+    found: dict = dict(trained=sum(parameter.numel() for parameter in tuner.parameters))
+    for name in VARIANTS:
+        if name == "checkpointed":
+            tuner.unet.enable_gradient_checkpointing()
+        tuner.optimizer.zero_grad(set_to_none=True)
+        moments = [tensor for state in tuner.optimizer.state.values() for tensor in state.values()]
+        found["held"] = sum(tensors.values()) + sum(tensor.nbytes for tensor in moments)
+        live = count_live_bytes(lambda: [tuner.step() for _ in range(steps)])
+        found[name] = dict(peak=found["held"] + live.peak, seconds=processor_seconds(tuner.step, steps))
     return found
+
+
+def measure_child(args: argparse.Namespace) -> dict:
+    """What one process finds of a row by one path."""
+    quiet_libraries()
+    row, path, variant = ROWS[args.child[0]], args.child[1], None if args.small else "fp16"
+    if path == "zoodip":
+        zoodip = ThisProject(
+            Task(args.folder, variant, args.photos, "critter" if args.small else "dog", args.mixed_precision, torch.device("cpu"))
+        )
+        zoodip.load()
+        zoodip.step()  # the first is slower
+        return dict(seconds=processor_seconds(zoodip.step, args.steps))
+    if path == "stock":
+        return measure(row.stock(args.folder, variant, DTYPES[args.mixed_precision]), args.steps)
+    with tempfile.TemporaryDirectory() as output:
+        ours = Ours(row, args.folder, variant, args.photos, args.mixed_precision, output)
+        try:
+            return measure(ours, args.steps)
+        finally:
+            ours.tuning.run.lock.release()
+
+
+# ----------------------------------------------------------------------------------------------------- all of them
 
 
 def report(results: dict) -> str:
     """The record in Markdown."""
-    rows = []
-    for row, found in results["rows"].items():
-        *_, label, paper = ROWS[row]
-        cells = [f"{found[name]['peak'] / 1e9:.2f}" for name in ("plain", "checkpointed")]
-        seconds = [f"{found[name]['seconds']:.1f}" for name in ("plain", "checkpointed")]
-        rows.append([label, f"{found['trained']:,}", f"{found['held'] / 1e9:.2f}", *cells, paper or "", *seconds])
-    header = [
-        "system",
-        "trained",
-        "held, GB",
-        "step, GB",
-        "with checkpointing, GB",
-        "paper, GB",
-        "step, s",
-        "with checkpointing, s",
-    ]
-    device = results["environment"]["device"]
-    head = (
-        f"# Memory of weight tuning\n\nSD v1.5's shape, 512 pixels, batch 1, bf16 activations; {device}. Live bytes of tensors; "
-    )
-    head += "seconds on a machine that others used meanwhile.\n\n"
-    return head + table(header, rows) + "\n"
+    header = ["system", "trained", "held, GB", "step, GB", "checkpointed, GB", "paper, GB", "stock path, GB", "checkpointed, GB"]
+    memory, times, notes = [], [], []
+    for name, found in results["rows"].items():
+        row, ours, stock = ROWS[name], found["ours"], found.get("stock")
+        gigabytes = [f"{ours[variant]['peak'] / 1e9:.2f}" for variant in VARIANTS]
+        theirs = [f"{stock[variant]['peak'] / 1e9:.2f}" if stock else "-" for variant in VARIANTS]
+        memory.append([row.label, f"{ours['trained']:,}", f"{ours['held'] / 1e9:.2f}", *gigabytes, row.paper or "", *theirs])
+        zoodip, line = found.get("zoodip"), [row.label]
+        for variant in VARIANTS:
+            seconds = mean(ours[variant]["seconds"])
+            line += [f"{seconds:.3g}", f"{seconds / mean(zoodip['seconds']):.2f}" if zoodip else "-"]
+            line += [f"{seconds / mean(stock[variant]['seconds']):.2f}" if stock else "-"]
+        times.append(line)
+        notes.append(f"- {row.label}: {row.stock.label}")
+    columns = ["step, s", "/ ZOODiP's", "/ stock path"]
+    shape = "The miniature's shape" if results["small"] else "SD v1.5's shape, 512 pixels"
+    settings = f"batch 1, {results['mixed_precision']} activations, {results['steps']} steps each"
+    return "\n\n".join([
+        "# Memory and time of weight tuning",
+        f"{shape}, {settings}; {results['environment']['device']}. Live bytes of tensors.",
+        table(header, memory),
+        "Seconds of the processor of a step, and ratios to a step of ZOODiP (NF4, n = 2) and of the same method on the stock "
+        "path, which ran right before and after it; the last three columns with gradient checkpointing.",
+        table(["system", *columns, *columns], times),
+        "The stock paths:\n\n" + "\n".join(notes),
+    ]) + "\n"  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
     if args.child is not None:
-        print("RESULT " + json.dumps(measure(args.child, args.folder, args.photos, args.steps)))
+        print("RESULT " + json.dumps(measure_child(args)))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary) / "sd15"
+        folder = ROOT / "miniature" / "model" if args.small else args.folder or Path(temporary) / "sd15"
         if not folder.exists():
             build_folder(folder)
-        results = dict(environment=environment(), steps=args.steps, torch_threads=torch.get_num_threads(), rows={})
-        for row in args.rows:
-            command = [sys.executable, __file__, "--child", row, "--folder", str(folder), "--photos", str(args.photos)]
-            command += ["--steps", str(args.steps)]
-            done = subprocess.run(command, capture_output=True, text=True)
+        results = dict(environment=environment(), steps=args.steps, torch_threads=torch.get_num_threads(), small=args.small,
+                       mixed_precision=args.mixed_precision, rows={})  # fmt: skip
+        args.output.mkdir(parents=True, exist_ok=True)
+        for row, path in tqdm([(row, path) for row in args.rows for path in PATHS], unit="process"):
+            command = [sys.executable, "-m", "benchmarks.weight_tuning", "--child", row, path, "--folder", str(folder)]
+            command += ["--photos", str(args.photos.resolve()), "--steps", str(args.steps)]
+            command += ["--mixed_precision", args.mixed_precision, *(["--small"] if args.small else [])]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             if done.returncode:
-                print(f"{row}: {done.stderr[-2000:]}", file=sys.stderr)
+                tqdm.write(f"{row}, {path}: {done.stderr[-2000:]}", file=sys.stderr)
                 continue
-            results["rows"][row] = json.loads(done.stdout.split("RESULT ")[1])
-            print(row, json.dumps(results["rows"][row]), flush=True)
+            results["rows"].setdefault(row, {})[path] = json.loads(done.stdout.split("RESULT ")[1])
             write_json(args.output / "weight_tuning.json", results, indent=1)
-            write_atomically(args.output / "weight_tuning.md", report(results).encode())
+            whole = results | dict(rows={name: found for name, found in results["rows"].items() if "ours" in found})
+            write_atomically(args.output / "weight_tuning.md", report(whole).encode())
 
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ from benchmarks.memory import count_live_bytes, largest, name_layers, peak_live_
 from benchmarks.methods import METHODS, Task, ThisProject
 from benchmarks.resident import run_watched
 from benchmarks.speed_memory_tables import time_table
+from benchmarks.stock_tuning import Dequantised
 from zoodip.errors import run_script
 from zoodip.prompts import read_embedding
+from zoodip.quantize import pack_weight, quantized_layer
+from zoodip.tuned_layers import ScaledLayer
 
 
 def test_live_bytes_are_exact():
@@ -126,3 +129,39 @@ def test_gpu_without_a_gpu_is_refused_in_a_line(capsys):
         pytest.skip("there is a GPU")
     assert run_script(gpu.main, gpu.parse_args([])) == 2
     assert capsys.readouterr().err.startswith("error: --device cuda: torch sees no GPU here")
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(48, 32), nn.Conv2d(6, 8, 3, stride=2, padding=1)], ids=["linear", "convolution"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_stock_path_of_scales_is_the_same_layer(layer, bits):
+    """What the benchmark of weight tuning sets beside ours computes the same; fp32, sums in another order."""
+    packed = quantized_layer(layer, pack_weight(layer.weight.data, f"affine{bits}"), torch.float32)
+    ours, theirs = ScaledLayer(packed, 2, True), Dequantised(layer, bits, 2, True)
+    with torch.no_grad():
+        for e in range(2):
+            factors = 1 + torch.rand(len(ours.scale_in[e])) / 10
+            ours.scale_in[e].copy_(factors)
+            theirs.scale_in[e].copy_(factors)
+        for e in range(2):
+            ours.expert = theirs.expert = e
+            inputs = torch.randn((2, 48) if isinstance(layer, nn.Linear) else (2, 6, 9, 9))
+            torch.testing.assert_close(theirs(inputs), ours(inputs), rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in (theirs.scale_out, theirs.scale_in)) == sum(
+        p.numel() for p in (*ours.scale_out, *ours.scale_in)
+    )
+
+
+@pytest.mark.slow
+def test_weight_tuning_is_measured_on_the_miniature(tmp_path):
+    """A row, by its command: ZOODiP, ours and the stock path, which trains as many numbers; checkpointing needs fewer bytes."""
+    command = [sys.executable, "-m", "benchmarks.weight_tuning", "--small", "--rows", "tuneqdm8", "--output", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    found = json.loads((tmp_path / "weight_tuning.json").read_text())["rows"]["tuneqdm8"]
+    assert found["ours"]["trained"] == found["stock"]["trained"] == 4 * 56_256
+    for path in ("ours", "stock"):
+        assert 0 < found[path]["held"] < found[path]["checkpointed"]["peak"] < found[path]["plain"]["peak"]
+        assert len(found[path]["plain"]["seconds"]) == 2 and min(found[path]["plain"]["seconds"]) > 0
+    assert found["ours"]["plain"]["peak"] < found["stock"]["plain"]["peak"]  # which keeps two weights of each layer
+    assert len(found["zoodip"]["seconds"]) == 2
+    text = (tmp_path / "weight_tuning.md").read_text()
+    assert "TuneQDM int8, N = 4 | 225,024 |" in text and "as the authors' code does" in text
