@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,15 +58,30 @@ def prepared(name: str, model: Path, subject: Path, output: Path, **more) -> Tun
     return prepare(system(**flags_for(system, flags)), flags, module.SETTINGS)
 
 
-@pytest.fixture(scope="module", params=list(SYSTEMS))
-def trained(request, tiny_model, subject, tmp_path_factory) -> tuple[str, Path, Tuning]:
-    """(system, output folder, what was trained in this process) of a run of four steps."""
-    folder = tmp_path_factory.mktemp("tuned")
-    tuning = prepared(request.param, tiny_model, subject, folder)
-    with tuning.run as run:
-        for _ in run.steps(tuning.outputs):
-            run.note(*tuning.step())
-    return request.param, folder, tuning
+@pytest.fixture(scope="module")
+def finished(tiny_model, subject, tmp_path_factory) -> Callable[[str], tuple[str, Path, Tuning]]:
+    """system -> (system, output folder, what was trained in this process) of a run of four steps, made at the first call."""
+
+    @cache
+    def run_of(name: str) -> tuple[str, Path, Tuning]:
+        folder = tmp_path_factory.mktemp("tuned")
+        tuning = prepared(name, tiny_model, subject, folder)
+        with tuning.run as run:
+            for _ in run.steps(tuning.outputs):
+                run.note(*tuning.step())
+        return name, folder, tuning
+
+    return run_of
+
+
+@pytest.fixture
+def trained(request, finished) -> tuple[str, Path, Tuning]:
+    return finished(request.param)
+
+
+def each(*names: str) -> pytest.MarkDecorator:
+    """A test of the finished runs of these systems."""
+    return pytest.mark.parametrize("trained", names, indirect=True)
 
 
 def predict(unet, timestep: int) -> torch.Tensor:
@@ -79,6 +96,7 @@ def predict(unet, timestep: int) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@each(*SYSTEMS)
 def test_it_is_loaded_as_it_was_trained(trained, tiny_model):
     """The prediction of a pipeline loaded anew is the trained UNet's, bit for bit, at timesteps of every expert."""
     name, folder, tuning = trained
@@ -96,6 +114,7 @@ def test_it_is_loaded_as_it_was_trained(trained, tiny_model):
     assert any(changed)
 
 
+@each(*SYSTEMS)
 def test_what_is_left(trained):
     name, folder, tuning = trained
     record = json.loads((folder / "run.json").read_text())
@@ -109,10 +128,9 @@ def test_what_is_left(trained):
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
 
 
+@each("peqa", "tuneqdm", "s1")
 def test_scales_are_stored_by_module(trained):
     name, folder, tuning = trained
-    if SYSTEMS[name][3] != "tuned_scales.safetensors":
-        pytest.skip("of another kind")
     tensors = load_file(folder / "tuned_scales.safetensors")
     experts = {"peqa": 1, "tuneqdm": 4, "s1": 1}[name]
     assert {len(tensor) for tensor in tensors.values()} == {experts}
@@ -124,11 +142,10 @@ def test_scales_are_stored_by_module(trained):
             assert torch.equal(tensor[e], parameter)
 
 
+@each("tuneqdm")
 def test_a_pipeline_from_scales_draws(tiny_model, trained):
     """`load_pipeline` needs the file alone, and picks the expert of each step by itself, with guidance."""
-    name, folder, _ = trained
-    if name != "tuneqdm":
-        pytest.skip("of another kind")
+    _, folder, _ = trained
     pipeline = load_pipeline(str(tiny_model), tuned_scales=folder / "tuned_scales.safetensors")
     pipeline.set_progress_bar_config(disable=True)
     seen = []
@@ -146,11 +163,10 @@ def stock_pipeline(tiny_model: Path, unet_folder: Path | None = None):
     return StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None, **more)
 
 
+@each("qlora", "lora")
 def test_diffusers_loads_the_lora(trained, tiny_model):
     """`pipe.load_lora_weights` on the plain model gives what was trained on it, up to the order of sums."""
     name, folder, tuning = trained
-    if name not in ("lora", "qlora"):
-        pytest.skip("of another kind")
     pipeline = stock_pipeline(tiny_model)
     before = predict(pipeline.unet, 300)
     pipeline.load_lora_weights(folder)
@@ -165,11 +181,10 @@ def test_diffusers_loads_the_lora(trained, tiny_model):
     assert {int(tensor) for key, tensor in kohya.items() if key.endswith(".alpha")} == {2} and len(kohya) == len(ours) * 3 // 2
 
 
+@each("krona", "krona square")
 def test_kronecker_files(trained, tiny_model):
     """The file's LyCORIS reading, kron(w1, w2), is the change of each weight; a square A is peft's adapter as well."""
     name, folder, tuning = trained
-    if not name.startswith("krona"):
-        pytest.skip("of another kind")
     tensors = load_file(folder / "pytorch_lokr_weights.safetensors")
     layers = {key: module for key, module in tuning.model.unet.named_modules() if isinstance(module, KroneckerLayer)}
     assert len(tensors) == 2 * len(layers) and not [key for key in tensors if "alpha" in key]
@@ -195,24 +210,23 @@ def test_kronecker_files(trained, tiny_model):
         torch.testing.assert_close(predict(pipeline.unet, 300), expected, rtol=1e-4, atol=1e-5)
 
 
+@each("krona")
+def test_a_product_is_not_merged_into_packed_weights(trained):
+    with pytest.raises(InputError, match="--base none"):
+        merged_unet(trained[2].model.unet)
+
+
+@each("krona square")
 def test_merged_equals_unmerged(trained, tiny_model):
-    name, _, tuning = trained
-    if name == "krona":
-        with pytest.raises(InputError, match="--base none"):
-            merged_unet(tuning.model.unet)
-    elif name == "krona square":
-        unet = stock_pipeline(tiny_model).unet
-        unet.load_state_dict(merged_unet(tuning.model.unet))
-        expected = predict(tuning.model.unet, 300)
-        assert (predict(unet, 300) - expected).abs().max() <= 1e-5 * expected.abs().max()  # fp32, other sums
-    else:
-        pytest.skip("of another kind")
+    unet, tuned = stock_pipeline(tiny_model).unet, trained[2].model.unet
+    unet.load_state_dict(merged_unet(tuned))
+    expected = predict(tuned, 300)
+    assert (predict(unet, 300) - expected).abs().max() <= 1e-5 * expected.abs().max()  # fp32, other sums
 
 
+@each("dreambooth")
 def test_dreambooth_leaves_a_model(trained, tiny_model):
-    name, folder, tuning = trained
-    if name != "dreambooth":
-        pytest.skip("of another kind")
+    _, folder, tuning = trained
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
@@ -230,10 +244,9 @@ def test_dreambooth_writes_what_it_read(tiny_model, subject, tmp_path):
     assert read.keys() == written.keys() and all(torch.equal(read[key], written[key]) for key in read)
 
 
+@each(*(name for name in SYSTEMS if name != "dreambooth"))  # which is a whole UNet
 def test_a_file_of_other_weights_is_refused(trained, copy):
     name, folder, _ = trained
-    if name == "dreambooth":
-        pytest.skip("is a whole UNet")
     path = copy / "unet" / "diffusion_pytorch_model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
