@@ -231,15 +231,16 @@ class WeightJudge(Judge):
         flags = {name: vars(args)[name] for name in JUDGED_TUNING_FLAGS}
         flags |= dict(use_cc=True, num_eval_samples=settings.eval_samples, train_data_dir=self.judged_on)
         flags["mixed_precision"] = self.precision = args.mixed_precision or default_precision(self.device)
-        folder = read_tuning_inputs(**flags_for(read_tuning_inputs, flags)).folder
+        inputs = read_tuning_inputs(**flags_for(read_tuning_inputs, flags))
+        folder, variant = inputs.folder, inputs.variant
         flags["resolution"] = self.resolution = args.resolution or native_resolution(folder)
         dtype = DTYPES[self.precision]
         if spec["method"] in runs.UNTRAINED:
             base = f"affine{args.bits}" if hasattr(args, "bits") else args.base
-            unet, self.quantization = load_unet(folder, args.variant, base, dtype, self.device), frozen_format(base)
+            unet, self.quantization = load_unet(folder, variant, base, dtype, self.device), frozen_format(base)
         else:
             tuned = path.parent if path.name == "unet" else path
-            unet, self.quantization = load_tuned_unet(folder, args.variant, tuned, dtype, self.device)
+            unet, self.quantization = load_tuned_unet(folder, variant, tuned, dtype, self.device)
         self.inputs, states, self.sets = load_judged_pictures(json.dumps(flags), self.quantization, self.device)
         self.tuned = self.model = TunedModel(unet, states, None)
         digest = f"untuned {base}" if spec["method"] in runs.UNTRAINED else digest_of(path)
