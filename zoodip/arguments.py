@@ -28,6 +28,8 @@ SHARED_SETTINGS = (
 
 OPTIONAL_SETTINGS = {"model_config": None}  # such flags that are recorded where they are not this
 
+CANDIDATES = "candidates per UNet forward; default: all at once. Less needs less memory and changes only rounding"
+
 TUNING_SETTINGS = (
     "pretrained_model_name_or_path revision variant mixed_precision identifier class_word instance_prompt use_cc resolution "
     "center_crop prior_preservation prior_loss_weight num_class_images learning_rate train_batch_size seed timestep_sampling "
@@ -177,10 +179,7 @@ def add_tuning_flags(
 
 
 def add_step_flags(
-    add: Callable[..., argparse.Action],
-    images: str = "images per step",
-    candidates: str
-    | None = "candidates per UNet forward; default: all at once. Less needs less memory and changes only rounding",
+    add: Callable[..., argparse.Action], images: str = "images per step", candidates: str | None = CANDIDATES
 ) -> None:
     """How a step is computed, and what it draws. `candidates` None: a step has no candidates."""
     add("--train_batch_size", type=int, default=1, help=images)
