@@ -31,7 +31,8 @@ from zoodip.attention import (
     scaled,
     word_map,
 )  # fmt: skip
-from zoodip.binding import Painting, build_parser, draw_bound, scheduler_maker
+from zoodip.binding import build_parser
+from zoodip.binding_drawing import Painting, draw_bound, scheduler_maker
 from zoodip.binding_losses import THRESHOLDS, Predictor, binding_losses, contexts, gradient_step, moved, pose_loss
 from zoodip.binding_settings import CONTROL, FULL, MERGE, METHODS, PHRASE, PLAIN
 from zoodip.binding_states import Encoder, bind_prompt, composite, merge_groups, substitute_end_tokens, tokens_of
@@ -477,7 +478,7 @@ def test_multistep_schedulers(pipeline):
     ("a [dog*]", dict(settings=replace(FULL, pose="on")), "has 1 groups"), ("a dog", dict(method="phrase"), "no group"),
     (TWO, dict(width=18), "multiple of 4"), (TWO, dict(intervals=[(0, 1)]), "2 groups for 1"),
     ("a [dog*]" + " dog" * 80, {}, "tokens long"), (TWO, dict(settings=replace(PLAIN, steps=0)), "at least 1"),
-    (TWO, dict(settings=replace(PLAIN, sem_steps=1)), "must be 0 without --merge"),
+    (TWO, dict(settings=replace(PLAIN, map_steps=1, update_rows="composite")), "needs --merge"),
 ])  # fmt: skip
 def test_what_cannot_be_drawn_is_refused(pipeline, text, how, said):
     with pytest.raises(InputError, match=said):
@@ -508,26 +509,29 @@ def test_the_command(folder, tmp_path):
     embedding, output = tmp_path / "learned_embeds.safetensors", tmp_path / "out"
     save_file({"<sks>": 0.5 * torch.randn(2, 32, generator=seeded())}, embedding)
     done = command("--model", folder, "--embedding", embedding, "--prompt", TWO, "a [dog*]", "--seeds", 0, 1, "--steps", 2,
-                   "--width", 32, "--height", 16, "--output", output)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+                   "--width", 32, "--height", 16, "--output", output, "--sheet", tmp_path / "row.png",
+                   "--parse", "spacy")  # fmt: skip
+    assert done.returncode == 0, done.stderr  # marked prompts are not parsed, so spaCy is not needed
     record = json.loads((output / "binding.json").read_text())
     assert record["settings"]["phrase"]["states"] == "phrase" and record["settings"]["phrase"]["steps"] == 2
     assert [each["file"] for each in record["pictures"]] == [f"{k}-phrase-{seed}.png" for k in (0, 1) for seed in (0, 1)]
     for each in record["pictures"]:
         assert Image.open(output / each["file"]).size == (32, 16) and each["forwards"] == 4 and each["seconds"] > 0
-    assert Image.open(output / "sheet.png").size[0] > 2 * 256  # two pictures twice as wide as high
+    assert Image.open(tmp_path / "row.png").size[0] > 2 * 256  # two pictures twice as wide as high
 
 
 @pytest.mark.parametrize(("argv", "said"), [
     (["--prompt", "a [red cat"], "never closed"), (["--prompt", TWO, "--steps", "0"], "--steps must be at least 1"),
     (["--prompt", TWO, "--width", "18"], "--width must be a positive multiple of 4"),
     (["--prompt", TWO, "--embedding", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["--prompt", "a cat and a dog", "--parse", "spacy"], 'pip install -e ".[parse]"'),
 ])  # fmt: skip
-def test_the_command_refuses_in_one_line(folder, tmp_path, argv, said, capsys):
+def test_the_command_refuses_in_one_line(folder, tmp_path, argv, said, capsys, monkeypatch):
     from zoodip.arguments import parse
     from zoodip.binding import check_flags, main
     from zoodip.errors import run_script
 
+    monkeypatch.setitem(sys.modules, "spacy", None)  # as if it were not installed, where it is
     argv = ["--model", str(folder), "--output", str(tmp_path / "out"), *argv]
     if "--embedding" not in argv:
         embedding = tmp_path / "word.safetensors"
@@ -566,18 +570,3 @@ def test_steps_without_backpropagation(pipeline):
         predict.forwards = 0
         coefficient_step(row, losses, group, predict, FULL)
         assert predict.forwards == 2 * len(group.anchor_rows) and predict.backwards == 1
-
-
-def test_sets_of_prompts():
-    """Every set has 96 test prompts, none of them for development, all with marks, within the miniature's 30 tokens."""
-    from reproduction.binding import tasks_of
-
-    for name in ("S1", "S2", "S3", "S4", "S5"):
-        test, development = tasks_of(name, "test"), tasks_of(name, "development")
-        known = {(task.prompt, task.unit) for task in test}
-        assert len(test) == 96 == len(known) and len(development) >= 10
-        assert not known & {(task.prompt, task.unit) for task in development}
-        for task in [*test, *development]:
-            marked = parse_marks(task.prompt, ["<sks>"])
-            assert len(marked.groups) == len(task.creatures) == (1 if name == "S5" else 2)
-            assert len(marked.prompt.replace(",", " ,").split()) <= 30

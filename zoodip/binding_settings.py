@@ -29,7 +29,7 @@ class Settings:
     kappa: float = option(1.5, "cap on the composite's distance from the mean state, in units of the group's largest")
     erase: str = option("zero", "what becomes of the merged words: zero rows, or also no attention", "zero", "mask", "none")
     ets_step: int = option(-1, "step from which end and padding rows are those of the clean prompt; -1: never")
-    sem_steps: int = option(0, "first steps in which the semantic loss improves the composites")
+    sem_steps: int = option(0, "first steps in which the semantic loss improves the composites (without --merge: the nouns)")
     sem_iterations: int = option(3, "updates in each of them")
     sem: str = option("framed", "context of that loss: the composite in its phrase, or alone as published", "framed", "alone")
     sem_rule: str = option(
@@ -72,4 +72,3 @@ def check_settings(settings: Settings) -> None:
         if choices := each.metadata["choices"]:
             require(values, each.name, values[each.name] in choices, f"must be one of {', '.join(choices)}")
     require(values, "update_rows", settings.update_rows != "composite" or settings.merge != "none", "needs --merge raw or capped")
-    require(values, "sem_steps", not settings.sem_steps or settings.merge != "none", "must be 0 without --merge")

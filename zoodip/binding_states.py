@@ -105,12 +105,14 @@ class BoundGroup:
     words: list[int]  # rows that still say something
     anchor: Tensor  # [L, d], states of the phrase alone
     anchor_rows: list[int]  # of the phrase in it
+    anchor_row: int  # of the noun's first piece in it
     frame: Tensor  # [L, d], states of the noun alone with its article, where the composite will stand in row
     frame_row: int
 
 
 @dataclass
 class BoundPrompt:
+    marked: str  # as it was given
     states: Tensor  # [L, d]
     clean: Tensor  # [L, d]
     end: int
@@ -141,10 +143,20 @@ def bind_prompt(marked: MarkedPrompt, encode: Encoder, settings: Settings, mean:
             gone = others + noun[1:]
         frame, frame_rows = bare.states.clone(), bare.rows(group.bare_noun)
         frame[frame_rows[1:]] = 0
-        groups.append(BoundGroup(noun[0], [row for row in words if row not in gone], anchor.states, alone, frame, frame_rows[0]))
+        groups.append(
+            BoundGroup(
+                noun[0],
+                [row for row in words if row not in gone],
+                anchor.states,
+                alone,
+                alone[words.index(noun[0])],
+                frame,
+                frame_rows[0],
+            )
+        )
         erased += gone
     if settings.merge != "none":
         states = merge_groups(states, members, erase=settings.erase != "none", noun_weight=settings.noun_weight,
                               attribute_weight=settings.attribute_weight, mean=mean, kappa=settings.kappa)  # fmt: skip
     states[erased] = 0
-    return BoundPrompt(states, clean.states, whole.end, groups, erased if settings.erase == "mask" else [])
+    return BoundPrompt(marked.marked, states, clean.states, whole.end, groups, erased if settings.erase == "mask" else [])
