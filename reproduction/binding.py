@@ -1,427 +1,383 @@
 #!/usr/bin/env python
 """Do creatures keep their own attributes? Methods of zoodip.binding on the miniature, drawn, judged and compared by prompt.
 
-    python -m reproduction.binding --sets S1 S3 S4 S5 --output results/binding            # 96 prompts x 2 seeds, every row
-    python -m reproduction.binding --sets S1 --rows plain phrase full --prompts 6 --seeds 0 --split development
-    python -m reproduction.binding --sets S2 --tokens results/tokens                      # a BREED.safetensors for each breed
+    python -m reproduction.binding --dry_run                                   # how many pictures, how many hours
+    python -m reproduction.binding --report reproduction/binding               # everything, and the report
+    python -m reproduction.binding --split development --sets S1               # a setting at a time, to choose them
+    python -m reproduction.binding --report reproduction/binding --report_only # its tables again, from its records
 
-Sets: S1 two colours; S2 a learned breed and a colour; S3 S1 with one accessory; S4 S2 with an accessory on each; S5 one creature
-(does it harm?). `development` prompts are for choosing settings, `test` prompts for one report; no prompt is in both.
-A picture is judged in its two 64 x 64 halves by the miniature's classifier, and its creatures are counted by a network that
-is trained on renders the first time. What is drawn is not drawn again: one command after another goes on.
-Writes RESULTS.md, results.json and a sheet of each set.
+The sets S1 to S5 are described in binding_sets.py, the rows in binding_rows.py. One command does all: it has the twelve
+breeds' tokens learned, as the suite's tables do; trains a network that counts creatures; draws; judges a picture's two 64 x
+64 halves by that network and by the miniature's classifier; measures each row's time and what steps without backpropagation
+reach. What is done is not done again, so an interrupted command goes on; the rows that matter come first, some prompts of every
+set in turn, so that --hours gives a report of the prompts that all have by then. Writes RESULTS.md, records.json.xz (all that was
+read off pictures) and steps.png to --report, pictures and sheets to --output.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
+import lzma
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import permutations
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from miniature.captions import compose, describe
-from miniature.classifier import AttributeClassifier
-from miniature.critters import breed_by_name, held_out_breeds, random_critter
-from miniature.drawing import render
-from miniature.words import ACCESSORIES, ACCESSORY_PHRASES, COLOURS, CONFUSING_PAIRS, SCENE_PHRASES, SCENES
-from miniature.world import random_spec
-from reproduction.worlds import classifier
+from miniature.critters import held_out_breeds
+from reproduction import runs, tables, workers
+from reproduction.binding_judges import SIDE, load_counter, read_halves, train_counter
+from reproduction.binding_report import write_report
+from reproduction.binding_rows import CORE, SETTINGS, ceiling_latents, passes, rows_of, settings_of
+from reproduction.binding_sets import SETS, TEST_PROMPTS, Task, tasks_of
+from reproduction.binding_steps import compare_steps
 from zoodip.arguments import new_parser
-from zoodip.binding import draw_bound
-from zoodip.binding_settings import CONTROL, FULL, MERGE, PHRASE, PLAIN, PUBLISHED, Settings
+from zoodip.binding_drawing import decode, draw_bound
+from zoodip.binding_settings import Settings
 from zoodip.errors import InputError, prepare_environment, run_script
 from zoodip.files import write_atomically, write_image, write_json
-from zoodip.model import load_pipeline
+from zoodip.model import SCHEDULERS, build_scheduler, load_pipeline, model_digest
 from zoodip.pictures import picture_sheet
-from zoodip.records import ROOT, environment, mean_interval, plain_arguments, table
+from zoodip.records import ROOT, environment, plain_arguments
 
-SIDE = 64  # of a half, and of what the judges read
-SEED = 14  # of the order of prompts
-TEST_PROMPTS = 96
+MODEL = ROOT / "miniature" / "model"
+Tokens = dict[str, str]  # {breed: file of its token}
 
-# Rows of the tables; the paper's ablation is A plain, B merge, C = B + L_ent, D L_ent + L_sem unmerged, E L_ent, F = B + L_sem.
-# D has no composite for L_sem to improve, so it is left out.
-ROWS: dict[str, Settings] = {
-    "plain": PLAIN,
-    "phrase": PHRASE,
-    "phrase, noun only": replace(PHRASE, states="noun"),
-    "phrase + ETS": replace(PHRASE, ets_step=0),
-    "phrase without bias": replace(PHRASE, bias=0.0),
-    "plain + bias": replace(PLAIN, bias=PHRASE.bias),
-    "raw merge + ETS": replace(MERGE, merge="raw"),
-    "merge": MERGE,
-    "merge + entropy": replace(FULL, sem_steps=0, pose="off"),
-    "entropy": replace(CONTROL, pose="off"),
-    "merge + semantic": replace(FULL, map_steps=0),
-    "full": FULL,
-    "full without ETS": replace(FULL, ets_step=-1),
-    "full, semantic alone": replace(FULL, sem="alone"),
-    "control": CONTROL,
-    "published": PUBLISHED,
-}  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------------------------------- jobs
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One creature that a prompt asks for, as the judge reads it."""
-
-    colour: str | None = None
-    accessory: str | None = None
-    breed: str | None = None
-
-
-@dataclass(frozen=True)
-class Task:
-    """A prompt, and what is to be seen in its halves; S5's one creature has the square to itself."""
-
-    prompt: str
-    creatures: tuple[Wanted, ...]
-    scene: str
-
-    @property
-    def unit(self) -> str:
-        """What results are averaged over first: a breed's prompts are not independent."""
-        return self.creatures[0].breed or self.prompt
-
-
-def colour_pairs() -> list[tuple[str, str]]:
-    """All ordered pairs of colours that the classifier tells apart, in a fixed order."""
-    pairs = [pair for pair in permutations(COLOURS, 2) if set(pair) not in CONFUSING_PAIRS]
-    return [pairs[i] for i in np.random.default_rng(SEED).permutation(len(pairs))]
-
-
-def group(noun: str, accessory: str | None) -> str:
-    return f"[{noun}*{f' {ACCESSORY_PHRASES[accessory][0]}' if accessory else ''}]"
-
-
-def tasks_of(name: str, split: str) -> list[Task]:
-    """The prompts of one set; `development` ones share no pair, breed's colour or creature with the `test` ones."""
-    rng, worn = np.random.default_rng([SEED, int(name[1])]), ACCESSORIES[1:]
-    tasks = []
-    if name == "S5":
-        for i in range(TEST_PROMPTS + 10):
-            critter, scene = random_critter(rng), SCENES[i % len(SCENES)]
-            text = describe(critter).replace("critter", "critter*", 1)
-            phrase = SCENE_PHRASES[scene][0]
-            tasks.append(Task(f"{compose('x').split()[0] if text[0] not in 'aeiou' else 'an'} [{text}] {phrase}",
-                              (Wanted(critter.colour),), scene))  # fmt: skip
-    elif name in ("S1", "S3"):
-        for i, (left, right) in enumerate(colour_pairs()):
-            accessory = str(rng.choice(worn)) if name == "S3" else None
-            on = int(rng.integers(2))
-            creatures = tuple(Wanted(colour, accessory if k == on else None) for k, colour in enumerate((left, right)))
-            tasks.append(two(creatures, SCENES[i % len(SCENES)]))
-    else:
-        for i in range(TEST_PROMPTS + 12):
-            breed = held_out_breeds()[i % 12]
-            others = [colour for colour in COLOURS if {colour, breed.critter.colour} not in CONFUSING_PAIRS]
-            colour = str(rng.choice([colour for colour in others if colour != breed.critter.colour]))
-            on = [str(each) for each in rng.choice(worn, 2, replace=False)] if name == "S4" else [None, None]
-            creatures = (Wanted(breed.critter.colour, on[0], breed.name), Wanted(colour, on[1]))
-            tasks.append(two(creatures, SCENES[(i + i // 12) % len(SCENES)]))
-    return tasks[:TEST_PROMPTS] if split == "test" else tasks[TEST_PROMPTS:]
-
-
-def two(creatures: tuple[Wanted, ...], scene: str) -> Task:
-    nouns = ["<sks>" if each.breed else f"{each.colour} critter" for each in creatures]
-    articles = ["an" if noun[0] in "aeiou" else "a" for noun in nouns]
-    groups = [f"{a} {group(noun, each.accessory)}" for a, noun, each in zip(articles, nouns, creatures, strict=True)]
-    return Task(f"{' and '.join(groups)} {SCENE_PHRASES[scene][0]}", creatures, scene)
-
-
-# ---------------------------------------------------------------------------------------------------------------- judges
-
-
-def counted_picture(index: int) -> tuple[Image.Image, int]:
-    """A render with 0, 1 or 2 creatures. Two: the halves of two renders of one scene, which join without a seam."""
-    rng = np.random.default_rng([SEED, index])
-    spec = random_spec(rng, held_out=True)
-    count = index % 3
-    if count == 0:
-        return render(replace_place(spec, -2.0), SIDE), 0
-    if count == 1:
-        return render(replace_place(spec, float(rng.uniform(0.25, 0.75))), SIDE), 1
-    other = dataclasses.replace(random_spec(rng, held_out=True), scene=spec.scene, seed=spec.seed)
-    sides = [
-        render(dataclasses.replace(each, x=x, scale=float(rng.uniform(0.4, 0.52))), SIDE)
-        for each, x in ((spec, 0.2), (other, 0.8))
-    ]
-    picture = sides[0].copy()
-    picture.paste(sides[1].crop((SIDE // 2, 0, SIDE, SIDE)), (SIDE // 2, 0))
-    return picture, 2
-
-
-def replace_place(spec, x: float):
-    return dataclasses.replace(spec, x=x)
-
-
-def pixels_of(pictures: Iterable[Image.Image]) -> torch.Tensor:
-    """float [N, 3, 64, 64] in [-1, 1]."""
-    arrays = [np.array(picture.convert("RGB").resize((SIDE, SIDE))) for picture in pictures]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def train_counter(path: Path, pictures: int, epochs: int = 8) -> float:
-    """Trains the network that counts creatures in a half, and writes it to `path` -> its share right on fresh renders."""
-    drawn = [counted_picture(i) for i in range(pictures + pictures // 4)]
-    pixels, counts = pixels_of(picture for picture, _ in drawn), torch.tensor([count for _, count in drawn])
-    generator = torch.Generator().manual_seed(SEED)
-    with torch.random.fork_rng():
-        torch.manual_seed(SEED)
-        counter = AttributeClassifier({"count": ("0", "1", "2")})
-    optimizer = torch.optim.AdamW(counter.parameters(), lr=2e-3)
-    for _ in range(epochs):
-        for chosen in torch.randperm(pictures, generator=generator).split(48):
-            # a drawn picture is blurred and noisy beside a render
-            clean = pixels[chosen].flip(-1) if torch.rand(1, generator=generator) < 0.5 else pixels[chosen]
-            soft = F.avg_pool2d(F.pad(clean, (1, 1, 1, 1), mode="replicate"), 3, 1)
-            blended = torch.lerp(clean, soft, torch.rand(1, generator=generator))
-            noisy = blended + 0.05 * torch.randn(clean.shape, generator=generator)
-            loss = F.cross_entropy(counter(noisy)["count"], counts[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    with torch.no_grad():
-        right = (counter.eval()(pixels[pictures:])["count"].argmax(1) == counts[pictures:]).float().mean().item()
-    save_file(counter.state_dict(), path)
-    return right
-
-
-def load_counter(path: Path) -> AttributeClassifier:
-    counter = AttributeClassifier({"count": ("0", "1", "2")})
-    counter.load_state_dict(load_file(path))
-    return counter.eval()
-
-
-def score(task: Task, picture: Image.Image, counter: AttributeClassifier | None) -> dict[str, float]:
-    """What the judges say of one picture; shares of what was asked, of 0 to 1, and what was not."""
-    count = len(task.creatures)
-    halves = [picture.crop((k * SIDE, 0, (k + 1) * SIDE, SIDE)) for k in range(count)]
-    with torch.no_grad():
-        logits = classifier()(pixels_of(halves))
-        chance = logits["accessory"].softmax(1)
-    read = classifier().read(pixels_of(halves))
-    colours, wanted = [each["colour"] for each in read], [each.colour for each in task.creatures]
-    scores: dict[str, float] = dict(
-        right=colours == wanted if count == 1 else set(colours) == set(wanted), in_order=colours == wanted,
-        scene=all(each["scene"] == task.scene for each in read),
-    )  # fmt: skip
-    if counter is not None:
-        scores["one_each"] = [each["count"] for each in counter.read(pixels_of(halves))] == ["1"] * count
-    if count == 2:
-        scores |= dict(leak=colours[0] == colours[1], first=wanted[0] in colours, second=wanted[1] in colours)
-    asked = [each.accessory for each in task.creatures]
-    scores["uninvited"] = float(np.mean([each["accessory"] not in ("nothing", *asked) for each in read]))
-    own = [
-        float(chance[k, ACCESSORIES.index(each)] - chance[1 - k, ACCESSORIES.index(each)]) for k, each in enumerate(asked) if each
-    ]
-    if own:  # the judge has one label for a creature, so each accessory is compared between the halves
-        scores |= dict(owner=float(np.mean([value > 0 for value in own])), owner_margin=float(np.mean(own)))
-    breed = task.creatures[0].breed
-    if breed:
-        critter = breed_by_name(breed).critter
-        names = ("colour", "pattern", "ears", "shape")
-        scores["breed"] = float(np.mean([read[0][name] == getattr(critter, name) for name in names]))
-        scores["pattern_leak"] = read[1]["pattern"] == critter.pattern != "plain"
-    return {name: float(value) for name, value in scores.items()}
-
-
-# --------------------------------------------------------------------------------------------------------------- drawing
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One picture."""
+class Job:
+    """Pictures of one row that are drawn together: of each prompt one for each seed."""
 
     set_name: str
     row: str
-    task: Task
-    seed: int
     quantization: str
+    tasks: tuple[Task, ...]
+    seeds: tuple[int, ...]
     settings: Settings
+    scheduler: str
+    weights: str  # digest of the model, and of the tokens where prompts have one
 
     def stem(self) -> str:
+        """The name of its files; of whatever its pictures depend on."""
         content = json.dumps(asdict(self), sort_keys=True)
         return f"{self.set_name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
+    def size(self) -> dict[str, int]:
+        return dict(height=SIDE, width=SIDE * len(self.tasks[0].creatures))
 
-@lru_cache(maxsize=2)
-def pipeline_of(quantization: str, token: str | None):
-    pipeline = load_pipeline(str(ROOT / "miniature" / "model"), quantization)
-    if token:
-        pipeline.load_textual_inversion(token)
+    def done(self, output: Path) -> bool:
+        return (output / "pictures" / f"{self.stem()}.json").exists()
+
+
+def jobs_of(args: argparse.Namespace, tokens: Tokens) -> list[Job]:
+    """Every picture; the rows that matter first, some prompts of each set in turn, so that much can be said early."""
+    digest = model_digest(MODEL, None)[:12]
+    learned = hashlib.sha256(b"".join(Path(file).read_bytes() for file in tokens.values() if Path(file).exists())).hexdigest()
+    jobs: list[tuple[tuple[bool, int, int], Job]] = []
+    each = max(1, args.batch_size // len(args.seeds))
+    for k, quantization in enumerate(args.quantization):
+        for set_name in args.sets:
+            tasks = tasks_of(set_name, args.split)[: args.prompts]
+            weights = f"{digest}-{learned[:12]}" if needs_tokens(set_name) else digest
+            for number, first in enumerate(range(0, len(tasks), each)):
+                for row in args.rows or rows_of(set_name, quantization, args.split):
+                    if row == "ceiling" and set_name == "S5":  # one creature has nothing to be mixed up with
+                        continue
+                    settings = settings_of(row, args.steps, args.guidance)
+                    job = Job(set_name, row, quantization, tuple(tasks[first : first + each]), tuple(args.seeds), settings,
+                              args.scheduler, weights)  # fmt: skip
+                    jobs.append(((row not in CORE, k, number), job))
+    return [job for _, job in sorted(jobs, key=lambda entry: entry[0])]  # which leaves the order of equals
+
+
+def needs_tokens(set_name: str) -> bool:
+    return set_name in ("S2", "S4")
+
+
+def token_jobs(args: argparse.Namespace) -> tuple[runs.Settings, dict[str, runs.Job]]:
+    """The suite's runs that learn the twelve breeds' tokens, in 4 bits: {breed: run}."""
+    settings = tables.make_settings(tables.parse_args(["--output", str(args.runs)]))
+    breeds = [breed.name for breed in held_out_breeds()]
+    return settings, {breed: runs.Job(runs.make_spec(settings, "zoodip", breed, 0, {}), set()) for breed in breeds}
+
+
+def token_files(settings: runs.Settings, jobs: dict[str, runs.Job]) -> Tokens:
+    return {breed: str(settings.folder(job.spec) / "learned_embeds.safetensors") for breed, job in jobs.items()}
+
+
+def learn_tokens(settings: runs.Settings, jobs: dict[str, runs.Job], count: int) -> None:
+    """Learn those that are not learned yet. Raises InputError where one failed."""
+    settings.world.prepare(jobs)
+    if failures := workers.run_jobs(list(jobs.values()), settings, count):
+        raise InputError(f"{len(failures)} tokens could not be learned, the first: {failures[0]}; start the same command again")
+
+
+# ---------------------------------------------------------------------------------------------------------------- drawing
+
+
+@lru_cache(maxsize=1)
+def pipeline_of(quantization: str, tokens: tuple[tuple[str, str], ...]):
+    """The miniature, with <furmix> for furmix's token and so on."""
+    pipeline = load_pipeline(str(MODEL), quantization)
+    for breed, file in tokens:
+        pipeline.load_textual_inversion(file, token=f"<{breed}>")
     return pipeline
 
 
-def draw_unit(unit: Unit, output: Path, tokens: Path | None) -> None:
-    """Draw one picture: STEM.png, then STEM.json with its cost, which says that it is done."""
+def draw(job: Job, tokens: Tokens) -> tuple[list[Image.Image], dict]:
+    """The pictures of a job, and what one costs."""
+    pipeline = pipeline_of(job.quantization, tuple(tokens.items()))
+    prompts = [task.prompt for task in job.tasks]
+    # a multistep one's history is of latents as they were before a loss moved them
+    scheduler = None if job.scheduler == "ddim" else build_scheduler(MODEL, job.scheduler)
+    if job.row == "ceiling":
+        latents = ceiling_latents(pipeline, prompts, settings=job.settings, seeds=job.seeds, scheduler=scheduler, **job.size())
+        images = decode(pipeline, latents)
+        return images, dict(forwards=2 * passes(job.settings, 0)[0], backwards=0)
+    pictures = draw_bound(pipeline, prompts, settings=job.settings, seeds=job.seeds, scheduler=scheduler,
+                          batch_size=len(prompts) * len(job.seeds), **job.size())  # fmt: skip
+    return [picture.image for picture in pictures], dict(forwards=pictures[0].forwards, backwards=pictures[0].backwards)
+
+
+def draw_job(job: Job, output: Path, tokens: Tokens) -> None:
+    """STEM.png, the pictures one below the other, then STEM.json, which says that they are done."""
     torch.set_num_threads(1)
-    breed = unit.task.creatures[0].breed
-    pipeline = pipeline_of(unit.quantization, str(tokens / f"{breed}.safetensors") if breed and tokens else None)
-    (picture,) = draw_bound(pipeline, [unit.task.prompt], settings=unit.settings, seeds=[unit.seed], height=SIDE,
-                            width=SIDE * len(unit.task.creatures))  # fmt: skip
-    write_image(output / "pictures" / f"{unit.stem()}.png", picture.image)
-    record = dict(forwards=picture.forwards, backwards=picture.backwards, seconds=round(picture.seconds, 3))
-    write_json(output / "pictures" / f"{unit.stem()}.json", dict(unit=asdict(unit), **record))
+    images, cost = draw(job, tokens)
+    column = Image.new("RGB", (images[0].width, SIDE * len(images)))
+    for k, image in enumerate(images):
+        column.paste(image, (0, SIDE * k))
+    write_image(output / "pictures" / f"{job.stem()}.png", column)
+    write_json(output / "pictures" / f"{job.stem()}.json", cost)
 
 
-def judged(unit: Unit, output: Path, counter: AttributeClassifier | None) -> dict:
-    """The record of a picture that is drawn, with its scores."""
-    with Image.open(output / "pictures" / f"{unit.stem()}.png") as picture:
-        scores = score(unit.task, picture, counter)
-    return dict(**json.loads((output / "pictures" / f"{unit.stem()}.json").read_text()), scores=scores)
+def draw_all(jobs: Sequence[Job], output: Path, tokens: Tokens, count: int, hours: float | None) -> None:
+    """What is not drawn yet, in `count` processes of one thread, for `hours` at most. Raises InputError where one is killed."""
+    last = time.monotonic() + 3600 * (float("inf") if hours is None else hours)
+    waiting = [job for job in jobs if not job.done(output)]
+    pictures = [len(job.tasks) * len(job.seeds) for job in waiting]
+    prepare_environment()
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context) as pool, tqdm(total=sum(pictures), unit="picture", smoothing=0.02) as bar:
+        futures = {pool.submit(draw_job, job, output, tokens): drawn for job, drawn in zip(waiting, pictures, strict=True)}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                bar.update(futures[future])
+                if time.monotonic() > last:
+                    pool.shutdown(cancel_futures=True)  # those that are being drawn are finished
+                    break
+        except BrokenProcessPool:
+            raise InputError(
+                "a process was killed, perhaps for want of memory; try fewer --jobs or a smaller --batch_size"
+            ) from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-# ---------------------------------------------------------------------------------------------------------------- report
+def images_of(job: Job, output: Path) -> list[Image.Image]:
+    """In the order of (prompt, seed)."""
+    with Image.open(output / "pictures" / f"{job.stem()}.png") as column:
+        return [column.crop((0, top, column.width, top + SIDE)) for top in range(0, column.height, SIDE)]
 
 
-def by_unit(units: list[Unit], records: dict[Unit, dict], name: str) -> dict[str, float]:
-    """{prompt, or breed: mean score of its pictures}."""
-    values: dict[str, list[float]] = {}
-    for unit in units:
-        values.setdefault(unit.task.unit, []).append(records[unit]["scores"][name])
-    return {key: float(np.mean(each)) for key, each in values.items()}
+# ------------------------------------------------------------------------------------------------------------- measurements
 
 
-def interval(values: Iterable[float], sign: str = "") -> str:
-    mean, half = mean_interval([100 * value for value in values])
-    return f"{mean:{sign}.0f}" if np.isnan(half) else f"{mean:{sign}.0f} ± {half:.0f}"
+def measure_costs(args: argparse.Namespace) -> dict:
+    """Processor seconds of a picture by itself, with the rows in turn on three prompts: other programs do not count."""
+    torch.set_num_threads(1)
+    found = []
+    tasks = tasks_of("S1", "development")[:3]
+    for warm, task in enumerate([tasks[0], *tasks]):  # the first is not counted
+        for row in CORE + ("published",):
+            job = Job("S1", row, "none", (task,), (0,), settings_of(row, args.steps, args.guidance), args.scheduler, "")
+            started = time.process_time()
+            _, cost = draw(job, {})
+            if warm:
+                found.append(dict(row=row, prompt=task.prompt, seconds=round(time.process_time() - started, 3), **cost))
+    return dict(pictures=found)
 
 
-def report(units: list[Unit], records: dict[Unit, dict]) -> str:
-    """Markdown: a table of each set and quantisation; per cent, mean ± half width of a 95 % interval over prompts or breeds."""
-    text = []
-    for set_name, quantization in sorted({(unit.set_name, unit.quantization) for unit in units}):
-        here = [unit for unit in units if (unit.set_name, unit.quantization) == (set_name, quantization)]
-        rows = list(dict.fromkeys(unit.row for unit in here))
-        names = list(records[here[0]]["scores"])
-        of = {row: [unit for unit in here if unit.row == row] for row in rows}
-        main = "owner" if "owner" in names else "right"
-        base = {row: by_unit(of[row], records, main) for row in rows}
-        lines = []
-        for row in rows:
-            cells = [interval(by_unit(of[row], records, name).values()) for name in names]
-            for other in ("plain", "control"):
-                known = other in base and row != other
-                cells.append(interval((base[row][key] - base[other][key] for key in base[row]), "+") if known else "")
-            cost = [f"{np.mean([records[unit][name] for unit in of[row]]):.{digits}f}" for name, digits in
-                    (("forwards", 0), ("backwards", 0), ("seconds", 1))]  # fmt: skip
-            lines.append([row, *cells, *cost])
-        header = ["row", *names, f"{main} - plain", f"{main} - control", "forwards", "backwards", "seconds"]
-        pictures = len(of[rows[0]])
-        text.append(f"## {set_name}, {quantization}\n\n{pictures} pictures a row.\n\n{table(header, lines)}\n")
-    return "\n".join(text)
+def once(path: Path, make: Callable[[], dict]) -> dict:
+    """What `make` returns, kept in the file `path`."""
+    if not path.exists():
+        write_json(path, make())
+    return json.loads(path.read_text())
 
 
-def sheet(units: list[Unit], output: Path, most: int = 12) -> Image.Image:
-    """The first prompts' pictures, a row of them for each, methods side by side."""
-    rows = list(dict.fromkeys(unit.row for unit in units))
-    prompts = list(dict.fromkeys((unit.task.prompt, unit.seed) for unit in units))[:most]
-    blocks = []
-    for prompt, seed in prompts:
-        chosen = [unit for unit in units if (unit.task.prompt, unit.seed) == (prompt, seed)]
-        pictures = [Image.open(output / "pictures" / f"{unit.stem()}.png") for unit in chosen]
-        blocks.append((pictures, f"{prompt}, seed {seed}: {', '.join(rows)}"))
-    return picture_sheet(blocks, aspect=len(units[0].task.creatures))
+def seconds_of_passes() -> tuple[float, float]:
+    """Seconds, now and here, of one sample forward in a batch of 16, and of a forward and backward."""
+    torch.set_num_threads(1)
+    unet = pipeline_of("none", ()).unet
+    latents = torch.randn(16, 4, 16, 32, generator=torch.Generator().manual_seed(0))
+    states = torch.zeros(16, 32, unet.config.cross_attention_dim)
+    taken = []
+    for count, gradient in ((16, False), (16, False), (1, True)):  # the first warms up
+        started = time.perf_counter()
+        with torch.set_grad_enabled(gradient):
+            wanted = latents[:count].clone().requires_grad_(gradient)
+            noise = unet(wanted, 500, encoder_hidden_states=states[:count]).sample
+            if gradient:
+                torch.autograd.grad(noise.square().mean(), wanted)
+        taken.append(time.perf_counter() - started)
+    return taken[1] / 16, taken[2]
 
 
-# ------------------------------------------------------------------------------------------------------------------ main
+def print_plan(args: argparse.Namespace, jobs: Sequence[Job], learners: tuple[runs.Settings, dict[str, runs.Job]]) -> None:
+    """How many pictures of each table, and hours of one process at today's speed."""
+    forward, both = seconds_of_passes()
+    hours: dict[tuple[str, str], list[float]] = {}
+    for job in jobs:
+        creatures, pictures = len(job.tasks[0].creatures), len(job.tasks) * len(job.seeds)
+        forwards, backwards = passes(job.settings, creatures)
+        ceiling = 1.25 if job.row == "ceiling" else 1.0  # two windows of 5/8 of the width
+        alone = max(0, forwards - 2 * job.settings.steps - backwards)  # of the anchors
+        seconds = ceiling * (forwards - backwards - alone) * forward + alone * both / 3 + backwards * both
+        entry = hours.setdefault((job.set_name, job.quantization), [0, 0, 0])
+        entry[0] += pictures
+        if not job.done(args.output):
+            entry[1] += pictures
+            entry[2] += pictures * seconds * creatures / 2 / 3600
+    for (set_name, quantization), (pictures, waiting, time_left) in hours.items():
+        print(f"{set_name}, {quantization}: {pictures} pictures, {waiting} to draw, {time_left:.2f} hours")
+    settings, learning = learners
+    tokens = sum(runs.estimated_seconds(job, settings) for job in learning.values() if not job.done(settings)) / 3600
+    total = tokens + sum(entry[2] for entry in hours.values())
+    pictures = sum(int(entry[0]) for entry in hours.values())
+    print(f"tokens: {tokens:.2f} hours; in all {pictures} pictures, {total:.1f} hours of one process at this moment's speed, "
+          f"{total / args.jobs:.1f} with --jobs {args.jobs} if there is room for them")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------------ records
+
+
+def read_pictures(jobs: Iterable[Job], output: Path) -> list[dict]:
+    """What is read off every picture that is drawn: one record each."""
+    counter, _ = load_counter(output)
+    found = []
+    for job in tqdm([job for job in jobs if job.done(output)], desc="judging", leave=False):
+        cost = json.loads((output / "pictures" / f"{job.stem()}.json").read_text())
+        of = [(task.prompt, seed) for task in job.tasks for seed in job.seeds]
+        for (prompt, seed), image in zip(of, images_of(job, output), strict=True):
+            about = dict(set=job.set_name, quantization=job.quantization, row=job.row, prompt=prompt, seed=seed)
+            found.append(dict(about, **cost, halves=read_halves(image, counter)))
+    return found
+
+
+def write_records(path: Path, records: dict) -> None:
+    write_atomically(path, lzma.compress(json.dumps(records).encode()))
+
+
+def read_records(path: Path) -> dict:
+    """Raises InputError."""
+    try:
+        return json.loads(lzma.decompress(path.read_bytes()))
+    except (OSError, lzma.LZMAError, ValueError) as error:
+        raise InputError(f"{path}: is no whole file of records ({error}); make it without --report_only") from error
+
+
+def sheet(jobs: Sequence[Job], output: Path, most: int = 8) -> Image.Image:
+    """The first prompts' pictures with the first seed, a line for each, rows side by side."""
+    rows = list(dict.fromkeys(job.row for job in jobs))
+    lines: dict[str, list[Image.Image]] = {}
+    for job in jobs:
+        for k, task in enumerate(job.tasks):
+            lines.setdefault(task.prompt, []).append(images_of(job, output)[k * len(job.seeds)])
+    whole = [(pictures, prompt) for prompt, pictures in lines.items() if len(pictures) == len(rows)][:most]
+    return picture_sheet(whole, cell=96, aspect=len(jobs[0].tasks[0].creatures), headings=[row.split(":")[0] for row in rows])
+
+
+def write_sheets(jobs: Sequence[Job], output: Path) -> None:
+    for set_name, quantization in dict.fromkeys((job.set_name, job.quantization) for job in jobs):
+        drawn = [job for job in jobs if (job.set_name, job.quantization) == (set_name, quantization) and job.done(output)]
+        if drawn:
+            write_image(output / f"{set_name}-{quantization}.png", sheet(drawn, output))
+
+
+# ------------------------------------------------------------------------------------------------------------------- main
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--sets", nargs="+", default=["S1", "S3", "S5"], choices=["S1", "S2", "S3", "S4", "S5"], help="which prompts")
-    add("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), help="which methods")
+    add("--sets", nargs="+", default=list(SETS), choices=SETS, help="which prompts")
+    add("--rows", nargs="+", default=None, choices=list(SETTINGS), help="which methods; default: those of each table")
     add("--split", default="test", choices=["test", "development"], help="prompts to report, or to choose settings on")
     add("--prompts", type=int, default=TEST_PROMPTS, help="of each set, at most")
     add("--seeds", type=int, nargs="+", default=[0, 1], help="a picture for each; the same noise in every row")
-    add("--quantization", nargs="+", default=["none"], choices=["none", "nf4"], help="of the model")
-    add("--tokens", type=Path, default=None, help="folder with BREED.safetensors for the twelve breeds, for S2 and S4")
-    add("--steps", type=int, default=25, help="denoising steps (DDIM)")
+    add("--quantization", nargs="+", default=["none", "nf4"], choices=["none", "nf4"], help="of the model")
+    add("--scheduler", default="ddim", choices=SCHEDULERS, help="of every row; DPM-Solver++ needs 15 steps")
+    add("--steps", type=int, default=25, help="denoising steps")
     add("--guidance", type=float, default=5.0, help="classifier-free guidance scale")
-    add("--counter_pictures", type=int, default=6000, help="renders that the counter of creatures learns from; 0: no counter")
+    add("--batch_size", type=int, default=8, help="pictures that are drawn together")
+    add("--counter_pictures", type=int, default=6000, help="renders that the counter of creatures learns from")
+    add("--forwards", type=int, default=96, help="that each step without backpropagation may use for a composite")
     add("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each")
-    add("--output", type=Path, default=Path("results/binding_evaluation"), help="folder for pictures and tables")
-    add("--dry_run", action="store_true", help="print what would be drawn, and draw nothing")
+    add("--hours", type=float, default=None, help="draw no longer than this; the report is of prompts that every row has by then")
+    add(
+        "--runs", type=Path, default=Path("results/reproduction/miniature"), help="folder of the suite's runs: the breeds' tokens"
+    )
+    add("--output", type=Path, default=Path("results/reproduction/binding"), help="folder for pictures")
+    add("--report", type=Path, default=None, help="folder for RESULTS.md, records.json.xz and steps.png; default: --output")
+    add("--report_only", action="store_true", help="draw nothing: the tables of --report's records")
+    add("--dry_run", action="store_true", help="only say how many pictures and hours it would be")
     args = parser.parse_args(argv)
-    for name in ("prompts", "steps", "jobs"):
+    for name in ("prompts", "steps", "batch_size", "jobs", "counter_pictures", "forwards"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 1 <= args.guidance < float("inf"):
+        parser.error(f"--guidance must be at least 1, got {args.guidance}")
     return args
 
 
-def units_of(args: argparse.Namespace) -> list[Unit]:
-    """Every picture. Raises InputError where a breed's token is missing."""
-    units = []
-    for set_name in args.sets:
-        tasks = tasks_of(set_name, args.split)[: args.prompts]
-        for breed in sorted({task.creatures[0].breed for task in tasks} - {None}):
-            if args.tokens is None or not (args.tokens / f"{breed}.safetensors").is_file():
-                raise InputError(
-                    f"--tokens: there is no {breed}.safetensors in {str(args.tokens)!r}; {set_name} needs the token <sks> of "
-                    "every held-out breed, as train_zoodip.py learns it"
-                )
-        units += [
-            Unit(set_name, row, task, seed, quantization, replace(ROWS[row], steps=args.steps, guidance=args.guidance))
-            for quantization in args.quantization for task in tasks for seed in args.seeds for row in args.rows
-        ]  # fmt: skip
-    return units
-
-
 def main(args: argparse.Namespace) -> None:
-    units, output = units_of(args), args.output
-    done = lambda unit: output / "pictures" / f"{unit.stem()}.json"  # noqa: E731
-    waiting = [unit for unit in units if not done(unit).exists()]
-    print(f"{len(units)} pictures ({', '.join(args.sets)}; {len(args.rows)} rows), {len(waiting)} of them not drawn yet")
-    if args.dry_run:
+    output, report = args.output, args.report or args.output
+    if args.report_only:
+        write_report(read_records(report / "records.json.xz"), report)
         return
-    (output / "pictures").mkdir(parents=True, exist_ok=True)
-    if args.counter_pictures and not (output / "counter.json").exists():
-        right = train_counter(output / "counter.safetensors", args.counter_pictures)
-        write_json(output / "counter.json", dict(pictures=args.counter_pictures, right=right))
-    prepare_environment()
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(args.jobs, len(waiting) or 1), context) as pool:
-        futures = [pool.submit(draw_unit, unit, output, args.tokens) for unit in waiting]
-        for future in tqdm(futures, unit="picture"):
-            future.result()
-    head = (f"# Binding on the miniature ({args.split} prompts)\n\nPer cent; mean ± half width of a 95 % interval over prompts "
-            "(S2, S4: breeds).\n")  # fmt: skip
-    counter = network = None
-    if args.counter_pictures:
-        network = load_counter(output / "counter.safetensors")
-        counter = json.loads((output / "counter.json").read_text())
-        head += f"Creatures are counted right on {100 * counter['right']:.0f} % of fresh renders.\n"
-    records = {unit: judged(unit, output, network) for unit in units}
-    write_atomically(output / "RESULTS.md", f"{head}\n{report(units, records)}".encode())
-    pictures = [dict(row=unit.row, **records[unit]) for unit in units]
-    write_json(
-        output / "results.json", dict(arguments=plain_arguments(vars(args)), **environment(), counter=counter, pictures=pictures)
-    )
-    for set_name in args.sets:
-        write_image(output / f"{set_name}.png", sheet([unit for unit in units if unit.set_name == set_name], output))
-    print(output / "RESULTS.md")
+    settings, learning = token_jobs(args)
+    tokens = token_files(settings, learning)  # {breed: file}, learned or not
+    if args.dry_run:
+        print_plan(args, jobs_of(args, tokens), (settings, learning))
+        return
+    for folder in (output / "pictures", report):
+        folder.mkdir(parents=True, exist_ok=True)
+    if any(map(needs_tokens, args.sets)):
+        learn_tokens(settings, learning, args.jobs)
+    else:
+        tokens = {}
+    if not (output / "counter.json").exists():
+        train_counter(output, args.counter_pictures)
+    jobs = jobs_of(args, tokens)
+    draw_all(jobs, output, tokens, args.jobs, args.hours)
+    prompts = [task.prompt for task in tasks_of("S1", "development")[: min(8, args.prompts)]]
+    weights = model_digest(MODEL, None)[:12]
+    how = dict(height=SIDE, width=2 * SIDE, budget=args.forwards)
+    compare = lambda: compare_steps(pipeline_of("none", ()), prompts, **how)  # noqa: E731
+    records = dict(
+        arguments=plain_arguments(vars(args)), **environment(), counter=load_counter(output)[1],
+        costs=once(output / f"costs-{weights}-{args.scheduler}-{args.steps}.json", lambda: measure_costs(args)),
+        steps=once(output / f"steps-{weights}-{len(prompts)}-{args.forwards}.json", compare),
+        pictures=read_pictures(jobs, output),
+    )  # fmt: skip
+    write_records(report / "records.json.xz", records)
+    write_report(records, report)
+    write_sheets(jobs, output)
 
 
 if __name__ == "__main__":

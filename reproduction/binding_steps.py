@@ -1,14 +1,29 @@
-"""Steps of the semantic binding loss without backpropagation, to be given to `draw_bound` as `semantic_step`. Experiments."""
+"""Steps of the semantic binding loss without backpropagation, for `draw_bound(semantic_step=...)`, and how far each gets.
+
+gradient                one forward and one backward
+F1, coefficients        central differences along what leads to the states of the phrase's own words: two to six numbers
+F2, n directions        ZOODiP's estimator in all numbers of the composite
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from reproduction.plots import new_plot, save_plot
 from train_zoodip import ESTIMATORS, zeroth_order_gradient
-from zoodip.binding_losses import Losses, Predictor, moved
-from zoodip.binding_settings import Settings
-from zoodip.binding_states import BoundGroup
+from zoodip.binding_drawing import read_prompts, scheduler_maker
+from zoodip.binding_losses import Losses, Predictor, binding_losses, contexts, gradient_step, moved
+from zoodip.binding_settings import FULL, Settings
+from zoodip.binding_states import BoundGroup, Encoder, bind_prompt
+from zoodip.records import mean_interval, table
+
+SEED = 14  # of first noises and directions
 
 
 def coefficient_gradient(row: Tensor, losses: Losses, directions: Tensor, mu: float = 0.1) -> tuple[Tensor, float]:
@@ -33,7 +48,93 @@ def estimated_step(row: Tensor, losses: Losses, group: BoundGroup, predict: Pred
     directions = torch.randn(n, 1, len(row), generator=generator).to(row)
     rge = ESTIMATORS["rge"]
     values = losses(row + mu * rge.candidate_offsets(directions)[:, 0])
-    gradient = zeroth_order_gradient(rge.slopes(values, mu), directions, effective_dim=1)[
-        0
-    ]  # as the step is normalised, unscaled
+    # unscaled, as the step is normalised
+    gradient = zeroth_order_gradient(rge.slopes(values, mu), directions, effective_dim=1)[0]
     return moved(row, gradient, settings), values[0].item()
+
+
+# -------------------------------------------------------------------------------------------------------------- experiment
+
+Curve = list[list[float]]  # [forwards so far, L_sem as a share of the first], of each update
+
+
+def steps_to_compare() -> dict[str, Callable]:
+    generator = torch.Generator().manual_seed(SEED)
+    estimates = {f"F2, n = {n}": partial(estimated_step, n=n, generator=generator) for n in (2, 8, 32)}
+    return {"gradient": gradient_step, "F1, coefficients": coefficient_step, **estimates}
+
+
+def descend(group: BoundGroup, row: Tensor, losses: Losses, predict: Predictor, step: Callable, budget: int) -> Curve:
+    """L_sem of a composite [d] over updates until the budget of forwards is used up; a backward counts as two."""
+    first, used, curve = losses(row[None]).item(), 0, [[0, 1.0]]
+    while True:
+        predict.forwards = predict.backwards = 0
+        row, _ = step(row, losses, group, predict, FULL)
+        used += predict.forwards + 2 * predict.backwards
+        if used > budget:
+            return curve
+        curve.append([used, losses(row[None]).item() / first])
+
+
+@torch.no_grad()
+def compare_steps(pipeline, marked_prompts: Sequence[str], *, height: int, width: int, budget: int) -> dict:
+    """{"curves": {step: a curve of each group}, "phrase": [what of each group's loss is left with the noun's row of `phrase`]}.
+
+    From the capped composite, at the first of 25 denoising steps, in the framed context: the problem that `full` solves there.
+    """
+    encode, predict = Encoder(pipeline), Predictor(pipeline.unet)
+    schedule = scheduler_maker(pipeline, None, 25)()
+    timestep, scale = schedule.timesteps[0], pipeline.vae_scale_factor
+    size = (1, pipeline.unet.config.in_channels, height // scale, width // scale)
+    found: dict = dict(budget=budget, curves={name: [] for name in steps_to_compare()}, phrase=[])
+    for k, marked in enumerate(read_prompts(pipeline, marked_prompts, None)):
+        latents = torch.randn(size, generator=torch.Generator().manual_seed(k)).to(pipeline.unet.device)
+        merged = bind_prompt(marked, encode, FULL, encode.mean())
+        for group in merged.groups:
+            target = predict(latents, timestep, group.anchor[None])
+
+            def losses(rows: Tensor, group=group, latents=latents, target=target) -> Tensor:
+                return binding_losses(predict, latents, timestep, contexts(rows, group, "framed"), target)
+
+            row = merged.states[group.row]
+            found["phrase"].append((losses(group.anchor[group.anchor_row][None]) / losses(row[None])).item())
+            for name, step in steps_to_compare().items():
+                found["curves"][name].append(descend(group, row, losses, predict, step, budget))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------------ report
+
+
+def left_at(curves: Sequence[Curve], forwards: int) -> tuple[float, float, float]:
+    """(share of the first L_sem left after so many forwards, ends of its 95 % interval): geometric, over groups."""
+    shares = [next(share for used, share in reversed(curve) if used <= forwards) for curve in curves]
+    mean, half = mean_interval(np.log(np.maximum(shares, 1e-12)).tolist())
+    return tuple(float(np.exp(value)) for value in (mean, mean - half, mean + half))  # pyright: ignore[reportReturnType]
+
+
+def table_of_steps(found: dict) -> str:
+    """What each step leaves of L_sem, in per cent, after an eighth of the forwards, a quarter, a half, and all."""
+    budgets = [found["budget"] // part for part in (8, 4, 2, 1)]
+
+    def cell(curves: Sequence[Curve], forwards: int) -> str:
+        mean, low, high = (100 * share for share in left_at(curves, forwards))
+        return f"{mean:.0f} ({low:.0f} to {high:.0f})"
+
+    lines = [[name, *(cell(curves, budget) for budget in budgets)] for name, curves in found["curves"].items()]
+    lines.append(["the noun's row of `phrase`, no step", cell([[[0, share]] for share in found["phrase"]], 0), "", "", ""])
+    return table(["step", *map(str, budgets)], lines)
+
+
+def draw_figure(found: dict, path: Path) -> None:
+    """What each step leaves of L_sem over forwards, with its interval."""
+    figure, (axes,) = new_plot(1, 1, (6, 3.6))
+    for name, curves in found["curves"].items():
+        at = sorted({int(used) for curve in curves for used, _ in curve})
+        mean, low, high = (np.array(values) for values in zip(*(left_at(curves, used) for used in at), strict=True))
+        (line,) = axes.step(at, mean, where="post", label=name)
+        axes.fill_between(at, low, high, step="post", alpha=0.15, color=line.get_color())
+    axes.axhline(left_at([[[0, share]] for share in found["phrase"]], 0)[0], color="grey", linestyle=":", label="phrase, no step")
+    axes.set(yscale="log", xlabel="forwards (a backward is two)", ylabel="share of L_sem that is left")
+    axes.legend(fontsize=8)
+    save_plot(figure, path)

@@ -1,0 +1,184 @@
+"""What binding's records say: tables, paired differences, and whether the aims are reached. From records.json.xz alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from reproduction.binding_judges import score
+from reproduction.binding_rows import CORE
+from reproduction.binding_sets import SETS, Task, tasks_of
+from reproduction.binding_steps import draw_figure, table_of_steps
+from zoodip.errors import InputError
+from zoodip.files import write_atomically
+from zoodip.records import mean_interval, table
+
+MAIN = {"S1": "right", "S2": "right", "S3": "owner", "S4": "owner", "S5": "looks"}  # the score that differences are of
+LEGEND = """Per cent; mean ± half width of a 95 % interval over prompts (S2, S4: over the twelve breeds), each the mean of its
+pictures. Differences are paired by prompt or breed. **right**: the two halves read as the two colours, in either
+order; **in_order**: from left to right; **first**, **second**: that colour is read in some half; **leak**: both
+halves read as one colour; **owner**: an accessory is more likely on its own half than on the other (half of them
+would be by chance), **margin**: by how much; **looks**: the attributes of the breed on its half (S2, S4) or of the
+description (S5); **other**: the other creature's colour on its half; **pattern_leak**: it has the breed's pattern;
+**scene**: in every half; **uninvited**: halves with an accessory that nobody asked for; **empty**, **several**:
+halves without a creature, with two; **one_each**: one creature in every half. Passes: samples through the UNet of a
+picture."""
+
+Scores = dict[str, list[float]]  # {prompt, or breed: scores of its pictures}
+
+
+class Table:
+    """The records of one set and quantisation, of the prompts that every row has."""
+
+    def __init__(self, set_name: str, records: Sequence[dict]):
+        self.set_name, self.rows = set_name, list(dict.fromkeys(record["row"] for record in records))
+        tasks = {task.prompt: task for split in ("test", "development") for task in tasks_of(set_name, split)}
+        pictures = [{(record["prompt"], record["seed"]) for record in records if record["row"] == row} for row in self.rows]
+        self.common = set.intersection(*pictures)
+        self.records = [record for record in records if (record["prompt"], record["seed"]) in self.common]
+        if unknown := {prompt for prompt, _ in self.common} - tasks.keys():
+            raise InputError(f"records.json.xz: {sorted(unknown)[0]!r} is no prompt of {set_name}; it is of another version")
+        self.scores: dict[str, dict[str, Scores]] = {row: {} for row in self.rows}  # {row: {score: ...}}
+        for record in self.records:
+            task: Task = tasks[record["prompt"]]
+            for name, value in score(task, record["halves"]).items():
+                self.scores[record["row"]].setdefault(name, {}).setdefault(task.unit, []).append(value)
+
+    def means(self, row: str, name: str) -> dict[str, float]:
+        return {unit: float(np.mean(values)) for unit, values in self.scores[row][name].items()}
+
+    def difference(self, row: str, other: str, name: str) -> list[float]:
+        ours, theirs = self.means(row, name), self.means(other, name)
+        return [ours[unit] - theirs[unit] for unit in ours]
+
+    def cost(self, row: str, name: str) -> float:
+        return float(np.mean([record[name] for record in self.records if record["row"] == row]))
+
+    def text(self) -> str:
+        main, names = MAIN[self.set_name], list(self.scores[self.rows[0]])
+        lines = []
+        for row in self.rows:
+            cells = [interval(self.means(row, name).values()) for name in names]
+            for other in ("plain", "control"):
+                known = other in self.rows and row != other
+                cells.append(interval(self.difference(row, other, main), "+") if known else "")
+            lines.append([row, *cells, *(f"{self.cost(row, name):.0f}" for name in ("forwards", "backwards"))])
+        header = ["row", *names, f"{main} - plain", f"{main} - control", "forward", "backward"]
+        prompts = len({prompt for prompt, _ in self.common})
+        return f"{prompts} prompts, {len(self.common)} pictures a row.\n\n{table(header, lines)}"
+
+
+def interval(values: Iterable[float], sign: str = "") -> str:
+    mean, half = mean_interval([100 * value for value in values])
+    return f"{mean:{sign}.0f}" if np.isnan(half) else f"{mean:{sign}.0f} ± {half:.0f}"
+
+
+def tables_of(pictures: Sequence[dict], rows: Sequence[str] | None = None) -> dict[tuple[str, str], Table]:
+    """{(set, quantization): table of all rows, or of these} of those that have a prompt with every row."""
+    found, chosen = {}, [record for record in pictures if rows is None or record["row"] in rows]
+    for set_name, quantization in dict.fromkeys((record["set"], record["quantization"]) for record in chosen):
+        here = [record for record in chosen if (record["set"], record["quantization"]) == (set_name, quantization)]
+        made = Table(set_name, here)
+        if made.common:
+            found[set_name, quantization] = made
+    return dict(sorted(found.items(), key=lambda item: (item[0][1] != "none", SETS.index(item[0][0]))))
+
+
+# ------------------------------------------------------------------------------------------------------------------- aims
+
+
+def verdict(values: Iterable[float], bound: float) -> str:
+    """Whether the mean is at least `bound`, as far as its interval can tell."""
+    mean, half = mean_interval(list(values))
+    if np.isnan(half):
+        return "one value: cannot be told"
+    return "yes" if mean - half >= bound else "no" if mean + half < bound else f"cannot be told, the mean is {100 * mean:.0f} %"
+
+
+def aims(found: dict[tuple[str, str], Table], costs: dict) -> list[list[str]]:
+    """[aim, unquantised or NF4, figure, verdict] of each that was set before anything was drawn."""
+    lines = []
+    for (set_name, quantization), made in found.items():
+        for name, row, other, bound, text in AIMS:
+            if name != set_name or row not in made.rows or (other and other not in made.rows):
+                continue
+            main = MAIN[set_name]
+            values = made.difference(row, other, main) if other else list(made.means(row, main).values())
+            lines.append([text, quantization, interval(values, "+" if other else ""), verdict(values, bound)])
+    if ratio := cost_ratios(costs).get("phrase"):
+        mean, half = mean_interval(ratio)
+        reached = "yes" if mean + half <= 1.3 else "no" if mean - half > 1.3 else "cannot be told"
+        lines.append(["a picture with phrase costs at most 1.3 plain ones", "none", f"{mean:.2f} ± {half:.2f}", reached])
+    return lines
+
+
+AIMS = (  # set, row, the row it is compared with, least value of the set's main score, in words
+    ("S1", "phrase", None, 0.85, "phrase has both colours right in at least 85 % of S1"),
+    ("S4", "phrase", None, 0.85, "phrase has accessories on their owners in at least 85 % of S4"),
+    ("S5", "phrase", "plain", -0.02, "phrase does no harm on S5: it is within 2 points of plain"),
+    ("S1", "full", "control", 0.0, "full is above its control on S1"),
+)
+
+
+def cost_ratios(costs: dict) -> dict[str, list[float]]:
+    """{row: processor time of its pictures in plain ones, prompt by prompt}."""
+    plain = {each["prompt"]: each["seconds"] for each in costs["pictures"] if each["row"] == "plain"}
+    found: dict[str, list[float]] = {}
+    for each in costs["pictures"]:
+        found.setdefault(each["row"], []).append(each["seconds"] / plain[each["prompt"]])
+    return found
+
+
+def cost_lines(costs: dict) -> list[list[str]]:
+    lines = []
+    for row, ratios in cost_ratios(costs).items():
+        mean, half = mean_interval(ratios)
+        of = [each for each in costs["pictures"] if each["row"] == row]
+        seconds = float(np.mean([each["seconds"] for each in of]))
+        lines.append([row, str(of[0]["forwards"]), str(of[0]["backwards"]), f"{seconds:.2f}", f"{mean:.2f} ± {half:.2f}"])
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------------ report
+
+
+def introduction(records: dict) -> str:
+    arguments, counter = records["arguments"], records["counter"]
+    right = ", ".join(f"{100 * share:.0f} % of those with {count}" for count, share in counter["right"].items())
+    judged = ", ".join(f"{name} {100 * share:.0f} %" for name, share in counter["classifier"].items())
+    return f"""# Binding on the miniature ({arguments["split"]} prompts)
+
+{arguments["steps"]} steps of {arguments["scheduler"].upper()}, guidance {arguments["guidance"]:g}, 64 pixels a creature,
+seeds {", ".join(map(str, arguments["seeds"]))}, the same first noise in every row. The breeds' tokens were learned in 4 bits.
+{records["device"]}, commit {records["commit"]}.
+
+The judges: the counter of creatures is right on {right} ({counter["fresh"]} renders that it has not seen), the
+classifier on two renders of one scene side by side: {judged}. No row can be judged more exactly than that."""
+
+
+def write_report(records: dict, folder: Path) -> None:
+    """RESULTS.md and steps.png. Raises InputError where records and prompts are of different versions."""
+    found = tables_of(records["pictures"], CORE)
+    others = {key: made for key, made in tables_of(records["pictures"]).items() if set(made.rows) - set(CORE)}
+    text = [introduction(records), "## What was aimed at"]
+    text.append(table(["aim", "weights", "figure", "reached"], aims(found, records["costs"])))
+    text += ["## Tables", LEGEND]
+    for what, chosen in (("", found), (", every row", others)):  # the latter of fewer prompts where it is not all drawn
+        for (set_name, quantization), made in chosen.items():
+            weights = "unquantised" if quantization == "none" else quantization.upper()
+            text += [f"### {set_name}, {weights}{what}", made.text()]
+    text.append(
+        "## Cost\n\nProcessor seconds of one picture by itself, one thread, rows in turn on three prompts; the ratio is paired."
+    )
+    text.append(table(["row", "forward", "backward", "seconds", "in plain pictures"], cost_lines(records["costs"])))
+    text.append(f"""## Without backpropagation
+
+What is left of a composite's semantic loss, in per cent of its first value, after so many forwards; a backward counts as two.
+Geometric mean and 95 % interval over {len(records["steps"]["phrase"])} groups of development prompts.""")
+    text.append(table_of_steps(records["steps"]))
+    text.append("![What is left of the loss](steps.png)")
+    draw_figure(records["steps"], folder / "steps.png")
+    write_atomically(folder / "RESULTS.md", ("\n\n".join(text) + "\n").encode())
+    print(folder / "RESULTS.md")

@@ -1,0 +1,248 @@
+"""Binding's evaluation: prompts, ceiling, judges, scores and tables; and the whole command, small."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import seeded
+
+from miniature.drawing import render
+from miniature.words import ACCESSORIES
+from reproduction import binding
+from reproduction.binding_judges import SIDE, counted_picture, load_counter, pair_specs, read_halves, score, train_counter
+from reproduction.binding_report import Table, aims, cost_ratios, tables_of, verdict, write_report
+from reproduction.binding_rows import ROWS, SWEEP, ceiling_latents, join_windows, passes, rows_of, settings_of, split_windows
+from reproduction.binding_sets import SEED, SETS, Task, Wanted, tasks_of
+from reproduction.binding_steps import left_at
+from zoodip.binding_drawing import draw_bound
+from zoodip.binding_settings import METHODS, check_settings
+from zoodip.errors import InputError
+from zoodip.marks import parse_marks
+from zoodip.model import load_pipeline
+
+TWO = "a [red dog*] and a [white cat*] in the snow"
+SIZE = dict(height=16, width=32)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model):
+    return load_pipeline(str(tiny_model), "none")
+
+
+# ---------------------------------------------------------------------------------------------------------- prompts and rows
+
+
+def test_sets_of_prompts():
+    """Every set has 96 test prompts, none of them for development, all with marks, within the miniature's 30 tokens."""
+    for name in SETS:
+        test, development = tasks_of(name, "test"), tasks_of(name, "development")
+        known = {task.prompt for task in test}
+        assert len(test) == 96 == len(known) and len(development) >= 10
+        assert not known & {task.prompt for task in development}
+        for task in [*test, *development]:
+            breeds = {f"<{each.breed}>" for each in task.creatures}
+            marked = parse_marks(task.prompt, sorted(breeds))
+            assert len(marked.groups) == len(task.creatures) == (1 if name == "S5" else 2)
+            assert len(marked.prompt.replace(",", " ,").split()) <= 30
+        assert len({task.unit for task in test}) == (12 if name in ("S2", "S4") else 96)
+
+
+def test_rows_have_settings_that_are_allowed():
+    for settings in (ROWS | SWEEP).values():
+        check_settings(settings)
+    assert rows_of("S1", "none", "test") == list(ROWS) and rows_of("S4", "nf4", "development") == list(SWEEP)
+    assert "ceiling" not in rows_of("S5", "none", "test") and "phrase" in rows_of("S2", "nf4", "test")
+    full = settings_of("full", 25, 5.0)
+    assert full == replace(METHODS["full"], steps=25, guidance=5.0)
+    assert settings_of("full", 15, 5.0).map_steps == 3  # the same share of the steps
+
+
+@pytest.mark.parametrize("row", ["phrase", "F: merge + semantic", "D: semantic + entropy, not merged"])
+def test_passes_of_a_picture(pipeline, row):
+    """As they are counted while it is drawn; thresholds, which only rows with maps have, may save some."""
+    settings = replace(settings_of(row, 3, 5.0), sem_steps=min(1, ROWS[row].sem_steps), map_steps=min(1, ROWS[row].map_steps))
+    (picture,) = draw_bound(pipeline, [TWO], settings=settings, **SIZE)
+    expected = passes(settings, 2)
+    counted = picture.forwards, picture.backwards
+    if settings.map_steps:
+        assert counted[0] - expected[0] == counted[1] - expected[1] <= 0 and counted[1] > settings.sem_iterations
+    else:
+        assert counted == expected
+
+
+def test_the_semantic_loss_without_merging_improves_the_nouns(pipeline):
+    """The ablation's row D: without a composite the noun's own row is moved, and only while there are steps for it."""
+    unmerged = replace(METHODS["plain"], steps=2, guidance=5.0)
+    latents = [draw_bound(pipeline, [TWO], settings=replace(unmerged, sem_steps=steps), **SIZE)[0].latents for steps in (0, 1)]
+    assert not torch.equal(*latents)
+
+
+# --------------------------------------------------------------------------------------------------------------- ceiling
+
+
+def test_windows_of_the_ceiling():
+    whole = torch.randn(3, 4, 16, 32, generator=seeded())
+    windows = split_windows(whole)
+    assert windows.shape == (6, 4, 16, 20) and torch.equal(windows[0], whole[0, ..., :20])
+    assert torch.equal(windows[3], whole[1, ..., 12:])
+    assert torch.allclose(join_windows(windows, 32), whole, atol=1e-6)  # shares that add up to 1, to fp32 rounding
+    left, right = torch.ones(1, 1, 1, 20), torch.zeros(1, 1, 1, 20)
+    joined = join_windows(torch.cat([left, right]), 32)[0, 0, 0]
+    assert torch.equal(joined[:12], torch.ones(12)) and torch.equal(joined[20:], torch.zeros(12))
+    assert (joined[12:20].diff() < 0).all()  # a ramp between them
+
+
+def test_each_side_of_the_ceiling_is_its_own_groups(pipeline):
+    """One step: what is left of the overlap does not know the right group at all."""
+    how = dict(settings=replace(METHODS["plain"], steps=1, guidance=5.0), seeds=[0, 1], height=16, width=64)
+    prompts = [TWO, TWO.replace("white cat", "grass dog")]
+    first, again, other, _ = ceiling_latents(pipeline, prompts, **how)
+    left, right = slice(0, 12), slice(20, 32)  # of 32 columns, with an overlap of 8 in the middle
+    assert torch.equal(first[..., left], other[..., left]) and not torch.equal(first[..., right], other[..., right])
+    assert not torch.equal(first, again)  # another seed
+    (alone,) = ceiling_latents(pipeline, prompts[:1], **{**how, "seeds": [0]})
+    assert torch.allclose(alone, first, atol=1e-4)  # batches of other sizes round otherwise
+
+
+# ----------------------------------------------------------------------------------------------------- judges and scores
+
+
+def test_pictures_to_count_on():
+    """A pair is the halves of two renders, without a seam; one creature less is the scene alone."""
+    for index in (2, 5):
+        picture, count = counted_picture(index)
+        assert count == 2 and picture.size == (SIDE, SIDE)
+        first, second = pair_specs(np.random.default_rng([SEED, index]))
+        assert first.scene == second.scene and first.seed == second.seed
+    empty, none = counted_picture(3)
+    spec = replace(pair_specs(np.random.default_rng([SEED, 3]))[0], x=-2.0)
+    assert none == 0 and np.array_equal(empty, render(spec, SIDE)) and counted_picture(4)[1] == 1
+
+
+def halves(*colours: str, accessory=("nothing", "nothing"), chances=(0.0, 0.0), count=(1, 1), **more) -> list[dict]:
+    """Readings as `read_halves` has them; `chances` of a red hat."""
+    rows = []
+    for k, colour in enumerate(colours):
+        likely = [0.0] * len(ACCESSORIES)
+        likely[ACCESSORIES.index("red hat")] = chances[k]
+        rows.append(dict(colour=colour, scene="snow", accessory=accessory[k], chances=likely, count=count[k], **more))
+    return rows
+
+
+def test_scores_by_hand():
+    task = Task("", (Wanted("red"), Wanted("blue")), "snow")
+    right = score(task, halves("blue", "red"))
+    assert right["right"] == 1 and right["in_order"] == 0 and right["leak"] == 0 and right["one_each"] == 1
+    leaked = score(task, halves("red", "red", accessory=("red hat", "nothing"), count=(2, 0)))
+    assert leaked["right"] == 0 and leaked["leak"] == 1 and (leaked["first"], leaked["second"]) == (1, 0)
+    assert (leaked["uninvited"], leaked["several"], leaked["empty"], leaked["one_each"]) == (0.5, 0.5, 0.5, 0)
+    worn = Task("", (Wanted("red"), Wanted("blue", "red hat")), "beach")
+    scores = score(worn, halves("red", "blue", accessory=("red hat", "nothing"), chances=(0.75, 0.5)))
+    assert scores["owner"] == 0 and scores["margin"] == -0.25 and scores["uninvited"] == 0 and scores["scene"] == 0
+    looks = (("colour", "red"), ("pattern", "spotted"), ("ears", "long"), ("shape", "tall"))
+    breed = Task("", (Wanted("red", None, "meppor", looks), Wanted("blue")), "snow")
+    scores = score(breed, halves("red", "blue", pattern="spotted", ears="long", shape="boxy"))
+    assert scores["looks"] == 0.75 and scores["other"] == 1 and scores["pattern_leak"] == 1
+
+
+@pytest.mark.slow
+def test_counter_learns_and_is_read_back(tmp_path):
+    """Better than chance, a third, after few renders: 75 fresh ones, so that .55 is four standard deviations above."""
+    train_counter(tmp_path, 600)
+    counter, known = load_counter(tmp_path)
+    assert np.mean(list(known["right"].values())) > 0.55 and known["fresh"] == 150
+    assert min(known["classifier"].values()) > 0.8
+    picture, _ = counted_picture(1)
+    (read,) = read_halves(picture, counter)
+    assert read["count"] in (0, 1, 2) and math.isclose(sum(read["chances"]), 1, abs_tol=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------- report
+
+
+def records_of(**right: list[bool]) -> list[dict]:
+    """Records of S1's first prompts in rows that are right, or have the first colour twice."""
+    found = []
+    for row, values in right.items():
+        for task, value in zip(tasks_of("S1", "test"), values, strict=False):
+            colours = [each.colour for each in task.creatures] if value else [task.creatures[0].colour] * 2
+            about = dict(set="S1", quantization="none", row=row, prompt=task.prompt, seed=0, forwards=50, backwards=0)
+            found.append(dict(about, halves=halves(*colours)))
+    return found
+
+
+def test_tables_are_of_the_prompts_that_every_row_has():
+    table = Table("S1", records_of(plain=[False, True, False, True], phrase=[True, True, True]))
+    assert len(table.common) == 3 and list(table.means("plain", "right").values()) == [0, 1, 0]
+    assert table.difference("phrase", "plain", "right") == [1, 0, 1]
+    text = table.text()
+    assert text.startswith("3 prompts, 3 pictures a row.") and "| phrase | 100 ± 0 |" in text
+    with pytest.raises(InputError, match="another version"):
+        Table("S1", [dict(records_of(plain=[True])[0], prompt="a [green cat*]")])
+    assert tables_of(records_of(plain=[True], phrase=[])[:0]) == {}
+
+
+def test_verdicts_and_aims():
+    assert verdict([1.0, 1.0, 1.0], 0.85) == "yes" and verdict([0.1, 0.1, 0.2], 0.85) == "no"
+    assert verdict([1.0, 0.5, 1.0], 0.85).startswith("cannot be told")
+    costs = dict(pictures=[dict(row=row, prompt=prompt, seconds=seconds, forwards=50, backwards=0)
+                           for row, times in (("plain", (2.0, 4.0)), ("phrase", (2.2, 4.4)))
+                           for prompt, seconds in zip("ab", times, strict=True)])  # fmt: skip
+    assert cost_ratios(costs)["phrase"] == pytest.approx([1.1, 1.1])
+    found = tables_of(records_of(phrase=[True] * 4, full=[True] * 4, control=[False] * 4))
+    said = {line[0]: line[3] for line in aims(found, costs)}
+    assert set(said.values()) == {"yes"} and len(said) == 3
+
+
+def test_what_is_left_of_a_loss():
+    curves = [[[0, 1.0], [10, 0.5], [20, 0.25]], [[0, 1.0], [15, 0.5]]]
+    assert left_at(curves, 9)[0] == 1 and left_at(curves, 10)[0] == pytest.approx(math.sqrt(0.5))
+    assert left_at(curves, 40)[0] == pytest.approx(math.sqrt(0.125))
+
+
+def test_tables_come_from_the_records_alone(tmp_path):
+    """Written compressed and read again, they give the same report."""
+    counter = dict(pictures=6, fresh=3, right={"0": 1.0, "1": 0.9, "2": 0.8}, classifier=dict(colour=0.97))
+    costs = dict(pictures=[dict(row="plain", prompt=prompt, seconds=2.0, forwards=50, backwards=0) for prompt in "ab"])
+    steps = dict(budget=8, curves=dict(gradient=[[[0, 1.0], [3, 0.5]], [[0, 1.0], [3, 0.4]]]), phrase=[0.1, 0.2])
+    arguments = dict(split="test", steps=25, scheduler="ddim", guidance=5.0, seeds=[0])
+    pictures = records_of(plain=[False, True], phrase=[True, True])
+    records = dict(
+        arguments=arguments, device="a CPU", commit="abc", counter=counter, costs=costs, steps=steps, pictures=pictures
+    )
+    write_report(records, tmp_path)
+    report = (tmp_path / "RESULTS.md").read_bytes()
+    binding.write_records(tmp_path / "records.json.xz", records)
+    (tmp_path / "RESULTS.md").unlink()
+    binding.main(binding.parse_args(["--report_only", "--report", str(tmp_path)]))
+    assert (tmp_path / "RESULTS.md").read_bytes() == report and (tmp_path / "steps.png").stat().st_size > 1000
+    (tmp_path / "records.json.xz").write_bytes(b"torn")
+    with pytest.raises(InputError, match="no whole file of records"):
+        binding.main(binding.parse_args(["--report_only", "--report", str(tmp_path)]))
+
+
+# --------------------------------------------------------------------------------------------------------------- command
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_where_it_stopped(tmp_path):
+    """Stopped after its first job, it reports what is there; then it draws the rest, and what was drawn stays as it is."""
+    argv = ["--sets", "S1", "--rows", "plain", "phrase", "ceiling", "--prompts", "2", "--seeds", "0", "--batch_size", "1",
+            "--steps", "2", "--quantization", "none", "--counter_pictures", "60", "--jobs", "1",
+            "--forwards", "16", "--output", str(tmp_path)]  # fmt: skip
+    binding.main(binding.parse_args([*argv, "--hours", "0"]))
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").glob("*.png")}
+    assert 0 < len(first) < 6
+    binding.main(binding.parse_args(argv))
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 6
+    assert all(path.stat().st_mtime_ns == moment for path, moment in first.items())
+    records = binding.read_records(tmp_path / "records.json.xz")
+    assert len(records["pictures"]) == 6 and {len(each["halves"]) for each in records["pictures"]} == {2}
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "### S1, unquantised" in text and "2 prompts, 2 pictures a row." in text
+    assert json.loads((tmp_path / "counter.json").read_text())["pictures"] == 60 and (tmp_path / "S1-none.png").exists()
