@@ -69,30 +69,42 @@ def test_demo_leaves_what_the_readme_says(demo):
     assert all(tile.std() > 10 for tile in np.split(picture[:256], 4, axis=1))  # pictures, not one colour
 
 
-def test_notebook(demo, tmp_path):
-    """Every cell runs, and every figure is there."""
+@pytest.fixture(scope="module")
+def results(demo, tmp_path_factory) -> Path:
+    """A folder of results, each in one of its own: the demo's word, and a LoRA of one step."""
+    folder = tmp_path_factory.mktemp("results")
+    (folder / "demo").symlink_to(demo)
+    argv = ["--pretrained_model_name_or_path", "miniature/model", "--train_data_dir", "dataset/furmix", "--class_word", "critter",
+            "--max_train_steps", "1", "--eval_steps", "0", "--output_dir", str(folder / "qlora")]  # fmt: skip
+    run = subprocess.run([sys.executable, "trainers/qlora.py", *argv], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+def test_notebook(demo, results):
+    """Every cell runs, every figure is there, and every result is found."""
     notebook = nbformat.read(ROOT / "inference.ipynb", as_version=4)
     settings = notebook.cells[1]
     assert "results/demo/learned_embeds.safetensors" in settings.source
     embedding = str(demo / "learned_embeds.safetensors")
     settings.source = settings.source.replace("results/demo/learned_embeds.safetensors", embedding)
+    settings.source = settings.source.replace('RESULTS = "results"', f"RESULTS = {str(results)!r}")
     settings.source = re.sub(r"STEPS, GUIDANCE, SEEDS = \d+", "STEPS, GUIDANCE, SEEDS = 5", settings.source)  # for speed
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
-    assert any("<sks> (1, " in output.get("text", "") for output in outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "<sks> (1, " in text
+    assert "demo, learned_embeds.safetensors: <result-0>\nqlora, pytorch_lora_weights.safetensors: sks critter\n" in text
 
 
 def test_notebook_is_committed_with_outputs():
+    """Of every cell that shows pictures."""
     notebook = nbformat.read(ROOT / "inference.ipynb", as_version=4)
-    pictures = [
-        output
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-        if "image/png" in output.get("data", {})
-    ]
-    assert len(pictures) == 3
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code" and re.search(r"^ *show\(", cell.source, re.MULTILINE)]
+    assert len(cells) == 5
+    for cell in cells:
+        assert any("image/png" in output.get("data", {}) for output in cell.outputs), cell.source
 
 
 def test_the_bundled_subject_is_the_world_s(tmp_path):
