@@ -154,7 +154,6 @@ def draw(job: Job, tokens: Tokens) -> tuple[list[Image.Image], dict]:
 
 def draw_job(job: Job, output: Path, tokens: Tokens) -> None:
     """STEM.png, the pictures one below the other, then STEM.json, which says that they are done."""
-    torch.set_num_threads(1)
     images, cost = draw(job, tokens)
     column = Image.new("RGB", (images[0].width, SIDE * len(images)))
     for k, image in enumerate(images):
@@ -171,7 +170,10 @@ def draw_all(jobs: Sequence[Job], output: Path, tokens: Tokens, count: int, hour
     prepare_environment()
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context) as pool, tqdm(total=sum(pictures), unit="picture", smoothing=0.02) as bar:
+    with (
+        ProcessPoolExecutor(count, context, workers.start_worker, (1,)) as pool,
+        tqdm(total=sum(pictures), unit="picture", smoothing=0.02) as bar,
+    ):
         futures = {pool.submit(draw_job, job, output, tokens): drawn for job, drawn in zip(waiting, pictures, strict=True)}
         try:
             for future in as_completed(futures):
