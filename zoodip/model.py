@@ -416,7 +416,9 @@ def load_pipeline(
     variant = variant or hub_variant(name, revision)
     folder = find_model_folder(name, revision, variant, model_config)
     quantization = choose_quantization(folder, variant, quantization)
-    components = {component: load_frozen(folder, component, variant, quantization, dtype, device) for component in WEIGHT_NAMES}
+    components: dict[str, Any] = {}
+    for component in WEIGHT_NAMES:
+        components[component] = load_frozen(folder, component, variant, quantization, dtype, device)
     with damaged_model(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     return assemble_pipeline(folder, **components, tokenizer=tokenizer)
@@ -428,10 +430,11 @@ def build_scheduler(folder: Path, name: str) -> SchedulerMixin:
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
     from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 
-    kind = dict(zip(SCHEDULERS, (PNDMScheduler, DDIMScheduler, DPMSolverMultistepScheduler), strict=True))[name]
+    kinds: tuple[Any, ...] = (PNDMScheduler, DDIMScheduler, DPMSolverMultistepScheduler)
+    kind = kinds[SCHEDULERS.index(name)]
     with damaged_model(folder / "scheduler"):
         # By way of PNDM, the class that the folder names: what its file leaves out gets PNDM's defaults, not those of `kind`.
-        return kind.from_config(PNDMScheduler.from_pretrained(folder / "scheduler").config)
+        return kind.from_config(kinds[0].from_pretrained(folder / "scheduler").config)
 
 
 def assemble_pipeline(

@@ -116,7 +116,7 @@ def replace_learned(text: str, placeholders: Sequence[str]) -> tuple[str, dict[i
 def parse_with_spacy(text: str, placeholders: Sequence[str]) -> list[Word]:
     """The words of a text. Raises InputError where spaCy or its model is not installed."""
     plain, learned = replace_learned(text, placeholders)
-    return [Word(learned.get(each.idx, each.text), each.whitespace_, each.pos_, each.dep_, each.head.i)
+    return [Word(learned.get(each.idx) or each.text, each.whitespace_, each.pos_, each.dep_, each.head.i)
             for each in load_spacy()(plain)]  # fmt: skip
 
 

@@ -294,5 +294,5 @@ def load_tuned_pipeline(
     variant = variant or hub_variant(name, revision)
     folder = find_model_folder(name, revision, variant, model_config)
     unet, others = load_tuned_unet(folder, variant, Path(tuned), dtype, device)
-    parts = {part: load_frozen(folder, part, variant, others, dtype, device) for part in ("vae", "text_encoder")}
-    return assemble_pipeline(folder, unet=unet, tokenizer=load_tokenizer(folder), **parts)
+    vae, text_encoder = (load_frozen(folder, part, variant, others, dtype, device) for part in ("vae", "text_encoder"))
+    return assemble_pipeline(folder, unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=load_tokenizer(folder))
