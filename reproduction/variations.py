@@ -1,0 +1,135 @@
+"""The method with a part exchanged, for the rows that ask what that part does: the script itself needs no flag for it.
+
+A variation replaces names of `train_zoodip` while its `main` runs; all else of a run is as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+import train_zoodip
+from train_zoodip import OnePoint, ZOAdam
+from zoodip.diffusion import Data
+from zoodip.run import Run
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The authors' Adam
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rounded(tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers as fp16 holds them, in fp32: a checkpoint keeps its types."""
+    return tensor.half().float()
+
+
+class HalfPrecisionAdam(torch.optim.Adam):
+    """Adam of one tensor whose gradient and moments are rounded to fp16 after each operation, as in the authors' script.
+
+    (1 - beta2) g^2 rounds to 0 while |g| < 5.5e-3 (half of fp16's smallest number is 3e-8): v stays 0, and the update is
+    momentum descent at the rate lr / epsilon.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        (group,) = self.param_groups
+        (theta,), (beta1, beta2) = group["params"], group["betas"]
+        state, gradient = self.state[theta], rounded(theta.grad)
+        state["step"] += 1
+        count = float(state["step"])
+        mean = state["exp_avg"] = rounded(state["exp_avg"].lerp(gradient, 1 - beta1))
+        square = rounded(state["exp_avg_sq"] * beta2)
+        square = state["exp_avg_sq"] = rounded(square.addcmul(gradient, gradient, value=1 - beta2))
+        denominator = rounded(rounded(square.sqrt() / (1 - beta2**count) ** 0.5) + group["eps"])
+        theta.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**count))
+
+
+class HalfPrecisionZO(ZOAdam):
+    """ZOAdam on that Adam; theta itself stays fp32, as no rounding of it is asked about."""
+
+    @wraps(ZOAdam.__init__)  # whose keywords are the flags that it is given
+    def __init__(self, token: torch.Tensor, **settings):
+        super().__init__(token, **settings)
+        (group,) = self.optimizer.param_groups
+        adam = HalfPrecisionAdam([self.theta], lr=group["lr"], betas=group["betas"], eps=group["eps"])
+        adam.state[self.theta] = self.optimizer.state[self.theta]
+        self.optimizer = adam
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shuffled epochs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Epochs:
+    """A `Data` of one image, the next of its epoch, where `run` stands: drawn from, it gives every image once an epoch.
+
+    An epoch's order follows from the seed and its number, so that an interrupted run goes on in the same order.
+    """
+
+    def __init__(self, data: Data, run: Run):
+        self.data, self.run, self.prompts, self.scheduler = data, run, data.prompts, data.scheduler
+
+    @property
+    def image(self) -> int:
+        epoch, place = divmod(self.run.progress.step, len(self.data.latents))
+        generator = torch.Generator().manual_seed(self.run.settings["seed"] * 1_000_003 + epoch)
+        return int(torch.randperm(len(self.data.latents), generator=generator)[place])
+
+    @property
+    def latents(self) -> torch.Tensor:
+        return self.data.latents[self.image, None]
+
+    @property
+    def choices(self) -> list[list[int]]:
+        return [self.data.choices[self.image]]
+
+
+def train_by_epochs(run, outputs, zo, model, data, sample, batch_size, generator) -> None:
+    assert batch_size == 1, "an epoch is one image after another"
+    train(run, outputs, zo, model, Epochs(data, run), sample, batch_size, generator)
+
+
+train = train_zoodip.train
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sign of the one-point estimate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class PrintedOnePoint(OnePoint):
+    """p_i u_i in place of p_i u_i+1, as the supplement prints it.
+
+    With the directions in reverse that is `OnePoint`'s estimate with the other sign, so it goes up.
+    """
+
+    @staticmethod
+    def slopes(losses: torch.Tensor, mu: float) -> torch.Tensor:
+        return -OnePoint.slopes(losses, mu)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may be exchanged
+# ---------------------------------------------------------------------------------------------------------------------
+
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "half_adam": {"ZOAdam": HalfPrecisionZO},
+    "epochs": {"train": train_by_epochs},
+    "printed_sign": {"ESTIMATORS": train_zoodip.ESTIMATORS | {"one_point": PrintedOnePoint}},
+    "article": {},  # its captions are another file: `runs.spec_argv`
+}
+
+
+@contextmanager
+def varied(names: list[str]) -> Iterator[None]:
+    """`train_zoodip` with these variations; the same functions run, with other parts."""
+    with ExitStack() as stack:
+        for name in names:
+            for part, other in VARIATIONS[name].items():
+                stack.enter_context(patch.object(train_zoodip, part, other))
+        yield
