@@ -47,7 +47,7 @@ from zoodip.arguments import OneLineArgumentParser, flags_for, settings_of
 from zoodip.diffusion import FrozenModel, settle_flags
 from zoodip.errors import InputError, run_script
 from zoodip.files import write_atomically, write_image, write_json
-from zoodip.model import find_model_folder, load_text_encoder, load_unet
+from zoodip.model import SCHEDULERS, find_model_folder, load_text_encoder, load_unet
 from zoodip.pictures import Drawer
 from zoodip.prompts import read_embedding
 from zoodip.quantize import DTYPES
@@ -69,6 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--class_word", default=None, help="word for the subject in CLIP-T's text; default: what DreamBooth's file says")
     add("--images", type=int, default=5, help="pictures per prompt")
     add("--inter_images", type=int, default=0, help=f"pictures of {INTER_PROMPT!r} for DINO_inter, 50 in the paper; 0: none")
+    add("--scheduler", default="pndm", choices=SCHEDULERS, help="what draws; the default is the paper's")
     add("--inference_steps", type=int, default=50, help="denoising steps per picture")
     add("--guidance", type=float, default=7.5, help="classifier-free guidance scale")
     add("--batch_size", type=int, default=4, help="pictures at once")
@@ -125,7 +126,13 @@ def read_learned(args: argparse.Namespace) -> list[Learned]:
 
 
 def load_drawer(
-    flags: argparse.Namespace, device: torch.device, steps: int, guidance: float, batch_size: int, tuned: Path | None = None
+    flags: argparse.Namespace,
+    device: torch.device,
+    steps: int,
+    guidance: float,
+    batch_size: int,
+    scheduler: str,
+    tuned: Path | None = None,
 ) -> Drawer:
     """A drawer with the model of train_zoodip.py's `flags`, whose open defaults are filled in. Raises InputError."""
     folder = find_model_folder(flags.pretrained_model_name_or_path, flags.revision, flags.variant)
@@ -137,7 +144,7 @@ def load_drawer(
     else:
         unet, flags.quantization = load_tuned_unet(folder, flags.variant, tuned, dtype, device)
         model = TunedModel(unet, torch.zeros(0, device=device), None)
-    return Drawer(model, folder, flags.variant, flags.quantization, flags.resolution, steps, guidance, batch_size, "pndm")
+    return Drawer(model, folder, flags.variant, flags.quantization, flags.resolution, steps, guidance, batch_size, scheduler)
 
 
 def learned_words(one: Learned, flags: argparse.Namespace, drawer: Drawer) -> Token | Words:
@@ -178,9 +185,9 @@ def main(args: argparse.Namespace, load=load_scorer) -> None:
     for one in tqdm(learned, unit="subject"):
         if drawer is None or args.tuned:  # tokens share a model
             tuned = one.what if isinstance(one.what, Path) else None
-            drawer = load_drawer(flags, device, args.inference_steps, args.guidance, args.batch_size, tuned)
+            drawer = load_drawer(flags, device, args.inference_steps, args.guidance, args.batch_size, args.scheduler, tuned)
         cache = PictureCache(drawer, args.output / one.name, learned_words(one, flags, drawer),
-                             [flags.quantization, flags.mixed_precision])  # fmt: skip
+                             [flags.quantization, flags.mixed_precision, args.scheduler])  # fmt: skip
         pictures = cache.pictures(one.prompts, range(args.images))
         texts = [prompt.replace("{}", one.class_word) for prompt in one.prompts]
         scores[one.name] = score_pictures(pictures, one.references, texts, clip, dino)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,10 +15,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from reproduction import runs
-from reproduction.runs import SNAPSHOTS, Settings
+from reproduction.runs import ALONG_SEEDS, RENDERED, SNAPSHOTS, Settings
 from reproduction.scores import (
     INTER_PROMPT,
     PictureCache,
+    Scorer,
     Token,
     Words,
     contact_sheet,
@@ -24,6 +27,7 @@ from reproduction.scores import (
     load_scorer,
     score_diversity,
     score_pictures,
+    slug,
 )
 from zoodip.arguments import NUM_TRAIN_TIMESTEPS, flags_for
 from zoodip.diffusion import Batch, FrozenModel, Inputs, evaluation_batches, load_model, merge_batches, read_inputs, settle_flags
@@ -58,8 +62,10 @@ def snapshot_steps(steps: int) -> list[int]:
     return sorted({*range(every, steps, every), steps})
 
 
-def open_judge(spec: dict, settings: Settings) -> Judge:
+def open_judge(spec: dict, settings: Settings) -> Judge | RendersJudge:
     """The judge of a run that is there."""
+    if spec["method"] in RENDERED:
+        return RendersJudge(spec, settings)
     return (WeightJudge if runs.tunes_weights(spec["method"]) else TokenJudge)(spec, settings)
 
 
@@ -88,7 +94,7 @@ class Judge:
         """Of what the run ended with, over a set of `fixed_sets`."""
         raise NotImplementedError
 
-    def curve(self, steps: int, forwards: int) -> list[dict]:
+    def curve(self, steps: int) -> list[dict]:
         """The judged losses on the way there."""
         raise NotImplementedError
 
@@ -99,42 +105,48 @@ class Judge:
     def result(self, run: dict | None) -> dict:
         """What result.json holds of a run with this run.json, or of none."""
         steps, forwards, rate = (run["step"], run["unet_forwards"], run["steps_per_second"]) if run else (0, 0, None)
-        curve = self.curve(steps, forwards)
+        curve = self.curve(steps)
         loss = curve[-1]["loss"] if curve else self.loss("loss")
-        return dict(spec=self.spec, **environment(self.device), seconds=round(steps / rate, 3) if rate else 0.0,
+        return dict(spec=self.spec, **environment(self.device), seconds=round(steps / rate, 3) if rate else 0.0, step=steps,
                     steps_per_second=rate, forwards=forwards, loss=loss, loss_all=self.loss("loss_all"),
                     stored_bytes=runs.stored_bytes(self.spec, self.settings), curve=curve,
                     skipped_steps=run["skipped_steps"] if run else 0, **self.more(steps))  # fmt: skip
 
-    def score(self, kind: str) -> None:
-        """Draw and score what the run learned: scores-<hash>.json and, of `scores`, the contact sheet."""
-        how, settings, world = runs.evaluation(self.settings, kind), self.settings, self.world
+    def drawn(self, kind: str) -> PictureCache:
+        """What draws the pictures of an evaluation, of what the run ended with, and keeps them."""
+        how = runs.evaluation(self.settings, kind)
         drawer = Drawer(self.model, self.inputs.folder, self.inputs.variant, self.quantization, self.resolution, how["steps"],
-                        how["guidance"], batch_size=16 if self.resolution <= 128 else 2, scheduler="pndm")  # fmt: skip
-        cache = PictureCache(drawer, self.folder / "pictures", self.learned, [self.quantization, self.precision])
-        names = [None if name in settings.missing else name for name in (settings.clip, settings.dino)]
-        clip, dino = (load_scorer(name, self.device) for name in names)
-        if kind == "inter":
-            (row,) = cache.pictures([INTER_PROMPT], range(how["images"]))
-            scores = score_diversity(row, clip, dino)
-        else:
-            prompts, word = settings.prompts(self.subject), world.class_word(self.subject)
-            references = [open_image(path) for path in find_images(self.pictures_of)]
-            texts = [text.replace("{}", word) for text in prompts]
+                        how["guidance"], batch_size=16 if self.resolution <= 128 else 2, scheduler=how["scheduler"])  # fmt: skip
+        return PictureCache(drawer, runs.pictures_path(self.folder, self.settings, kind), self.learned,
+                            [self.quantization, self.precision, how["scheduler"]])  # fmt: skip
 
-            def scores_of(pictures: list[list[Image.Image]]) -> dict[str, float]:
-                found = score_pictures(pictures, references, texts, clip, dino)
-                return found | world.picture_scores(pictures, self.subject)
+    def likeness(self, kind: str, pictures: list[list[Image.Image]]) -> dict[str, float]:
+        """Scores of pictures [prompt][seed] of the subject."""
+        return score_likeness(self.subject, self.settings, kind, pictures, self.pictures_of, self.device)
 
-            pictures = cache.pictures(prompts, range(how["images"]))
-            scores = scores_of(pictures)
-            sheet = contact_sheet(references, pictures, prompts)
-            if isinstance(self.learned, Words):  # what the class word alone has come to mean
-                alone = cache.pictures(texts, range(1))
-                scores |= {DRIFT[name]: score for name, score in scores_of(alone).items() if name in DRIFT}
-                sheet = contact_sheet(references, [*pictures, *alone], [*prompts, *texts])
-            write_image(self.folder / "sheet.png", sheet)
-        write_json(runs.scores_path(self.folder, settings, kind), dict(evaluation=how, scores=scores, **environment(self.device)))
+    def write_sheet(self, name: str, pictures: list[list[Image.Image]], prompts: list[str]) -> None:
+        references = [open_image(path) for path in find_images(self.pictures_of)]
+        write_image(self.folder / name, contact_sheet(references, pictures, prompts))
+
+    def ways(self) -> dict[str, Callable[[], dict]]:
+        """{kind of an evaluation: what draws and scores it}."""
+        return dict(inter=self.score_inter, scores=self.score_last)
+
+    def score(self, kind: str) -> None:
+        """Draw and score what `kind` asks for: scores-<hash>.json, and of `scores` the sheet. Scores that are there stay."""
+        path, content = runs.scores_path(self.folder, self.settings, kind), self.ways()[kind]()
+        if not runs.scored(self.folder, self.settings, kind):  # else they were drawn again to be looked at
+            write_json(path, dict(evaluation=runs.evaluation(self.settings, kind), **content, **environment(self.device)))
+
+    def score_last(self) -> dict:
+        prompts = self.settings.prompts(self.subject)
+        pictures = self.drawn("scores").pictures(prompts, range(self.settings.images))
+        self.write_sheet("sheet.png", pictures, prompts)
+        return dict(scores=self.likeness("scores", pictures))
+
+    def score_inter(self) -> dict:
+        (row,) = self.drawn("inter").pictures([INTER_PROMPT], range(self.settings.inter_images))
+        return dict(scores=score_diversity(row, *scorers(self.settings, self.device)))
 
 
 def fixed_sets(data, count: int) -> dict[str, list[Batch]]:
@@ -178,30 +190,64 @@ class TokenJudge(Judge):
         self.theta = self.token("learned_embeds")
         flags = {name: vars(self.args)[name] for name in JUDGED_FLAGS}
         flags |= dict(use_cc=True, num_vectors=len(self.theta), num_eval_samples=settings.eval_samples)
-        self.judged = load_judged(json.dumps(flags | dict(train_data_dir=self.judged_on)), self.device)
+        flags |= dict(cc_file=str(self.world.captions), train_data_dir=self.judged_on)
+        self.judged = load_judged(json.dumps(flags), self.device)
         self.inputs, self.model, flags = self.judged.inputs, self.judged.model, self.judged.flags
         self.quantization, self.precision, self.resolution = (
             flags[name] for name in ("quantization", "mixed_precision", "resolution")
         )
-        self.learned = Token(self.theta, self.args.placeholder_token, self.inputs.variant)
+        self.learned = self.as_token(self.theta)
 
     def token(self, name: str) -> torch.Tensor:
         """[V, d] fp32 of one of the run's embedding files."""
         return read_embedding(self.folder / f"{name}.safetensors", self.args.placeholder_token)[0].float()
 
-    def loss(self, name: str) -> float:
-        return self.judged.model.mean_loss(self.judged.sets[name], self.theta)
+    def as_token(self, theta: torch.Tensor) -> Token:
+        return Token(theta, self.args.placeholder_token, self.inputs.variant)
 
-    def curve(self, steps: int, forwards: int) -> list[dict]:
-        """Of the run's snapshots. A step's forwards are taken as equal: GF-TI's checks (--mode fair) come in lumps of 16, which
-        moves a point by at most 32 of some 9,000."""
-        tokens = {0: self.judged.inputs.initial_token}
-        tokens |= {step: self.token(f"learned_embeds-steps-{step}") for step in snapshot_steps(steps)[:-1]} | {steps: self.theta}
+    def tokens(self, steps: int) -> dict[int, torch.Tensor]:
+        """{step: token} of a run of so many: the first, the snapshots, the last."""
+        snapshots = {step: self.token(f"learned_embeds-steps-{step}") for step in snapshot_steps(steps)[:-1]}
+        return {0: self.judged.inputs.initial_token} | snapshots | {steps: self.theta}
+
+    def loss(self, name: str, theta: torch.Tensor | None = None) -> float:
+        """Of another token, where one is given."""
+        return self.judged.model.mean_loss(self.judged.sets[name], self.theta if theta is None else theta)
+
+    def curve(self, steps: int) -> list[dict]:
+        """The run's tokens judged, beside what training_log.csv says: the forwards, and what the user of a run sees."""
+        log = read_log(self.folder / "training_log.csv") if steps else {}
         return [
-            dict(step=step, unet_forwards=round(forwards * step / (steps or 1)),
-                 loss=self.judged.model.mean_loss(self.judged.sets["loss"], theta), token_norm=theta.norm(dim=1).mean().item())
-            for step, theta in tokens.items()
+            dict(step=step, unet_forwards=int(log.get(step, {}).get("unet_forwards", 0)), loss=self.loss("loss", theta),
+                 token_norm=theta.norm(dim=1).mean().item(), training_loss=log.get(step, {}).get("loss"),
+                 eval_loss=log.get(step, {}).get("eval_loss"))
+            for step, theta in self.tokens(steps).items()
         ]  # fmt: skip
+
+    def ways(self) -> dict[str, Callable[[], dict]]:
+        return super().ways() | dict(along=self.score_along, best=self.score_best)
+
+    def score_along(self) -> dict:
+        """Pictures of each snapshot in two sets of seeds: by the first a step may be chosen, the second is scored."""
+        drawn, prompts, points = self.drawn("along"), self.settings.prompts(self.subject, "along"), []
+        record = json.loads((self.folder / "result.json").read_text())
+        for step, theta in self.tokens(record["step"]).items():
+            of_step = drawn.of(self.as_token(theta))
+            choosing, scored = (self.likeness("along", of_step.pictures(prompts, range(seed, seed + 1))) for seed in ALONG_SEEDS)
+            points.append(dict(step=step, **scored) | ({"choosing": choosing["CLIP-I"]} if "CLIP-I" in choosing else {}))
+        return dict(scores={name: points[-1][name] for name in ("CLIP-I", "DINO") if name in points[-1]}, points=points)
+
+    def score_best(self) -> dict:
+        """The snapshot that `along` chose, scored as the last token is."""
+        record = runs.read_run(self.spec, self.settings)
+        assert record is not None  # `along` comes before
+        step = runs.best_step(record["curve"])
+        theta = self.tokens(record["step"])[step]
+        point = next(point for point in record["curve"] if point["step"] == step)
+        drawn = self.drawn("best").of(self.as_token(theta))
+        pictures = drawn.pictures(self.settings.prompts(self.subject), range(self.settings.images))
+        return dict(scores=self.likeness("best", pictures) | dict(step=step, forwards=point["unet_forwards"], loss=point["loss"],
+                                                                  loss_all=self.loss("loss_all", theta)))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,7 +295,7 @@ class WeightJudge(Judge):
     def loss(self, name: str) -> float:
         return self.tuned.mean_loss(self.sets[name])
 
-    def curve(self, steps: int, forwards: int) -> list[dict]:
+    def curve(self, steps: int) -> list[dict]:
         return []
 
     def more(self, steps: int) -> dict:
@@ -263,3 +309,69 @@ class WeightJudge(Judge):
         scales = [layer.scale for layer in self.model.unet.modules() if isinstance(layer, AffineLayer)]
         travel = dict(travel=self.args.learning_rate * steps / torch.cat(scales).median().item()) if scales else {}
         return dict(trained=trained, **travel)
+
+    def score_last(self) -> dict:
+        """And, of one picture a prompt with the class word alone, what that word has come to mean."""
+        prompts, word, drawn = self.settings.prompts(self.subject), self.world.class_word(self.subject), self.drawn("scores")
+        texts = [text.replace("{}", word) for text in prompts]
+        pictures, alone = drawn.pictures(prompts, range(self.settings.images)), drawn.pictures(texts, range(1))
+        self.write_sheet("sheet.png", [*pictures, *alone], [*prompts, *texts])
+        drift = {DRIFT[name]: score for name, score in self.likeness("scores", alone).items() if name in DRIFT}
+        return dict(scores=self.likeness("scores", pictures) | drift)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# True pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class RendersJudge:
+    """Scores true pictures as drawn ones are: of the subject the ceiling, of the others the floor."""
+
+    def __init__(self, spec: dict, settings: Settings):
+        self.spec, self.settings, self.folder = spec, settings, settings.folder(spec)
+
+    def result(self, run: dict | None) -> dict:
+        return dict(spec=self.spec, forwards=0, **environment())
+
+    def score(self, kind: str) -> None:
+        settings, subject = self.settings, self.spec["subject"]
+        pictures = settings.world.renders(subject, self.spec["method"] == "other_renders", settings.images)
+        pictures = pictures[: len(settings.prompts(subject))]
+        folder = runs.pictures_path(self.folder, settings, kind)
+        folder.mkdir(exist_ok=True)
+        for prompt, row in zip(settings.prompts(subject), pictures, strict=True):
+            for seed, picture in enumerate(row):
+                write_image(folder / f"{slug(prompt)}-{seed}-render.png", picture)
+        if not runs.scored(self.folder, settings, kind):
+            scores = score_likeness(subject, settings, kind, pictures, settings.world.data / subject, torch.device("cpu"))
+            write_json(runs.scores_path(self.folder, settings, kind),
+                       dict(evaluation=runs.evaluation(settings, kind), scores=scores, **environment()))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they share
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def scorers(settings: Settings, device: torch.device) -> tuple[Scorer | None, Scorer | None]:
+    """CLIP and DINO, None where one is not to be had."""
+    clip, dino = (load_scorer(None if name in settings.missing else name, device) for name in (settings.clip, settings.dino))
+    return clip, dino
+
+
+def score_likeness(subject: str, settings: Settings, kind: str, pictures: list[list[Image.Image]], references: Path,
+                   device: torch.device) -> dict[str, float]:  # fmt: skip
+    """CLIP-T, CLIP-I, DINO and the world's own scores of pictures [prompt][seed]."""
+    prompts, word = settings.prompts(subject, kind), settings.world.class_word(subject)
+    texts = [text.replace("{}", word) for text in prompts]
+    images = [open_image(path) for path in find_images(references)]
+    scores = score_pictures(pictures, images, texts, *scorers(settings, device))
+    return scores | settings.world.picture_scores(dict(zip(prompts, pictures, strict=True)), subject)
+
+
+def read_log(path: Path) -> dict[int, dict[str, float | None]]:
+    """{step: row} of a training_log.csv; what is not known yet at step 0 is None."""
+    with path.open(newline="") as file:
+        rows = [{name: float(value) if value else None for name, value in row.items()} for row in csv.DictReader(file)]
+    return {int(row["step"] or 0): row for row in rows}

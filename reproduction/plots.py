@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from functools import singledispatch
@@ -10,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from reproduction.experiments import COLUMNS, HeatMaps, Histograms, PictureGrid, Plot, Scatter
-from reproduction.runs import Settings
+from reproduction.runs import Settings, pictures_path
 from reproduction.scores import slug
 from reproduction.stats import Records, spread_of_cells, values_of
-from zoodip.files import write_image
+from zoodip.files import write_atomically, write_image
 from zoodip.pictures import picture_sheet
 from zoodip.records import ROOT, mean_interval
 from zoodip.subject import find_images, open_image
@@ -158,13 +159,47 @@ def pictures(plot: PictureGrid, name: str, collect: Collect, settings: Settings,
     for subject in next(iter(first.values())):
         references = find_images(settings.world.data / subject) if (settings.world.data / subject).is_dir() else []
         for k, prompt in enumerate(plot.prompts[: len(references)]):
-            found = [next(settings.folder(records[subject]["spec"]).glob(f"pictures/{slug(prompt)}-0-*.png"), None)
+            found = [picture_of(records[subject]["spec"], prompt, settings)
                      for records in first.values() if subject in records]  # fmt: skip
-            if len(found) == len(plot.columns) and None not in found:
-                blocks.append(([open_image(picture) for picture in (references[k], *found)], prompt.replace("{}", "<sks>")))
+            drawn = [open_image(picture) for picture in found if picture is not None]
+            if len(drawn) == len(plot.columns):
+                blocks.append(([open_image(references[k]), *drawn], prompt.replace("{}", "<sks>")))
     if blocks:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_image(path, picture_sheet(blocks, headings=["a reference", *plot.columns]))
+    return bool(blocks)
+
+
+def picture_of(spec: dict, prompt: str, settings: Settings, kind: str = "scores") -> Path | None:
+    """The first picture of a prompt that was scored, where it is on this machine."""
+    folder = pictures_path(settings.folder(spec), settings, kind)
+    return next(iter(sorted(folder.glob(f"{slug(prompt)}-0-*.png"))), None)
+
+
+ON_SHEETS = 6  # pictures of each subject, beside a reference
+
+
+def row_sheet(records: Records, settings: Settings, kind: str, path: Path) -> bool:
+    """Pictures of a row of a table, a line for each subject -> whether they are on this machine. `kind`: which pictures."""
+    blocks = []
+    for subject in dict.fromkeys(subject for subject, _ in records):
+        spec = next(record["spec"] for (of, _), record in records.items() if of == subject)
+        if kind == "inter":
+            folder = pictures_path(settings.folder(spec), settings, kind)
+            found = sorted(folder.glob("*.png"))[:ON_SHEETS]
+        else:
+            prompts = settings.prompts(subject)
+            count = min(ON_SHEETS, len(prompts))
+            shown = [prompts[k * len(prompts) // count] for k in range(count)]
+            found = [picture for prompt in shown if (picture := picture_of(spec, prompt, settings, kind)) is not None]
+        if found and (settings.world.data / subject).is_dir():
+            reference = find_images(settings.world.data / subject)[0]
+            blocks.append(([open_image(picture) for picture in (reference, *found)], subject))
+    if blocks:
+        content = io.BytesIO()
+        picture_sheet(blocks, columns=2, cell=64, gap=3).save(content, "JPEG", quality=85)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.getvalue())
     return bool(blocks)
 
 
@@ -173,29 +208,46 @@ def pictures(plot: PictureGrid, name: str, collect: Collect, settings: Settings,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def learning_curves(rows: dict[str, Records]) -> dict[str, tuple]:
-    """{row: (forwards, mean loss, half width)}; the half width is of the runs' own shapes, their levels taken out.
+def learning_curves(rows: dict[str, Records], score: str = "loss") -> dict[str, tuple]:
+    """{row: (forwards, mean score, half width)} over subjects, each the mean of its seeds; without points that lack the score.
 
-    It is 0, no band, of fewer than three runs: the interval of two is thirteen standard errors wide.
+    The half width is of the subjects' own shapes, their levels taken out. It is 0, no band, of fewer than three of them: the
+    interval of two is thirteen standard errors wide.
     """
     lines = {}
     for label, records in rows.items():
-        curves = [record["curve"] for record in records.values() if len(record.get("curve", [])) > 1]
+        curves: dict[str, list[list[float]]] = {}
+        forwards: list[int] = []
+        for (subject, _), record in records.items():
+            points = [point for point in record.get("curve", []) if score in point]
+            if len(points) > 1 and (not forwards or len(points) == len(forwards)):
+                forwards = forwards or [point["unet_forwards"] for point in points]
+                curves.setdefault(subject, []).append([point[score] for point in points])
         if curves:
-            losses = np.array([[point["loss"] for point in curve] for curve in curves])  # [runs, points]
-            shapes = losses - losses.mean(1, keepdims=True)
-            widths = np.array([mean_interval(list(column))[1] if len(curves) > 2 else 0.0 for column in shapes.T])
-            lines[label] = ([point["unet_forwards"] for point in curves[0]], losses.mean(0), widths)
+            values = np.array([np.mean(of_subject, axis=0) for of_subject in curves.values()])  # [subjects, points]
+            shapes = values - values.mean(1, keepdims=True)
+            widths = np.array([mean_interval(list(column))[1] if len(values) > 2 else 0.0 for column in shapes.T])
+            lines[label] = (forwards, values.mean(0), widths)
     return lines
 
 
+CURVE_SCORES = {"loss": "loss on unseen pictures", "CLIP-I": "CLIP-I of pictures", "attributes": "attributes right"}
+
+
 def draw_curves(panels: dict[str, dict[str, Records]], path: Path) -> None:
-    """{title: rows}: the loss on unseen pictures against the forwards used, a panel for each table."""
-    figure, axes = new_plot(1, len(panels), (3.9, 3.3))
-    for axis, (title, rows) in zip(axes, panels.items(), strict=True):
-        lines = learning_curves(rows)
-        for label, (x, mean, width) in lines.items():
-            (line,) = axis.plot(x, mean, marker=".", markersize=4, linewidth=1, label=label)
-            axis.fill_between(x, mean - width, mean + width, alpha=0.15, color=line.get_color())
-        axis.set(title=title, xlabel="forwards used", ylabel="loss on unseen pictures" if axis is axes[0] else "")
+    """{title: rows}: the loss on unseen pictures, and scores of pictures, against the forwards used; a column for each table."""
+    lines = {(score, title): learning_curves(rows, score) for score in CURVE_SCORES for title, rows in panels.items()}
+    shown = [score for score in CURVE_SCORES if score == "loss" or any(lines[score, title] for title in panels)]
+    figure, axes = new_plot(len(shown), len(panels), (3.9, 3.3))
+    for axis, (score, title) in zip(axes, ((score, title) for score in shown for title in panels), strict=True):
+        if not lines[score, title]:
+            axis.set_visible(score == "loss")
+            continue
+        for k, label in enumerate(lines["loss", title]):  # a row has one colour, whatever else is known of it, and one legend
+            if label in lines[score, title]:
+                x, mean, width = lines[score, title][label]
+                name = label if score == "loss" else None
+                axis.plot(x, mean, marker=".", markersize=4, linewidth=1, label=name, color=f"C{k}")
+                axis.fill_between(x, mean - width, mean + width, alpha=0.15, color=f"C{k}")
+        axis.set(title=title if score == "loss" else "", xlabel="forwards used", ylabel=CURVE_SCORES[score])
     save_plot(figure, path)

@@ -1,19 +1,41 @@
-"""What runs say, in words: RESULTS.md, results.json (every figure of every run), the plots, and the runs themselves, packed."""
+"""What runs say, in words: RESULTS.md and RESULTS.html with plots and sheets of pictures, results.json, and the runs, packed.
+
+Both pages are the same `Section`s through a template of `templates/`.
+"""
 
 from __future__ import annotations
 
+import html
 import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from reproduction import plots, runs
-from reproduction.experiments import BY_NAME, CLAIM_COLUMNS, CLAIMS, CLASS_WORD, COLUMNS, EXPERIMENTS, Experiment, Row, Rule
+from reproduction.experiments import BY_NAME, CLAIM_COLUMNS, CLAIMS, CLASS_WORD, COLUMNS, EXPERIMENTS, Experiment, Row
 from reproduction.runs import Job, Settings
-from reproduction.stats import NOT_SHOWN, NOTHING_FOUND, Finding, Records, judge, smallest_effect, spread_of_cells, values_of
+from reproduction.stats import (
+    CONTRADICTED,
+    NOTHING_FOUND,
+    REPRODUCED,
+    SIGNALS,
+    STOPS,
+    Finding,
+    Records,
+    judge,
+    signals,
+    smallest_effect,
+    spread_of_cells,
+    spread_of_seeds,
+    values_of,
+)
 from zoodip.files import write_atomically
-from zoodip.records import environment, mean_interval, table
+from zoodip.records import environment, mean_interval
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
@@ -34,8 +56,12 @@ def cell(values: list[float], score: str, published: float | None) -> str:
     """Ours with its interval, and where there is a published figure that and the difference."""
     if not values:
         return "-" if published is None else f"- (published {number(published, score)})"
-    mean, half_width = mean_interval(values)
-    text = number(mean, score) if COLUMNS[score].plain else interval(mean, half_width, score)
+    if COLUMNS[score].plain:
+        mean, (low, high) = float(np.median(values)), (number(min(values), score), number(max(values), score))
+        text = number(mean, score) + (f" [{low} to {high}]" if low != high else "")
+    else:
+        mean, half_width = mean_interval(values)
+        text = interval(mean, half_width, score)
     if published is not None:
         text += f" (published {number(published, score)}, {number(mean - published, score, sign=True)})"
     return text
@@ -46,19 +72,31 @@ def cell(values: list[float], score: str, published: float | None) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def table_of(experiment: Experiment, rows: dict[str, Records]) -> str:
-    """Rows as declared, then controls. A column that no run has is left out, unless it holds the only published figures."""
-    declared = [*experiment.rows, *(Row(label) for label, _ in experiment.controls)]
+@dataclass
+class Table:
+    header: list[str]
+    lines: list[list[str]]
+
+
+def declared_rows(experiment: Experiment) -> list[Row]:
+    """Rows as declared, then those without runs of their own."""
+    labels = [*(STOPS if experiment.stops else ()), *(control.label for control in experiment.controls)]
+    return [*experiment.rows, *map(Row, labels)]
+
+
+def table_of(experiment: Experiment, rows: dict[str, Records]) -> Table:
+    """A column that no run has is left out, unless it holds the only published figures."""
+    declared = declared_rows(experiment)
     measured = {score for score in experiment.columns if any(values_of(records, score) for records in rows.values())}
     published = {score for score in experiment.columns if any(score in row.published for row in declared)}
     present = [score for score in experiment.columns if score in measured | (set() if measured & published else published)]
     lines = []
     for row in declared:
-        records = rows[row.label]
+        records = rows.get(row.label, {})
         cells = [cell(values_of(records, score), score, row.published.get(score)) for score in present]
         scored = sum(any(score in record for score in present) for record in records.values())
         lines.append([row.label, str(scored), *cells])
-    return table(["", "runs", *[COLUMNS[score].heading for score in present]], lines)
+    return Table(["", "runs", *[COLUMNS[score].heading for score in present]], lines)
 
 
 def grid_note(experiment: Experiment, rows: dict[str, Records]) -> str:
@@ -72,56 +110,140 @@ def grid_note(experiment: Experiment, rows: dict[str, Records]) -> str:
             + "; ".join(parts) + ".") if parts else ""  # fmt: skip
 
 
+def seeds_note(experiment: Experiment, rows: dict[str, Records]) -> str:
+    """Standard deviations of seeds within a subject and of subjects, where a table has seeds to tell them apart."""
+    parts = []
+    for label, records in rows.items():
+        for score in experiment.columns:
+            if spread := spread_of_seeds(records, score):
+                within, between, _ = spread
+                digits = COLUMNS[score].digits
+                parts.append(f"{label}, {COLUMNS[score].heading}: {within:.{digits}f} and {between:.{digits}f}")
+    return ("Standard deviation of the seeds of one subject, and of the subjects' means: " + "; ".join(parts) + "."
+            ) if parts else ""  # fmt: skip
+
+
+def signals_note(experiment: Experiment, rows: dict[str, Records]) -> str:
+    """Whether something that costs no picture sees when pictures get worse."""
+    parts = []
+    for score in ("CLIP-I", "attributes"):
+        for name, (mean, half_width) in signals(rows.get(experiment.stops or "", {}), score).items():
+            width = f" ± {half_width:.2f}" if np.isfinite(half_width) else ""
+            parts.append(f"{SIGNALS[name]} with {COLUMNS[score].heading} {mean:+.2f}{width}")
+    return ("Rank correlation along a run, from its first snapshot on, of what costs no picture with what pictures say (a loss "
+            "that sees pictures get better as it falls has -1): " + "; ".join(parts) + ".") if parts else ""  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claims
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sentence(finding: Finding) -> str:
+    """A claim and what became of it, in one line of plain English."""
+    claim, score = finding.claim, finding.score
+    mean, half_width, count = finding.differences[score]
+    unit = finding.unit if count != 1 else finding.unit.removesuffix("s")
+    known = [f"{COLUMNS[score].heading} {interval(mean, half_width, score, sign=True)} over {count} {unit}"]
+    published = finding.published.get(score)
+    if published is not None:
+        known.append(f"the paper's {number(published, score, sign=True)}")
+    if finding.margin is not None:
+        known.append(f"as good is no more than {number(finding.margin, score)} worse")
+    if finding.verdict != NOTHING_FOUND:
+        return f"**{finding.verdict}**: {claim.text} ({'; '.join(known)})."
+    said = f"**{NOTHING_FOUND} larger than {number(finding.smallest, score)}**: {claim.text}? ({'; '.join(known)})."
+    if published is not None and abs(published) < finding.smallest:
+        said += " The paper's own is smaller than these runs could see."
+    return said
+
+
+OF_ONE_TABLE = ("DINO_inter", "CLIP_inter", "removed")  # scores that say nothing of claims that they do not decide
+
+
 def difference(finding: Finding, score: str) -> str:
-    """A difference with its interval, the paper's and the verdict; where nothing was found, what could have been."""
-    if score not in finding.differences:
+    """A difference with its interval and the paper's; of the score that decides also the smallest that would have been seen."""
+    if score not in finding.differences or (score in OF_ONE_TABLE and score != finding.score):
         return "-"
     mean, half_width, count = finding.differences[score]
     text = interval(mean, half_width, score, sign=True)
+    if score == finding.score and np.isfinite(half_width) and abs(mean) <= half_width:
+        text += f", {number(smallest_effect(half_width, count), score)} would be seen"
     text += f" (published {number(finding.published[score], score, sign=True)})" if score in finding.published else ""
-    if score in finding.verdicts:
-        text += f": {finding.verdicts[score]}"
-        if finding.verdicts[score] in (NOTHING_FOUND, NOT_SHOWN):
-            text += f", {number(smallest_effect(half_width, count), score)} would have been"
-    return text
+    return f"**{text}**" if score == finding.score else text
 
 
-def claims_table(findings: list[Finding]) -> str:
-    shown = [score for score in CLAIM_COLUMNS if any(score in finding.differences for finding in findings)]
-    lines = []
+def claims_table(findings: list[Finding]) -> Table:
+    shown = [score for score in CLAIM_COLUMNS if any(difference(finding, score) != "-" for finding in findings)]
+    lines = [[f"{finding.claim.text} (Table {finding.claim.experiment}: {finding.claim.a} - {finding.claim.b})",
+              finding.verdict, *[difference(finding, score) for score in shown]] for finding in findings]  # fmt: skip
+    return Table(["claim", "", *[COLUMNS[score].heading for score in shown]], lines)
+
+
+def claims_section(findings: list[Finding]) -> Section:
+    rules: dict[str, list[str]] = {}
     for finding in findings:
-        count = max(count for _, _, count in finding.differences.values())
-        cells = [difference(finding, score) for score in shown]
-        lines.append([finding.claim.text, f"**{finding.in_short()}**", *cells, str(count)])
-    return table(["claim", "in short", *[COLUMNS[score].heading for score in shown], "pairs"], lines)
+        rule = finding.claim.rule
+        why = f"{' or '.join(COLUMNS[score].heading for score in rule.scores)}: {rule.why}"
+        rules.setdefault(why, []).append(finding.claim.text)
+    decided = [f"{why} ({'; '.join(texts)})" for why, texts in rules.items()]
+    order = (REPRODUCED, CONTRADICTED)
+    ranked = sorted(findings, key=lambda finding: order.index(finding.verdict) if finding.verdict in order else len(order))
+    return Section("What became of the paper's claims", [], table=claims_table(findings), bullets=list(map(sentence, ranked)),
+                   after=[CLAIMS_NOTE, "What decides, and why:"], after_bullets=decided)  # fmt: skip
 
 
-def claims_section(findings: list[Finding]) -> list[str]:
-    rules: dict[Rule, list[str]] = {}
-    for finding in findings:
-        rules.setdefault(finding.claim.rule, []).append(finding.claim.text)
-    decided = [f"- {', '.join(COLUMNS[score].heading for score in rule.scores)}: {rule.why} ({'; '.join(claims)})"
-               for rule, claims in rules.items()]  # fmt: skip
-    return ["## Claims", CLAIMS_NOTE, "What decides, and why:\n\n" + "\n".join(decided), claims_table(findings)]
+CLAIMS_NOTE = f"""Each claim is a difference of two rows with its 95 % interval: a subject's seeds averaged, then paired over
+subjects (of a single subject: over its seeds). One score decides it, chosen before the runs (bold in the table). "Beats" and
+"more" are reproduced where the interval lies above 0; "as good" where it lies above minus a tenth of what the other row gained
+over the class word. They are contradicted where it lies below 0 and does not meet that. Otherwise no difference was found, and
+"larger than" names the smallest true difference that these runs would have shown with a chance of 80 %. Of {len(CLAIMS)} claims
+about {round(len(CLAIMS) / 20)} intervals may mislead. All other scores are there to be read beside; of losses, lower is better.
+"Mean loss on the way there" is the mean of the learning curve over the forwards that every row of the table has used."""
 
 
-CLAIMS_NOTE = f"""Each line is the difference of two rows with its 95 % interval, paired over the runs that both have, averaged
-within a subject and then over subjects (of a single subject: over its seeds). "Beats", "helps", "fails", "loses" hold where the
-interval lies on the better side of 0; "matches" and "suffices" where it lies on the better side of minus a tenth of what the
-other row gained over the class word. A claim "does not" hold where the interval lies wholly on the other side. Where it lies on
-both sides, "{NOTHING_FOUND}" (or "{NOT_SHOWN}") stands beside the smallest true difference that would have been found with a
-chance of 80 %. "In short" is what at least one score says and none contradicts; with several scores on each of many claims,
-expect an interval or two to mislead. Of losses, lower is better. Differences without a verdict are there to be read beside the
-others. "Mean loss on the way there" is the mean of the learning curve over the forwards that every row of the table has used:
-how fast it falls, where the ends are alike."""
-
-
-CURVES_NOTE = ("Loss on the judging set (t in [500, 900)) against forwards used; bands are 95 % intervals after the runs' own "
-               "levels are taken out.")  # fmt: skip
+CURVES_NOTE = ("Loss on the judging set (t in [500, 900)), and scores of pictures of the snapshots, against forwards used; "
+               "bands are 95 % intervals after the subjects' own levels are taken out.")  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The report
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Image:
+    caption: str
+    path: str  # from the report's folder
+
+
+@dataclass
+class Section:
+    """In this order; paragraphs and cells may hold `code` and **bold**."""
+
+    title: str
+    paragraphs: list[str]
+    bullets: list[str] = field(default_factory=list)
+    table: Table | None = None
+    after: list[str] = field(default_factory=list)
+    after_bullets: list[str] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+    sheets: list[Image] = field(default_factory=list)  # shown where they are asked for
+
+
+def html_text(text: str) -> str:
+    """HTML of `code` and **bold**, all else escaped."""
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked)
+
+
+def render(template: str, title: str, sections: list[Section]) -> bytes:
+    """The report by a template. Raises where it names what there is not."""
+    templates = FileSystemLoader(Path(__file__).resolve().parent / "templates")
+    environment = Environment(loader=templates, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+                              autoescape=template.endswith(".html"), keep_trailing_newline=True)  # fmt: skip
+    environment.filters |= dict(text=html_text, verdict=lambda text: re.sub("[^a-z]", "-", text))
+    text = environment.get_template(template).render(title=title, sections=sections)
+    return (re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n").encode()
 
 
 def command_of(names: list[str], settings: Settings) -> str:
@@ -144,24 +266,48 @@ def default_names(settings: Settings) -> list[str]:
     return [experiment.name for experiment in EXPERIMENTS if experiment.is_default_in(settings.world.name)]
 
 
-def introduction(names: list[str], settings: Settings, jobs: list[Job], done: int) -> str:
+def introduction(names: list[str], settings: Settings, jobs: list[Job], done: int) -> Section:
     world, where = settings.world, environment()
     subjects = dict.fromkeys(job.spec["subject"] for job in jobs)
-    hours = sum((runs.read_run(job.spec, settings) or {}).get("seconds", 0) for job in jobs) / 3600
+    records = [record for job in jobs if (record := runs.read_run(job.spec, settings)) is not None]
+    hours = sum(record.get("seconds", 0) for record in records) / 3600
+    commits = sorted({str(record["commit"]) for record in records if "commit" in record}) or [str(where["commit"])]
     versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
     text = [
-        f"# Results: {world.name}",
         f"{done} of {len(jobs)} runs, {hours:.1f} hours of training in all (summed over processes that ran side by side). "
-        f"Made by `{command_of(names, settings)}`, {where['device']}, commit {where['commit']}; {versions}.",
+        f"Made by `{command_of(names, settings)}`, {where['device']}, commit {', '.join(commits)}; {versions}. Tokens, curves "
+        f"and scores of every run are in `{runs.ARCHIVE}`; `--report_only` makes this report from it, `--redraw` the pictures.",
         "± is the half width of a 95 % interval (Student's t over subjects, each the mean of its seeds; of a single subject over "
         "its seeds, and then of that subject alone). Differences between rows are paired. Subjects: "
         f'{", ".join(subjects)}; the column "runs" says how many runs a row has. Scores are on {settings.images} pictures a '
-        f"prompt, {settings.inference_steps} steps, guidance {world.guidance:g}.",
+        f"prompt, {settings.inference_steps} steps of {world.scheduler}, guidance {world.guidance:g}.",
     ]
+    bullets = []
     if world.caveats:
         flags = runs.make_spec(settings, "zoodip", next(iter(subjects)), 0, {})["flags"]
-        text.append(world.caveats.format(steps=f"{flags['max_train_steps']:,}", rate=f"{flags['learning_rate']:g}"))
-    return "\n\n".join(text)
+        caveats = world.caveats.format(steps=f"{flags['max_train_steps']:,}", rate=f"{flags['learning_rate']:g}")
+        first, *bullets = (" ".join(part.split()) for part in re.split(r"\n+- ", caveats))
+        text.append(first)
+    return Section("", text, bullets)
+
+
+def section_of(experiment: Experiment, collect: plots.Collect, settings: Settings, folder: Path) -> Section:
+    """A table with its notes, its plot and the sheets of its rows."""
+    rows = collect(experiment.name)
+    notes = [experiment.note, grid_note(experiment, rows) if experiment.grid else "", seeds_note(experiment, rows),
+             signals_note(experiment, rows)]  # fmt: skip
+    section = Section(experiment.heading, [], table=table_of(experiment, rows), after=[note for note in notes if note])
+    plot = experiment.plot
+    if plot and plots.draw(plot, experiment.name, collect, settings, folder / "plots" / plot.file):
+        section.images.append(Image(experiment.name, f"plots/{plot.file}"))
+    for row in experiment.rows:
+        if experiment.kind in ("scores", "inter") and not row.spread_of and (records := rows[row.label]):
+            kind = "best" if row.at == "best" else experiment.kind
+            specs = [record["spec"] for record in records.values()]
+            name = f"sheets/{runs.digest(dict(kind=kind, specs=specs))}.jpg"  # tables that share a row share its sheet
+            if plots.row_sheet(records, settings, kind, folder / name) or (folder / name).exists():
+                section.sheets.append(Image(row.label, name))
+    return section
 
 
 def write_report(names: list[str], jobs: list[Job], settings: Settings, folder: Path) -> None:
@@ -172,21 +318,35 @@ def write_report(names: list[str], jobs: list[Job], settings: Settings, folder: 
     untrained = collect("1")[CLASS_WORD.label] if any(claim.rule.margin for claim in CLAIMS) else {}
     claims = [claim for claim in CLAIMS if claim.experiment in names]
     findings = [finding for claim in claims if (finding := judge(claim, collect(claim.experiment), untrained)) is not None]
-    text = [introduction(names, settings, jobs, done)]
-    text += claims_section(findings) if findings else []
-    for experiment in (BY_NAME[name] for name in names):
-        rows = collect(experiment.name)
-        text += [f"## {experiment.heading}", table_of(experiment, rows), experiment.note]
-        text.append(grid_note(experiment, rows) if experiment.one_seed else "")
-        plot = experiment.plot
-        if plot and plots.draw(plot, experiment.name, collect, settings, folder / "plots" / plot.file):
-            text.append(f"![{experiment.name}](plots/{plot.file})")
-    panels = {BY_NAME[name].curves: collect(name) for name in names if BY_NAME[name].curves}
+    sections = [introduction(names, settings, jobs, done)]
+    sections += [claims_section(findings)] if findings else []
+    sections += [section_of(BY_NAME[name], collect, settings, folder) for name in names]
+    panels = {BY_NAME[name].curves: last_tokens(BY_NAME[name], collect) for name in names if BY_NAME[name].curves}
     if panels:
         plots.draw_curves(panels, folder / "plots" / "curves.png")
-        text += ["## Learning curves", CURVES_NOTE, "![curves](plots/curves.png)"]
-    write_atomically(folder / "RESULTS.md", ("\n\n".join(part for part in text if part) + "\n").encode())
-    everything = {name: {label: list(records.values()) for label, records in collect(name).items()} for name in names}
+        sections.append(Section("Learning curves", [CURVES_NOTE], images=[Image("curves", "plots/curves.png")]))
+    shown = {sheet.path for section in sections for sheet in section.sheets}
+    for sheet in (folder / "sheets").glob("*.jpg"):
+        if f"sheets/{sheet.name}" not in shown:  # of runs that have joined others since
+            sheet.unlink()
+    title = f"Results: {settings.world.name}"
+    for template, name in (("results.md", "RESULTS.md"), ("results.html", "RESULTS.html")):
+        write_atomically(folder / name, render(template, title, sections))
+    everything = {name: {label: list(map(figures_of, records.values())) for label, records in collect(name).items()}
+                  for name in names}  # fmt: skip
     write_atomically(folder / "results.json", (json.dumps(everything) + "\n").encode())
     runs.pack_runs(jobs, settings, folder / runs.ARCHIVE)
-    print(f"{folder / 'RESULTS.md'}: {done} of {len(jobs)} runs done")
+    print(f"{folder / 'RESULTS.md'}, RESULTS.html: {done} of {len(jobs)} runs done")
+
+
+def last_tokens(experiment: Experiment, collect: Callable[[str], dict[str, Records]]) -> dict[str, Records]:
+    """The rows of a table whose curves are not those of another row."""
+    rows = collect(experiment.name)
+    return {row.label: rows[row.label] for row in experiment.rows if row.at == "last"}
+
+
+def figures_of(record: dict) -> dict:
+    """What the tables take of a record; curves and environments are in the archive, once for each run."""
+    return {
+        name: value for name, value in record.items() if name not in ("curve", "versions", "python", "device", "removed_shares")
+    }

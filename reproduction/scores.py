@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import sys
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -103,6 +104,12 @@ class PictureCache:
     def __init__(self, drawer: Drawer, cache: Path, learned: Learned, settings: list):
         self.drawer, self.cache, self.learned = drawer, cache, learned
         self.settings = [model_digest(drawer.folder, learned.variant), *settings, drawer.resolution]
+
+    def of(self, learned: Learned) -> PictureCache:
+        """The same for something else that was learned on this model."""
+        other = copy(self)
+        other.learned = learned
+        return other
 
     def path(self, prompt: str, seed: int) -> Path:
         """The file of a picture: its name tells all that it depends on."""

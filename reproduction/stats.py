@@ -1,23 +1,26 @@
 """Statistics of runs. The unit is the subject: seeds of one subject are no independent witnesses of a method.
 
-Records are {(subject, seed): what is known of a run}. Differences between two rows are paired over the runs that both have and
-averaged within a subject first; an interval is then over subjects. Of a single subject it is over seeds, and speaks of that
-subject alone. (Named `stats`, as `statistics` is a module of the standard library.)
+Records are {(subject, seed): what is known of a run}. A subject's seeds are averaged first; differences between two rows are
+then paired over the subjects that both have, and an interval is over subjects. Of a single subject it is over seeds, and speaks
+of that subject alone. (Named `stats`, as `statistics` is a module of the standard library.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 
-from reproduction.experiments import BY_NAME, CLAIM_COLUMNS, COLUMNS, Claim
+from reproduction.experiments import BY_NAME, CLAIM_COLUMNS, COLUMNS, OTHERS, Claim
 from train_zoodip import ZOAdam, low_variance_directions
 from zoodip.records import T_975, mean_interval
 
 Run = tuple[str, int]  # subject, seed
 Records = dict[Run, dict]
+NO_SUBJECT = ""  # of a control, which is of no subject and compared with each
 
 # One-sided quantiles at 80 % of Student's t for 1, 2, ... degrees of freedom: the power of "what a table could have seen".
 T_80 = (1.376, 1.061, .978, .941, .920, .906, .896, .889, .883, .879, .876, .873, .870, .868, .866, .865, .863, .862, .861,
@@ -64,6 +67,16 @@ def add_gaps(rows: dict[str, Records], start: str, end: str) -> None:
                 record["gap_closed"] = (starts[subject] - record["loss"]) / (starts[subject] - ends[subject])
 
 
+def add_likeness(rows: dict[str, Records], ceiling: Records, floor: Records) -> None:
+    """`likeness` to every record: where its CLIP-I lies between true renders of other subjects (0) and of its own (1)."""
+    tops, bottoms = (by_subject({run: record["CLIP-I"] for run, record in records.items() if "CLIP-I" in record})
+                     for records in (ceiling, floor))  # fmt: skip
+    for records in rows.values():
+        for (subject, _), record in records.items():
+            if subject in tops and subject in bottoms and "CLIP-I" in record:
+                record["likeness"] = (record["CLIP-I"] - bottoms[subject]) / (tops[subject] - bottoms[subject])
+
+
 def by_subject(values: dict[Run, float]) -> dict[str, float]:
     """Mean of each subject's seeds."""
     subjects = dict.fromkeys(subject for subject, _ in values)
@@ -81,9 +94,45 @@ def values_of(records: Records, score: str) -> list[float]:
 
 
 def paired_differences(a: Records, b: Records, score: str) -> list[float]:
-    """a - b of the runs that both have, by unit."""
-    both = [run for run in a if run in b and score in a[run] and score in b[run]]
-    return units({run: a[run][score] - b[run][score] for run in both})
+    """a - b, by unit: of each subject that both have the means of its seeds; of a single one the seeds that both have."""
+    ours, theirs = ({run: record[score] for run, record in records.items() if score in record} for records in (a, b))
+    means, their_means = by_subject(ours), by_subject(theirs)
+    if NO_SUBJECT in their_means:
+        their_means = dict.fromkeys(means, their_means[NO_SUBJECT])
+        theirs = dict.fromkeys(ours, their_means.get(next(iter(means), ""), 0.0))
+    both = [subject for subject in means if subject in their_means]
+    if len(both) > 1:
+        return [means[subject] - their_means[subject] for subject in both]
+    return [ours[run] - theirs[run] for run in ours if run in theirs]
+
+
+def mean_of_others(rows: dict[str, Records], label: str) -> Records:
+    """Of each subject the mean of all rows but one, of those scores that every row has."""
+    others = [records for name, records in rows.items() if name != label and records]
+    if not others:
+        return {}
+    result = {}
+    for subject in dict.fromkeys(subject for records in others for subject, _ in records):
+        of_rows = [[record for (of, _), record in records.items() if of == subject] for records in others]
+        if all(of_rows):
+            result[subject, 0] = {score: float(np.mean([np.mean([record[score] for record in records]) for records in of_rows]))
+                                  for score in CLAIM_COLUMNS
+                                  if all(score in record for records in of_rows for record in records)}  # fmt: skip
+    return result
+
+
+def spread_of_seeds(records: Records, score: str) -> tuple[float, float, int] | None:
+    """(standard deviation of a subject's seeds, of the subjects' means, runs); None where no subject has two seeds.
+
+    The first is pooled over subjects. A part of the second is the first: chance of the seeds that a mean is over.
+    """
+    values = {run: record[score] for run, record in records.items() if score in record}
+    means = by_subject(values)
+    freedom = len(values) - len(means)
+    if freedom < 1 or len(means) < 2:
+        return None
+    within = sum((value - means[subject]) ** 2 for (subject, _), value in values.items()) / freedom
+    return float(np.sqrt(within)), float(np.std(list(means.values()), ddof=1)), len(values)
 
 
 def spread_of_cells(rows: dict[str, Records], score: str) -> tuple[float, float] | None:
@@ -106,20 +155,21 @@ def spread_of_cells(rows: dict[str, Records], score: str) -> tuple[float, float]
 # Verdicts
 # ---------------------------------------------------------------------------------------------------------------------
 
-HOLDS, FAILS, DISAGREE = "holds here", "does not", "the scores disagree"
-NOTHING_FOUND, NOT_SHOWN, TOO_FEW = "no difference found", "not shown", "too few runs"
+REPRODUCED, CONTRADICTED, NOTHING_FOUND, TOO_FEW = "reproduced", "contradicted", "no difference found", "too few runs"
 
 
 def verdict(mean: float, half_width: float, margin: float | None = None) -> str:
-    """Of an advantage with a 95 % interval: does it lie above 0, or above -margin? An interval on both sides decides nothing."""
-    bound = -(margin or 0.0)
+    """Of an advantage with a 95 % interval. Fixed before the runs that it judges.
+
+    "Beats" is reproduced where the interval lies above 0, "is as good" where it lies above -margin; either is contradicted where
+    it lies below 0 (and not above -margin: a loss that is smaller than the margin is as good). "No difference found" is said of
+    intervals that hold 0 alone.
+    """
     if not np.isfinite(half_width):
         return TOO_FEW
-    if mean - half_width > bound:
-        return HOLDS
-    if mean + half_width < bound:
-        return FAILS
-    return NOTHING_FOUND if margin is None else NOT_SHOWN
+    if mean - half_width > -(margin or 0.0):
+        return REPRODUCED
+    return CONTRADICTED if mean + half_width < 0 else NOTHING_FOUND
 
 
 def smallest_effect(half_width: float, count: int) -> float:
@@ -139,41 +189,95 @@ def quantile(table: tuple[float, ...], normal: float, freedom: int) -> float:
 @dataclass
 class Finding:
     claim: Claim
+    score: str  # that decides
+    verdict: str
+    margin: float | None
     differences: dict[str, tuple[float, float, int]]  # score -> mean of a - b, half width, units
-    verdicts: dict[str, str]  # of those scores of the rule that there are
     published: dict[str, float]  # a - b
+    unit: str = "subjects"  # or seeds, of a single subject
 
-    def in_short(self) -> str:
-        """One verdict of all: what some say and none contradicts."""
-        said = set(self.verdicts.values()) & {HOLDS, FAILS}
-        if len(said) > 1:
-            return DISAGREE
-        return said.pop() if said else next(iter(self.verdicts.values()))
+    @property
+    def smallest(self) -> float:
+        """The smallest difference of the deciding score that these runs would have shown."""
+        _, half_width, count = self.differences[self.score]
+        return smallest_effect(half_width, count)
 
 
 def judge(claim: Claim, rows: dict[str, Records], untrained: Records) -> Finding | None:
-    """None where no score is there of both rows. One of which lower is better enters its verdict with the sign turned.
+    """None where no score that decides is there of both rows. One of which lower is better enters with the sign turned.
 
     `untrained`: the records of the class word, where a rule's margin starts.
     """
-    a, b, rule = rows.get(claim.a, {}), rows.get(claim.b, {}), claim.rule
+    a, rule = rows.get(claim.a, {}), claim.rule
+    b = mean_of_others(rows, claim.a) if claim.b == OTHERS else rows.get(claim.b, {})
     differences = {}
     for score in CLAIM_COLUMNS:
         if values := paired_differences(a, b, score):
             differences[score] = (*mean_interval(values), len(values))
-    verdicts = {}
-    for score in rule.scores:
-        if score not in differences or (rule.margin is not None and not values_of(untrained, score)):
-            continue
-        mean, half_width, _ = differences[score]
-        margin = None
-        if rule.margin is not None:
-            margin = rule.margin * abs(np.mean(values_of(b, score)) - np.mean(values_of(untrained, score)))
-        verdicts[score] = verdict(-mean if COLUMNS[score].lower_is_better else mean, half_width, margin)
-    published = {row.label: row.published for row in BY_NAME[claim.experiment].rows}
-    of_paper = {score: published[claim.a][score] - published[claim.b][score]
-                for score in published[claim.a] if score in published[claim.b]}  # fmt: skip
-    return Finding(claim, differences, verdicts, of_paper) if verdicts else None
+    score = next((score for score in rule.scores if score in differences), None)
+    if score is None or (rule.margin is not None and not values_of(untrained, score)):
+        return None
+    mean, half_width, _ = differences[score]
+    margin = None
+    if rule.margin is not None:
+        margin = rule.margin * abs(np.mean(values_of(b, score)) - np.mean(values_of(untrained, score)))
+    of_rows = {row.label: row.published for row in BY_NAME[claim.experiment].rows}
+    theirs = of_rows.get(claim.b, {})
+    if claim.b == OTHERS:
+        others = [figures for label, figures in of_rows.items() if label != claim.a]
+        theirs = {score: float(np.mean([figures[score] for figures in others])) for score in of_rows[claim.a]
+                  if all(score in figures for figures in others)}  # fmt: skip
+    published = {score: figure - theirs[score] for score, figure in of_rows[claim.a].items() if score in theirs}
+    subjects = {subject for subject, _ in a}
+    said = verdict(-mean if COLUMNS[score].lower_is_better else mean, half_width, margin)
+    return Finding(claim, score, said, margin, differences, published, "seeds" if len(subjects) == 1 else "subjects")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When to stop
+# ---------------------------------------------------------------------------------------------------------------------
+
+# {who chooses the snapshot: of the points of a curve that one which is taken}
+STOPS: dict[str, Callable[[list[dict]], dict]] = {
+    "stopped at the end": lambda points: points[-1],
+    "stopped where other pictures are best": lambda points: max(points, key=lambda point: point.get("choosing", -1.0)),
+    "stopped at the lowest loss on the photographs": lambda points: min(points, key=lambda point: point["eval_loss"]),
+    "stopped at the lowest training loss": lambda points: min(points, key=lambda point: point["training_loss"]),
+    "stopped at the lowest loss on unseen renders": lambda points: min(points, key=lambda point: point["loss"]),
+}
+SIGNALS = {"eval_loss": "loss on the photographs", "training_loss": "training loss", "loss": "loss on unseen renders",
+           "token_norm": "the token's length"}  # fmt: skip
+
+
+def trained_points(record: dict) -> list[dict]:
+    """The points of a curve whose pictures are scored, the start not among them."""
+    return [point for point in record.get("curve", []) if point["step"] and "CLIP-I" in point]
+
+
+def stopped(records: Records) -> dict[str, Records]:
+    """{a row of STOPS: records} of the runs of one row, each scored at the snapshot that is chosen."""
+    rows: dict[str, Records] = {label: {} for label in STOPS}
+    for run, record in records.items():
+        if points := trained_points(record):
+            for label, choose in STOPS.items():
+                point = choose(points)
+                rows[label][run] = {**point, "spec": record["spec"], "forwards": point["unet_forwards"]}
+    return rows
+
+
+def signals(records: Records, score: str) -> dict[str, tuple[float, float]]:
+    """{signal: mean and half width, over units, of its rank correlation with the pictures' `score` along a run}."""
+    found = {}
+    for name in SIGNALS:
+        values = {}
+        for run, record in records.items():
+            points = [point for point in trained_points(record) if score in point and point.get(name) is not None]
+            ranks = [np.argsort(np.argsort([point[which] for point in points])) for which in (name, score)]
+            if len(points) > 2:
+                values[run] = float(np.corrcoef(*ranks)[0, 1])
+        if values:
+            found[name] = mean_interval(units(values))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,6 +285,7 @@ def judge(claim: Claim, rows: dict[str, Records], untrained: Records) -> Finding
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@lru_cache
 def control_removed(kind: str, tau: int, nu: float, dim: int, refreshes: int, seed: int = 0) -> list[int]:
     """How many directions of the buffer SG would remove, at each of `refreshes`, of a token that learns nothing.
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""The paper's tables, each a list of runs: does what is not done, then writes RESULTS.md and plots.
+"""The paper's tables, each a list of runs: does what is not done, then writes RESULTS.md and RESULTS.html.
 
     python -m reproduction.tables                                  # the miniature, everything
     python -m reproduction.tables --quick --jobs 2                 # the same in about 20 minutes: 2 subjects, 1 seed, short runs
     python -m reproduction.tables --tables 3 S4 --jobs 2           # some tables
     python -m reproduction.tables --tables TuningRates            # choose the learning rates of weight tuning, by pictures
     python -m reproduction.tables --tables Tuning TuneQDM KronA --subjects vaxmo mexti runma      # weight tuning's own tables
-    python -m reproduction.tables --dry_run                        # what would run, and how long
+    python -m reproduction.tables --dry_run --jobs 2               # what would run, and how long, by table
+    python -m reproduction.tables --redraw --report FOLDER         # the pictures of a report, from the tokens that it keeps
     python -m reproduction.tables --shard 1/8                      # the first of eight machines; then, on one, without it
     python -m reproduction.tables --world sd15 --data dataset --prompts dataset/prompts_and_classes.txt
 
@@ -20,6 +21,7 @@ import argparse
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import train_zoodip
@@ -31,6 +33,7 @@ from reproduction.worlds import WORLDS
 from zoodip.arguments import OneLineArgumentParser
 from zoodip.errors import InputError, run_script
 from zoodip.model import find_model_folder, model_digest
+from zoodip.records import table
 
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
                       "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"}  # fmt: skip
@@ -56,7 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--report",
         type=Path,
         default=None,
-        help=f"folder for RESULTS.md, results.json, plots and {runs.ARCHIVE}, whose runs are taken from there; default: --output",
+        help=f"folder for RESULTS.md and .html, results.json, plots, sheets and {runs.ARCHIVE}, whose runs are taken from there; "
+        "default: --output",
     )
     add("--rates", type=Path, default=rates.FILE, help="learning rates of weight tuning, as --tables TuningRates chose them")
     add("--jobs", type=int, default=1, help="runs at once")
@@ -65,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dry_run", action="store_true", help="only print what would run, and a guess at the hours")
     add("--dry_steps", type=int, default=None, help="every run for so many steps with one picture: is anything broken?")
     add("--report_only", action="store_true", help="run nothing, report what is done")
+    add("--redraw", action="store_true", help="draw pictures again that are not there, of runs that are scored: to look at them")
     return parser
 
 
@@ -121,7 +126,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         world, output, model, model_digest(find_model_folder(model, None, variant), variant)[:12] if local else model,
         args.clip or world.clip, args.dino or world.dino, subjects=args.subjects and tuple(args.subjects),
         seeds=args.seeds and tuple(args.seeds), extra=args.extra, images=world.images, inference_steps=world.inference_steps,
-        threads=args.threads,
+        threads=args.threads, redraw=args.redraw,
     )  # fmt: skip
     if args.quick:
         settings.quick, settings.images, settings.inter_images, settings.eval_samples = True, 1, 12, 32
@@ -137,15 +142,25 @@ def make_settings(args: argparse.Namespace) -> Settings:
 
 
 def print_plan(jobs: list[Job], args: argparse.Namespace, settings: Settings) -> None:
-    seconds = [0.0 if job.done(settings) else runs.estimated_seconds(job, settings) for job in jobs]
-    for job, duration in zip(jobs, seconds, strict=True):
-        spec = job.spec
-        flags = " ".join(f"--{name} {value}" for name, value in spec["flags"].items())
+    """Every run with its seconds; then the hours of every table, a run counted in the first that asks for it."""
+    seconds = {runs.digest(job.spec): 0.0 if job.done(settings) else runs.estimated_seconds(job, settings) for job in jobs}
+    for job in jobs:
+        spec, duration = job.spec, seconds[runs.digest(job.spec)]
+        flags = " ".join([*(f"--{name} {value}" for name, value in spec["flags"].items()), *spec.get("variation", [])])
         print(f"{runs.digest(spec)}  {f'{duration:.0f} s' if duration else 'done':>8}  {'cost ' if spec.get('cost') else ''}"
               f"{spec['method']} {spec['subject']} seed {spec['seed']}  {flags}")  # fmt: skip
-    hours, left = sum(seconds) / 3600, sum(duration > 0 for duration in seconds)
-    print(f"{len(jobs)} runs, {left} to do: about {hours:.1f} hours of one process on {settings.world.speed_of}, "
-          f"{hours / args.jobs:.1f} with --jobs {args.jobs} if there is room for them")  # fmt: skip
+    hours = {name: value / 3600 for name, value in seconds.items()}
+    shared = {runs.digest(job.spec): hours[runs.digest(job.spec)] / (1 if job.spec.get("cost") else args.jobs) for job in jobs}
+    lines, counted = [], set()
+    for name in args.tables:
+        asked = {runs.digest(job.spec) for job in runs.plan([BY_NAME[name]], settings)}
+        new, counted = asked - counted, counted | asked
+        lines.append([BY_NAME[name].heading, len(asked), f"{sum(map(hours.__getitem__, asked)):.1f}", len(new),
+                      f"{sum(map(shared.__getitem__, new)):.1f}"])  # fmt: skip
+    print(table(["", "runs", "hours of one process", "not in a table above", f"hours of these, --jobs {args.jobs}"], lines))
+    print(f"{len(jobs)} runs, {sum(value > 0 for value in seconds.values())} to do: about {sum(hours.values()):.1f} hours of one "
+          f"process on {settings.world.speed_of}, {sum(shared.values()):.1f} with --jobs {args.jobs} if there is room for them; "
+          "runs that measure cost go alone")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
@@ -162,6 +177,8 @@ def main(args: argparse.Namespace) -> None:
     settings.missing = {name for name in (settings.clip, settings.dino) if name and load_scorer(name) is None}
     if not args.report_only:
         mine = jobs[args.shard[0] - 1 :: args.shard[1]] if args.shard else jobs
+        if args.redraw:  # and nothing else
+            mine = [job for job in mine if job.done(replace(settings, redraw=False))]
         settings.world.prepare({job.spec["subject"] for job in jobs})  # of all shards, so that each writes the same
         failures = workers.run_jobs(mine, settings, args.jobs)
     if args.shard is None:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from reproduction import runs
 from reproduction.judging import open_judge, snapshot_steps
 from reproduction.runs import METHODS, UNTRAINED, Job, Settings
+from reproduction.variations import varied
 from zoodip.arguments import SHARED_SETTINGS, flags_for, settings_of
 from zoodip.checkpoints import checkpoint_step, list_checkpoints
 from zoodip.diffusion import load_scheduler, settle_flags
@@ -47,23 +48,26 @@ def learn(spec: dict, settings: Settings) -> dict:
     record, steps = folder / "run.json", args.max_train_steps
     if not record.exists() or json.loads(record.read_text())["step"] < steps:  # else only the judging was interrupted
         snapshots = 0 if runs.tunes_weights(spec["method"]) else snapshot_steps(steps)[0]
-        args.eval_steps, args.save_steps, args.resume_from_checkpoint = 0, snapshots, "latest"
+        args.eval_steps, args.save_steps, args.resume_from_checkpoint = snapshots, snapshots, "latest"
         args.checkpoints_total_limit = 0
-        if hasattr(args, "tau"):  # at the refreshes of Subspace Gradient, for `removed_directions`
+        if hasattr(args, "tau"):  # at the refreshes of Subspace Gradient, for `seen_at_refreshes`
             args.checkpointing_steps = args.tau
-        if METHODS[spec["method"]].main(args):
-            raise KeyboardInterrupt
+        with varied(spec.get("variation", [])):
+            if METHODS[spec["method"]].main(args):
+                raise KeyboardInterrupt
     return json.loads(record.read_text())
 
 
-def removed_directions(folder: Path, every: int) -> list[int]:
-    """How many directions each refresh of Subspace Gradient removed (Fig. 8), from the checkpoints at the refreshes."""
-    removed = []
+def seen_at_refreshes(folder: Path, every: int) -> dict:
+    """How many directions each refresh of Subspace Gradient removed (Fig. 8), and which share of Adam's second moments was 0
+    then; from the checkpoints at the refreshes."""
+    removed, zeros = [], []
     for path in list_checkpoints(folder):
         with safe_open(path, framework="pt") as file:
             if checkpoint_step(path) % every == 0 and "subspace.projection" in file.keys():
                 removed.append(file.get_slice("subspace.projection").get_shape()[0])
-    return removed
+                zeros.append((file.get_tensor("adam.exp_avg_sq") == 0).float().mean().item())
+    return dict(removed=removed) | (dict(v_zero=sum(zeros) / len(zeros)) if zeros else {})
 
 
 def leave_untrained(spec: dict, settings: Settings) -> None:
@@ -111,18 +115,18 @@ def do(job: Job, settings: Settings) -> None:
         write_json(folder / "spec.json", spec)
         if spec.get("cost"):
             measure_cost(spec, settings)
-        elif spec["method"] in UNTRAINED:
-            leave_untrained(spec, settings)
+        elif spec["method"] not in METHODS:
+            if spec["method"] in UNTRAINED:
+                leave_untrained(spec, settings)
             write_json(folder / "result.json", judge().result(None))
         else:
             run = learn(spec, settings)
-            result = judge().result(run) | dict(removed=removed_directions(folder, spec["flags"].get("tau", 128)))
-            write_json(folder / "result.json", result)
+            seen = seen_at_refreshes(folder, spec["flags"].get("tau", 128))
+            write_json(folder / "result.json", judge().result(run) | seen)
             for path in list_checkpoints(folder):  # they were to go on from
                 path.unlink()
-    for kind in sorted(job.kinds):
-        if not runs.scored(folder, settings, kind):
-            judge().score(kind)
+    for kind in job.to_score(settings):
+        judge().score(kind)
 
 
 def start_worker(threads: int) -> None:
@@ -158,6 +162,7 @@ def run_jobs(jobs: list[Job], settings: Settings, workers: int) -> list[str]:
     waiting = [job for job in jobs if not job.done(settings)]
     waiting.sort(key=lambda job: (str(job.spec["flags"].get("quantization")), job.spec["subject"]))  # a worker keeps its model
     together, alone = ([job for job in waiting if bool(job.spec.get("cost")) is cost] for cost in (False, True))
+    alone.sort(key=lambda job: job.spec["seed"])  # in rounds: what slows the machine for a while strikes all rows alike
     failures = []
     with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", smoothing=0, desc="runs") as bar:
 

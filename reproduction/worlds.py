@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
@@ -57,6 +58,7 @@ class World:
     paper_subjects = False  # whether a table is of its `paper_subjects`, and not of the world's
     seeds: tuple[int, ...] = (0, 1, 2)
     images: int  # pictures per prompt
+    scheduler: str  # one of `zoodip.model.SCHEDULERS`, for so many
     inference_steps: int
     guidance: float
     clip: str
@@ -69,13 +71,24 @@ class World:
 
     data: Path  # folder of the subjects' folders
     captions: Path
+    other_captions: Path  # the same with an article before the word where it has none, and the other way round
 
     def scaled(self, value: int) -> int:
         return max(2, round(value * self.width / 768))
 
+    def steps_of_paper(self, steps: int) -> int:
+        """What is `steps` here in proportion to the paper's 30,000 of ZOODiP."""
+        return round(steps * self.methods["zoodip"]["max_train_steps"] / 30000)
+
     def prepare(self, subjects: Iterable[str]) -> None:
-        """Have the subjects' pictures ready. Raises InputError for one that is not there."""
+        """Have the subjects' pictures and captions ready. Raises InputError for one that is not there."""
         raise NotImplementedError
+
+    def write_other_captions(self) -> None:
+        text = self.captions.read_text(encoding="utf-8")
+        other = re.sub(r"(\ban? )?\{\}", lambda found: "{}" if found[1] else "a {}", text)
+        self.other_captions.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.other_captions, other.encode())
 
     def class_word(self, subject: str) -> str:
         raise NotImplementedError
@@ -92,8 +105,15 @@ class World:
         """The folder, beside the subject's, of the pictures on which its tokens' loss is judged."""
         return subject
 
-    def picture_scores(self, pictures: list[list[Image.Image]], subject: str) -> dict[str, float]:
-        """Scores of pictures [prompt][seed] beside CLIP's and DINO's."""
+    def renders(self, subject: str, others: bool, images: int) -> list[list[Image.Image]]:
+        """True pictures [prompt][image] of a subject, or of the others, for what the prompts ask.
+
+        Raises InputError where nobody has them.
+        """
+        raise InputError(f"{self.name}: nobody has true pictures of {subject} for the prompts; leave out the row that wants them")
+
+    def picture_scores(self, pictures: dict[str, list[Image.Image]], subject: str) -> dict[str, float]:
+        """Scores of pictures {prompt: [one for each seed]} beside CLIP's and DINO's."""
         return {}
 
 
@@ -119,9 +139,10 @@ class Miniature(World):
 
     name, model, width = "miniature", str(ROOT / "miniature" / "model"), 256
     methods = {
-        "zoodip": dict(use_cc=True, max_train_steps=1000, learning_rate=1e-2, tau=43),
-        "ti": dict(max_train_steps=1000, learning_rate=5e-3),
-        "gf_ti": dict(max_train_steps=433, intrinsic_dim=85),  # the paper's 13,000 to ZOODiP's 30,000
+        "zoodip": dict(use_cc=True, max_train_steps=1000, learning_rate=1e-2, tau=43, quantization="nf4"),
+        "ti": dict(max_train_steps=1000, learning_rate=5e-3, quantization="nf4"),
+        # the paper's 13,000 to ZOODiP's 30,000
+        "gf_ti": dict(max_train_steps=433, intrinsic_dim=85, quantization="nf4"),
         "initial": dict(use_cc=True), "described": dict(use_cc=True),
         **TUNERS, "diffusekrona": TUNERS["diffusekrona"] | dict(a1=4, a2=16),  # nearest to the numbers of LoRA r = 2
     }  # fmt: skip
@@ -129,8 +150,9 @@ class Miniature(World):
     start_rates = {"DreamBooth": 5e-5, "QLoRA": 2e-3, "PEQA": 1e-5, "PEQA, 4 bit": 1.7e-4, "TuneQDM": 1e-5,
                    "TuneQDM, 4 bit": 1.7e-4, "DiffuseKronA": 2e-3}  # fmt: skip
     grid_subjects = ("ronfo", "zafpux")
-    subjects = tuple(breed.name for breed in held_out_breeds()[:4])
-    images, inference_steps, guidance = 2, 25, 5.0
+    subjects = tuple(breed.name for breed in held_out_breeds())
+    # PNDM with 25 steps gives half of the pictures a wrong colour; these 15 are as good as 50 of it (miniature/schedulers.json)
+    images, scheduler, inference_steps, guidance = 2, "dpmsolver++", 15, 5.0
     clip, dino = str(ROOT / "miniature" / "clip"), None
     cost_steps, seconds_per_step, seconds_per_forward, speed_of = 60, 0.014, 0.0065, "two CPU cores"
     caveats = """Subjects are breeds that the miniature has never seen; the scorer is its own CLIP, and its attribute
@@ -146,7 +168,8 @@ cannot be compared, the order of rows can. What scale does not carry over:
 - a small model has less redundancy to spare for 4 bits than 860 M weights have."""
 
     def __init__(self, output: Path, data: Path, prompts: Path):
-        self.data, self.captions = output / "data", output / "data" / "cc.json"
+        self.data, self.captions, self.other_captions = (output / "data", output / "data" / "cc.json",
+                                                         output / "data" / "other_cc.json")  # fmt: skip
 
     def prepare(self, subjects: Iterable[str]) -> None:
         known = {breed.name for breed in held_out_breeds()}
@@ -159,6 +182,7 @@ cannot be compared, the order of rows can. What scale does not carry over:
         if self.captions.exists():  # of an earlier command with other subjects
             captions = json.loads(self.captions.read_text()) | captions
         write_atomically(self.captions, (json.dumps(captions, indent=1) + "\n").encode())
+        self.write_other_captions()
 
     def class_word(self, subject: str) -> str:
         return CLASS_NOUN
@@ -172,17 +196,67 @@ cannot be compared, the order of rows can. What scale does not carry over:
     def judging_subject(self, subject: str) -> str:
         return f"{subject}-unseen"
 
-    def picture_scores(self, pictures: list[list[Image.Image]], subject: str) -> dict[str, float]:
-        """Shares of the pictures in which the classifier reads the subject's attributes, and what the prompt asks."""
+    def renders(self, subject: str, others: bool, images: int) -> list[list[Image.Image]]:
+        """The others take turns, so that each is there about as often; places and details are of this table alone."""
+        breeds = [breed for breed in held_out_breeds() if (breed.name != subject) == others]
+        rng = np.random.default_rng([2, others, [breed.name for breed in held_out_breeds()].index(subject)])
+        pictures = []
+        for p, (kind, wanted) in enumerate(MINIATURE_PROMPTS.values()):
+            pictures.append([])
+            for i in range(images):
+                scene = wanted if kind == "scene" else str(rng.choice(SCENES))
+                accessory = wanted if kind == "accessory" else "nothing"
+                breed = breeds[(p * images + i) % len(breeds)]
+                pictures[-1].append(render(scene_spec(breed, scene, accessory, rng=rng), size=64))
+        return pictures
+
+    def picture_scores(self, pictures: dict[str, list[Image.Image]], subject: str) -> dict[str, float]:
+        """Shares of the pictures in which the classifier reads the subject's attributes, and what the prompt asks.
+
+        attributes_corrected: the same with the classifier's own errors taken out, (p - false) / (right - false) by attribute
+        (Rogan and Gladen 1978): unbiased, so it may be a little above 1.
+        """
         critter = breed_by_name(subject).critter
         names = [name for name in ATTRIBUTES if not (name == "pattern_colour" and critter.pattern == "plain")]
-        right = {"attributes": [], "scene": [], "accessory": []}
-        for (kind, wanted), row in zip(MINIATURE_PROMPTS.values(), pictures, strict=False):  # a dry run has fewer prompts
-            pixels = torch.stack([torch.from_numpy(np.array(image.resize((64, 64)))).permute(2, 0, 1) for image in row])
-            for read in classifier().read(pixels / 127.5 - 1):
-                right["attributes"] += [read[name] == getattr(critter, name) for name in names]
+        right: dict[str, list[bool]] = {name: [] for name in (*names, "scene", "accessory")}
+        for prompt, row in pictures.items():
+            kind, wanted = MINIATURE_PROMPTS[prompt]
+            for read in classifier().read(pixels(row)):
+                for name in names:
+                    right[name].append(read[name] == getattr(critter, name))
                 right[kind].append(read[kind] == wanted)
-        return {name: float(np.mean(values)) for name, values in right.items() if values}
+        shares = {name: float(np.mean(values)) for name, values in right.items() if values}
+        corrected = []
+        for name in names:
+            hit, false = classifier_rates()[name, getattr(critter, name)]
+            corrected.append((shares[name] - false) / (hit - false))
+        return {"attributes": float(np.mean([shares[name] for name in names])), "attributes_corrected": float(np.mean(corrected)),
+                **{name: shares[name] for name in ("scene", "accessory") if name in shares}}  # fmt: skip
+
+
+def pixels(images: list[Image.Image]) -> torch.Tensor:
+    """float [N, 3, 64, 64] in [-1, 1], as the classifier reads them."""
+    arrays = [np.array(image.convert("RGB").resize((64, 64))) for image in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+@lru_cache
+def classifier_rates(count: int = 1000) -> dict[tuple[str, str], tuple[float, float]]:
+    """{(attribute, value): (share read as it where it is true, where it is not)} on renders that the classifier never saw."""
+    from miniature.measures import fresh_renders
+
+    images, specs = fresh_renders(count)
+    read = [reading for chunk in images.split(125) for reading in classifier().read(chunk)]
+    rates = {}
+    for name in ATTRIBUTES:
+        known = [(getattr(spec.critter, name), reading[name]) for spec, reading in zip(specs, read, strict=True)
+                 if not (name == "pattern_colour" and spec.critter.pattern == "plain")]  # fmt: skip
+        for value in classifier().labels[name]:
+            hits = [said == value for true, said in known if true == value]
+            false = [said == value for true, said in known if true != value]
+            if hits:
+                rates[name, value] = float(np.mean(hits)), float(np.mean(false))
+    return rates
 
 
 @lru_cache
@@ -225,18 +299,19 @@ class StableDiffusion15(World):
 
     name, model, width = "sd15", DEFAULT_MODEL, 768
     methods = {
-        "zoodip": dict(use_cc=True, max_train_steps=30000, quantization="int8"),
+        "zoodip": dict(use_cc=True, max_train_steps=30000, learning_rate=5e-3, quantization="int8"),
         "ti": dict(max_train_steps=5000, quantization="int8"),
         "gf_ti": dict(max_train_steps=13000, quantization="int8"), "initial": dict(use_cc=True, quantization="int8"),
         **TUNERS,
     }  # fmt: skip
     subjects, paper_subjects = ("shiny_sneaker",), True
-    images, inference_steps, guidance = 5, 50, 7.5
+    images, scheduler, inference_steps, guidance = 5, "pndm", 50, 7.5  # the paper's
     clip, dino = CLIP, DINO
     cost_steps, seconds_per_step, seconds_per_forward, speed_of = 200, 0.016, 0.016, "the paper's RTX 3090"  # Table S6
 
     def __init__(self, output: Path, data: Path, prompts: Path):
         self.data, self.captions, self.prompts_file = data, ROOT / "cc.json", prompts
+        self.other_captions = output / "data" / "other_cc.json"
 
     @cached_property
     def dreambooth(self) -> DreamBoothPrompts:
@@ -246,6 +321,7 @@ class StableDiffusion15(World):
         for subject in subjects:
             self.dreambooth.of(subject)
             find_images(self.data / subject)
+        self.write_other_captions()
 
     def class_word(self, subject: str) -> str:
         return self.dreambooth.of(subject)[0]
