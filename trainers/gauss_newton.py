@@ -5,7 +5,7 @@ Every forward of train_zoodip.py returns a whole prediction, and its estimator k
 keeps the prediction: the difference of two is a column of the Jacobian, and from m columns follow the gradient and the
 Gauss-Newton matrix in m directions, both exact. They are accumulated (recursive least squares with a fading memory) in a
 small basis that the text encoder alone gives: the directions of token space in which its states move most. No backward
-pass, and no forward of the UNet beside those of the candidates.
+pass, and no forward of the UNet beside those of the candidates. docs/gauss_newton.md says where the formulas come from.
 
     sample one batch; C = m orthonormal mixtures of the k basis vectors
     candidates theta and theta + rho B c_j  ->  predictions  ->  Y_j = (eps_j - eps_0) / rho,  r = eps_0 - target
@@ -14,6 +14,7 @@ pass, and no forward of the UNet beside those of the candidates.
 
 Run it with the flags of train_zoodip.py, --max_forwards in place of steps:
 
+    sh train_zoodip.sh quick                                # the bundled miniature and subject, 600 forwards
     python trainers/gauss_newton.py --train_data_dir dataset/dog6 --initializer_token dog --use_cc --max_forwards 1500
 
 It is an experiment beside the paper's method, not part of it.
@@ -24,15 +25,25 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from zoodip import arguments
 from zoodip.arguments import flags_for, require, require_at_least_one, require_positive
 from zoodip.errors import InputError, prepare_process, run_script
 
-METHOD_SETTINGS = "t_min t_max basis_size directions rho inflation prior clip memory rebase_steps".split()
+METHOD_SETTINGS = (
+    "t_min t_max basis_size directions rho inflation prior clip memory memory_growth rebase_steps starts start_steps".split()
+)
 SETTINGS = [*arguments.SHARED_SETTINGS, *METHOD_SETTINGS]
 RHO = {"fp32": 1e-2, "fp16": 5e-2, "bf16": 0.2}  # the shorter the mantissa, the longer the step that still shows
+JUDGING_SAMPLES = 16  # forwards that the choice between several starts costs, for each of them
+
+
+def number_or_auto(text: str) -> float | None:
+    """A number, or None for "auto"."""
+    return None if text == "auto" else float(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,7 +53,14 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_subject_flags(parser)
     add = parser.add_argument_group("method").add_argument
     add("--max_forwards", type=int, default=1500, help="UNet forwards of a batch to spend; a step takes directions + 1 of them")
-    add("--basis_size", type=int, default=16, help="k: directions of token space that are searched")
+    add(
+        "--basis_size",
+        type=int,
+        nargs="+",
+        default=[16],
+        metavar="K",
+        help="directions of token space that are searched; of several numbers each new basis takes the next",
+    )
     add("--directions", type=int, default=8, help="m: mixtures of them that a step measures")
     add(
         "--rho",
@@ -50,10 +68,16 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="length of a finite difference; the default is 1e-2 where activations are fp32, 5e-2 fp16, 0.2 bf16",
     )
-    add("--inflation", type=float, default=3.0, help="how many numbers of a prediction count as one independent observation")
+    add(
+        "--inflation",
+        type=number_or_auto,
+        default=3.0,
+        help="how many numbers of a prediction count as one independent observation; auto: as the residuals say",
+    )
     add("--prior", type=float, default=0.42, help="expected change of the token along a direction, in lengths of the first token")
     add("--clip", type=float, default=0.42, help="longest step, in lengths of the first token")
-    add("--memory", type=float, default=20.0, help="steps that the memory spans at first; it grows by one with every second step")
+    add("--memory", type=float, default=20.0, help="steps that the memory spans at first")
+    add("--memory_growth", type=float, default=0.5, help="steps by which each step lengthens the memory; 0: it stays as it is")
     add(
         "--rebase_steps",
         type=int,
@@ -62,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="STEP",
         help="after these steps the basis is taken anew, at the token as it stands; none: never",
     )
+    add("--starts", type=int, default=1, help="short starts from the same token, of which the one with the lowest loss goes on")
+    add("--start_steps", type=int, default=8, help="steps of each of several starts")
     add("--t_min", type=int, default=500, help="smallest timestep drawn (T_L of Eq. 9)")
     add("--t_max", type=int, default=900, help="end of the timesteps drawn (T_U), itself not drawn")
     arguments.add_step_flags(add, "images per step; all candidates share them")
@@ -73,22 +99,35 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
     args = arguments.parse(build_parser(), check_flags, argv)
-    args.max_train_steps = args.max_forwards // (args.directions + 1)
+    args.max_train_steps = steps_of(vars(args))
     return args
+
+
+def steps_of(flags: dict) -> int:
+    """The steps that --max_forwards pays for, the choice between several starts paid first."""
+    judging = flags["starts"] * JUDGING_SAMPLES if flags["starts"] > 1 else 0
+    return (flags["max_forwards"] - judging) // (flags["directions"] + 1)
 
 
 def check_flags(flags: dict) -> None:
     """Refuse what can be refused without opening a file. Raises InputError."""
-    require_at_least_one(flags, "basis_size", "directions", "train_batch_size")
-    per_step = flags["directions"] + 1
-    require(flags, "max_forwards", flags["max_forwards"] >= per_step, f"must be at least {per_step}, the forwards of one step")
+    require_at_least_one(flags, "directions", "train_batch_size", "starts", "start_steps")
+    several = flags["starts"] > 1
+    least = 1 + flags["starts"] * flags["start_steps"] if several else 1  # and one step with the best
+    forwards = least * (flags["directions"] + 1) + (flags["starts"] * JUDGING_SAMPLES if several else 0)
+    what = "one step with the best of the starts" if several else "one step"
+    require(flags, "max_forwards", flags["max_forwards"] >= forwards, f"must be at least {forwards}, the forwards up to {what}")
     arguments.check_training_flags({**flags, "max_train_steps": 1})
     arguments.check_timestep_range(flags)
-    most = flags["basis_size"]
-    require(flags, "directions", flags["directions"] <= most, f"must be at most --basis_size {most}")
-    for name, example in (("inflation", "3"), ("prior", "0.42"), ("clip", "0.42")):
+    smallest = min(flags["basis_size"])
+    require(flags, "basis_size", smallest >= 1, "must be at least 1")
+    require(flags, "directions", flags["directions"] <= smallest, f"must be at most --basis_size {smallest}")
+    for name, example in (("prior", "0.42"), ("clip", "0.42")):
         require_positive(flags, name, example)
+    if flags["inflation"] is not None:
+        require_positive(flags, "inflation", "3, or auto")
     require(flags, "memory", 1 < flags["memory"] < math.inf, "must be more than 1 step")
+    require(flags, "memory_growth", 0 <= flags["memory_growth"] < math.inf, "must not be negative")
     require(flags, "rebase_steps", all(step >= 1 for step in flags["rebase_steps"]), "must be steps, counted from 1")
     if flags["rho"] is not None:
         require_positive(flags, "rho", "1e-2")
@@ -102,6 +141,7 @@ if __name__ == "__main__":
     prepare_process()
 
 import torch
+from tqdm import tqdm
 
 from zoodip.diffusion import (
     Batch,
@@ -109,6 +149,7 @@ from zoodip.diffusion import (
     FrozenModel,
     TimestepSampler,
     draw_batch,
+    evaluation_batches,
     load_model,
     read_inputs,
     settle_flags,
@@ -130,7 +171,7 @@ def text_sensitivity(
     prompt_ids: torch.Tensor,
     theta: torch.Tensor,
     delta: float = 1e-2,
-    at_once: int = 64,
+    at_once: int = 16,
 ) -> torch.Tensor:
     """sum over prompts of J J^T [D, D], where J [D, L * d] is the change of a prompt's states with each of the token's D numbers.
 
@@ -148,7 +189,7 @@ def text_sensitivity(
             first = int((ids >= len(rows)).nonzero()[0])  # causal attention: earlier states do not hear the token
             here = encode_prompts(text_encoder, rows, ids[None], theta[None])[:, first:].flatten(1)  # [1, (L - first) * d]
             jacobian = torch.empty(dim, here.shape[1], device=rows.device)
-            for start in range(0, dim, at_once):
+            for start in tqdm(range(0, dim, at_once), desc="a basis, by the text encoder", unit="batch", leave=False):
                 count = min(at_once, dim - start)
                 offsets = torch.zeros(count, dim, device=rows.device)
                 offsets[torch.arange(count), start + torch.arange(count)] = delta
@@ -173,52 +214,53 @@ def sensitive_directions(gram: torch.Tensor, basis_size: int) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def gauss_newton(
-    noise_preds: torch.Tensor, target: torch.Tensor, mixtures: torch.Tensor, rho: float
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """(A [k, k], g [k], mean squared residual) of one batch, fp64: Gauss-Newton matrix and half the gradient of the squared error
-    sum |eps - target|^2 in the basis, as far as the mixtures see them.
+class Observation(NamedTuple):
+    """What one batch says of the squared error sum |eps - target|^2 in the basis, as far as the mixtures see it. fp64."""
 
-    noise_preds [m + 1, ...]: predictions at theta and at theta + rho B c_j; target [...]; mixtures C [k, m], orthonormal columns.
-    """
+    matrix: torch.Tensor  # A [k, k], Gauss-Newton matrix
+    gradient: torch.Tensor  # g [k], half the gradient
+    loss: float  # mean squared residual
+    seen: float  # the same of the residual's part that the slopes span: of white noise the two are equal
+
+
+def gauss_newton(noise_preds: torch.Tensor, target: torch.Tensor, mixtures: torch.Tensor, rho: float) -> Observation:
+    """noise_preds [m + 1, ...]: predictions at theta and at theta + rho B c_j; target [...]; mixtures C [k, m], orthonormal
+    columns."""
     flat = noise_preds.flatten(1).double().cpu()
     slopes = (flat[1:] - flat[0]) / rho  # Y [m, N], rows of the transposed Jacobian
     residual = flat[0] - target.flatten().double().cpu()
-    matrix = mixtures @ (slopes @ slopes.T) @ mixtures.T
-    gradient = mixtures @ (slopes @ residual)
-    return matrix, gradient, residual.square().mean().item()
+    gram, gradient = slopes @ slopes.T, slopes @ residual
+    seen = gradient @ torch.linalg.pinv(gram, hermitian=True) @ gradient / len(slopes) if gram.isfinite().all() else math.nan
+    return Observation(mixtures @ gram @ mixtures.T, mixtures @ gradient, residual.square().mean().item(), float(seen))
 
 
 class GaussNewton:
     """theta = theta_0 + B w, and the normal equations P w = q of all steps so far, fp64 on the CPU (about 100 KB)."""
 
-    remedy = "a smaller --clip or a larger --inflation"
-
     def __init__(
         self,
         token: torch.Tensor,
         *,
-        basis_size: int = 16,
         directions: int = 8,
         rho: float = 1e-2,
-        inflation: float = 3.0,
+        inflation: float | None = 3.0,
         prior: float = 0.42,
         clip: float = 0.42,
         memory: float = 20.0,
+        memory_growth: float = 0.5,
     ):
-        """token [V, d]: where the search starts. The basis is empty until `rebase` gives it. Raises InputError where it is larger
-        than the space."""
+        """token [V, d]: where the search starts. There is no basis until `rebase` gives one. inflation None: taken from the data,
+        as the residuals' variance in the directions of the slopes."""
         self.origin = token.detach().clone().double()  # theta_0 [V, d]
-        if basis_size > self.origin.numel():
-            raise InputError(f"--basis_size {basis_size} is more than the token's {self.origin.numel()} numbers; give fewer")
         length = self.origin.norm().item()
         self.prior, self.clip = prior * length, clip * length
-        self.num_mixtures, self.rho, self.inflation, self.memory = directions, rho, inflation, memory
-        self.basis = torch.zeros(self.origin.numel(), basis_size, dtype=torch.float64)  # B [D, k]
-        self.weights = torch.zeros(basis_size, dtype=torch.float64)  # w
-        self.precision = torch.zeros(basis_size, basis_size, dtype=torch.float64)  # P
-        self.moment = torch.zeros(basis_size, dtype=torch.float64)  # q
-        self.residual = torch.tensor(0.0, dtype=torch.float64)  # mean squared residual, exponential mean over 10 steps
+        self.num_mixtures, self.rho, self.inflation = directions, rho, inflation
+        self.memory, self.memory_growth = memory, memory_growth
+        self.basis = torch.zeros(self.origin.numel(), 0, dtype=torch.float64)  # B [D, k]
+        self.weights = torch.zeros(0, dtype=torch.float64)  # w [k]
+        self.precision = torch.zeros(0, 0, dtype=torch.float64)  # P [k, k]
+        self.moment = torch.zeros(0, dtype=torch.float64)  # q [k]
+        self.variance = torch.tensor(0.0, dtype=torch.float64)  # of a residual, exponential mean over 10 steps
         self.steps = torch.tensor(0)
 
     @property
@@ -227,12 +269,12 @@ class GaussNewton:
         return (self.origin + (self.basis @ self.weights).view_as(self.origin)).float()
 
     def rebase(self, basis: torch.Tensor) -> None:
-        """Go on in another basis [D, k] from the token as it stands; of what was learned stays what both bases span."""
-        turn = self.basis.T @ basis  # T [k, k]
+        """Go on in another basis [D, k'] from the token as it stands; of what was learned stays what both bases span."""
+        turn = self.basis.T @ basis  # T [k, k']
         self.moment = turn.T @ (self.moment - self.precision @ self.weights)
         self.precision = turn.T @ self.precision @ turn
         self.origin = self.origin + (self.basis @ self.weights).view_as(self.origin)
-        self.basis, self.weights = basis.clone(), torch.zeros_like(self.weights)
+        self.basis, self.weights = basis.clone(), basis.new_zeros(basis.shape[1])
 
     def candidates(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw the mixtures C [k, m] and place the candidates [m + 1, V, d]: theta, and theta + rho B c_j."""
@@ -245,12 +287,13 @@ class GaussNewton:
 
         None, and no update, where a prediction is not finite.
         """
-        matrix, gradient, loss = gauss_newton(noise_preds, target, mixtures, self.rho)
+        matrix, gradient, loss, seen = gauss_newton(noise_preds, target, mixtures, self.rho)
         if not (torch.isfinite(matrix).all() and math.isfinite(loss)):
             return None
-        self.residual = torch.tensor(loss, dtype=torch.float64) if self.steps == 0 else 0.9 * self.residual + 0.1 * loss
-        certainty = 1 / (self.inflation * self.residual)  # alpha: of one number of a prediction
-        keep = 1 - 1 / (self.memory + self.steps.item() / 2)  # gamma
+        variance = seen if self.inflation is None else self.inflation * loss
+        self.variance = torch.tensor(variance).double() if self.steps == 0 else 0.9 * self.variance + 0.1 * variance
+        certainty = 1 / self.variance  # alpha: of one number of a prediction
+        keep = 1 - 1 / (self.memory + self.memory_growth * self.steps.item())  # gamma
         self.precision = keep * self.precision + certainty * matrix
         self.moment = keep * self.moment + certainty * (matrix @ self.weights - gradient)
         prior = torch.eye(len(self.weights), dtype=torch.float64) / self.prior**2
@@ -260,13 +303,59 @@ class GaussNewton:
         return loss
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All that the next steps depend on, but the generator."""
-        names = ("origin", "basis", "weights", "precision", "moment", "residual", "steps")
-        return {name: getattr(self, name) for name in names}
+        """All that the next steps depend on, but the generator. What has the basis' size begins without rows: it may grow."""
+        names = ("origin", "weights", "moment", "variance", "steps")
+        state = {name: getattr(self, name) for name in names}
+        return {**state, "basis": self.basis.T.contiguous(), "precision": self.precision.flatten()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        for name in self.state_dict():
+        for name in ("origin", "weights", "moment", "variance", "steps"):
             setattr(self, name, state[name])
+        size = len(self.weights)
+        self.basis, self.precision = state["basis"].T.contiguous(), state["precision"].view(size, size)
+
+
+class Starts:
+    """Several learners that start from the same token and see other batches; the one that is best after a few steps goes on.
+
+    A first step in a wrong direction is made good slowly. With one learner: that learner.
+    """
+
+    remedy = "a smaller --clip or a larger --inflation"
+
+    def __init__(self, learners: list[GaussNewton], start_steps: int):
+        self.learners, self.start_steps = learners, start_steps
+        self.active = torch.tensor(0)  # who steps
+
+    @property
+    def learner(self) -> GaussNewton:
+        return self.learners[int(self.active)]
+
+    @property
+    def theta(self) -> torch.Tensor:
+        return self.learner.theta
+
+    def begin(self, step: int) -> bool:
+        """Have the learner of `step`, counted from 1, step -> whether all have started and one must be chosen before."""
+        number, within = divmod(step - 1, self.start_steps)
+        if len(self.learners) == 1 or within:
+            return False
+        if number < len(self.learners):
+            self.active = torch.tensor(number)
+        return number == len(self.learners)
+
+    def choose(self, losses: list[float]) -> None:
+        """The learner with the lowest loss goes on; one that is NaN is not it."""
+        self.active = torch.tensor(losses).nan_to_num(math.inf).argmin()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        states = {f"{i}.{name}": value for i, each in enumerate(self.learners) for name, value in each.state_dict().items()}
+        return {**states, "active": self.active}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        for i, learner in enumerate(self.learners):
+            learner.load_state_dict({name: state[f"{i}.{name}"] for name in learner.state_dict()})
+        self.active = state["active"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,34 +374,47 @@ def shared_predictions(accelerator, model: FrozenModel, batch: Batch, tokens: to
     return accelerator.reduce(predictions, reduction="sum")
 
 
-def take_basis(learner: GaussNewton, model: FrozenModel, data: Data) -> None:
-    """A basis at the token as it stands, from three of the training prompts."""
-    ids = data.prompts.ids
-    some = ids[torch.linspace(0, len(ids) - 1, min(3, len(ids))).round().long()]
-    gram = text_sensitivity(model.text_encoder, model.rows, some, learner.theta)
-    learner.rebase(sensitive_directions(gram, len(learner.weights)))
+def size_of_new_basis(done: int, sizes: list[int], rebase_steps: list[int]) -> int | None:
+    """The size of the basis that is taken after `done` steps, None where none is: of `sizes` in turn, the last one over again."""
+    if done and done not in rebase_steps:
+        return None
+    number = sum(step <= done for step in rebase_steps)  # of bases before it
+    return sizes[min(number, len(sizes) - 1)]
+
+
+def take_basis(learner: GaussNewton, model: FrozenModel, data: Data, basis_size: int) -> None:
+    """A basis at the token as it stands, from one of the training prompts: others add cost and hardly a new direction."""
+    gram = text_sensitivity(model.text_encoder, model.rows, data.prompts.ids[:1], learner.theta)
+    learner.rebase(sensitive_directions(gram, basis_size))
 
 
 def train(
     run: Run,
     outputs: TokenOutputs,
-    learner: GaussNewton,
+    starts: Starts,
     model: FrozenModel,
     data: Data,
     sample: TimestepSampler,
     batch_size: int,
     generator: torch.Generator,
-    rebase_steps: list[int],
+    basis_size: Callable[[int], int | None],
+    judging: list[Batch],
 ) -> None:
-    """From where `run` stands to its last step or to a signal."""
+    """From where `run` stands to its last step or to a signal. basis_size: of a new basis after so many steps, None for none;
+    judging: the batches of one that starts are compared on."""
     for step in run.steps(outputs):
-        if step == 1 or step - 1 in rebase_steps:
-            take_basis(learner, model, data)
+        forwards = 0
+        if starts.begin(step):
+            starts.choose([model.mean_loss(judging, learner.theta) for learner in starts.learners])
+            forwards += len(judging) * len(starts.learners)
+        learner = starts.learner
+        if size := basis_size(int(learner.steps)):
+            take_basis(learner, model, data, size)
         batch = draw_batch(data, batch_size, sample, generator)  # what all candidates of a step share
         mixtures, tokens = learner.candidates(generator)
         noise_preds = shared_predictions(run.accelerator, model, batch, tokens)  # forward passes, and nothing else
         loss = learner.step(mixtures, noise_preds, batch.target)
-        run.note(loss, forwards=len(tokens))
+        run.note(loss, forwards=forwards + len(tokens))
 
 
 def main(args: argparse.Namespace) -> int:
@@ -323,17 +425,22 @@ def main(args: argparse.Namespace) -> int:
     flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))
     args.num_vectors = len(inputs.initial_token)  # of an embedding file its own
     args.rho = args.rho or RHO[args.mixed_precision]
+    if max(args.basis_size) > (numbers := inputs.initial_token.numel()):
+        raise InputError(f"--basis_size {max(args.basis_size)} is more than the token's {numbers} numbers; give fewer")
     generator = torch.Generator().manual_seed(args.seed)
-    learner = GaussNewton(inputs.initial_token, **flags_for(GaussNewton, flags))
+    learners = [GaussNewton(inputs.initial_token, **flags_for(GaussNewton, flags)) for _ in range(args.starts)]
+    starts = Starts(learners, args.start_steps)
     settings = arguments.settings_of(flags, SETTINGS)
-    run = Run(learner, generator, accelerator, settings, inputs.fingerprint(), **flags_for(Run, flags))
+    run = Run(starts, generator, accelerator, settings, inputs.fingerprint(), **flags_for(Run, flags))
     run.resume(args.resume_from_checkpoint)
     run.claim()
     model, data = load_model(inputs, device=accelerator.device, **flags_for(load_model, flags))
-    outputs = TokenOutputs(learner, inputs, model, data, settings, **flags_for(TokenOutputs, flags))
+    outputs = TokenOutputs(starts, inputs, model, data, settings, **flags_for(TokenOutputs, flags))
     sample = partial(uniform_timesteps, low=args.t_min, high=args.t_max)
+    basis_size = partial(size_of_new_basis, sizes=args.basis_size, rebase_steps=args.rebase_steps)
+    judging = evaluation_batches(data, JUDGING_SAMPLES, args.t_min, args.t_max)
     with run:
-        train(run, outputs, learner, model, data, sample, args.train_batch_size, generator, args.rebase_steps)
+        train(run, outputs, starts, model, data, sample, args.train_batch_size, generator, basis_size, judging)
     return run.finish()
 
 
