@@ -1,26 +1,41 @@
 #!/bin/sh
 # sh train_zoodip.sh         the paper's run: Stable Diffusion v1.5 and DreamBooth's dog6 (dataset/README.md: how to get it)
 # sh train_zoodip.sh demo    the bundled miniature and the bundled subject: a minute or two on two CPU cores
+# sh train_zoodip.sh quick   the same in a fifth of the forward passes, by another method (docs/gauss_newton.md)
 #
-# MODEL_NAME, DATA_DIR and OUTPUT_DIR override the paths; arguments are passed on to train_zoodip.py and override the
-# ones below. Hyper-parameters are not set here: train_zoodip.py's defaults are the paper's. Only the demo sets two: it has
-# 1,000 steps instead of 30,000 (learning rate), and a token of 256 numbers instead of 768 (tau, in proportion).
+# MODEL_NAME, DATA_DIR and OUTPUT_DIR override the paths; arguments are passed on to train_zoodip.py (quick:
+# trainers/gauss_newton.py) and override the ones below. Hyper-parameters are not set here: train_zoodip.py's defaults are
+# the paper's. Only the demo sets two: it has 1,000 steps instead of 30,000 (learning rate), and a token of 256 numbers
+# instead of 768 (tau, in proportion). quick sets the forward passes that it spends.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-$(command -v python3 || command -v python)}
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" # this folder's zoodip/, whichever is installed
 
-if [ "${1:-}" = demo ]; then
-    shift
-    exec "$python" "$here/train_zoodip.py" \
+bundled() { # a training script on the bundled miniature and subject: NAME of the output folder, the script, its arguments
+    name=$1 script=$2
+    shift 2
+    exec "$python" "$here/$script" \
         --pretrained_model_name_or_path "${MODEL_NAME:-$here/miniature/model}" \
         --train_data_dir "${DATA_DIR:-$here/dataset/furmix}" \
-        --output_dir "${OUTPUT_DIR:-$here/results/demo}" \
+        --output_dir "${OUTPUT_DIR:-$here/results/$name}" \
         --cc_file "$here/cc.json" --use_cc \
         --initializer_token critter \
-        --max_train_steps 1000 --learning_rate 1e-2 --tau 43 \
         --validation_prompt "a {} on the beach wearing a red hat" --validation_guidance 5 \
         "$@"
-fi
+}
+
+case ${1:-} in
+demo)
+    shift
+    bundled demo train_zoodip.py --max_train_steps 1000 --learning_rate 1e-2 --tau 43 "$@"
+    ;;
+quick)
+    shift
+    echo "quick: learns the bundled creature in a few hundred forward passes (Gauss-Newton), then draws it" >&2
+    bundled quick trainers/gauss_newton.py --max_forwards 600 "$@"
+    ;;
+esac
 
 exec "$python" "$here/train_zoodip.py" \
     --pretrained_model_name_or_path "${MODEL_NAME:-stable-diffusion-v1-5/stable-diffusion-v1-5}" \

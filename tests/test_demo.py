@@ -117,3 +117,24 @@ def test_the_bundled_subject_is_the_world_s(tmp_path):
         ours = np.asarray(Image.open(tmp_path / name), dtype=int)
         theirs = np.asarray(Image.open(ROOT / "dataset" / "furmix" / name), dtype=int)
         assert np.abs(ours - theirs).mean() < 1  # JPEG encoders differ by rounding
+
+
+@pytest.mark.slow
+def test_quick(tmp_path):
+    """`sh train_zoodip.sh quick` says what it does, learns, and ends with the names of its files, which are all there."""
+    output = tmp_path / "quick"
+    environment = {**os.environ, "OUTPUT_DIR": str(output), "PYTHON": sys.executable}
+    run = subprocess.run(
+        ["sh", "train_zoodip.sh", "quick"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.startswith("quick: learns the bundled creature in a few hundred forward passes")
+    named = [Path(line.partition(": ")[0]).name for line in run.stdout.splitlines()]
+    assert named == ["learned_embeds.safetensors", "sks.safetensors", "before_after.png"]
+    names = {path.name for path in output.iterdir() if not path.name.startswith(".")}
+    assert {*named, "training_log.csv", "run.json", "validation-66.png", "checkpoint-66.safetensors"} <= names
+    record = json.loads((output / "run.json").read_text())
+    assert record["step"] == 66 and record["unet_forwards"] == 594
+    with open(output / "training_log.csv") as file:
+        losses = [float(row["eval_loss"]) for row in csv.DictReader(file)]
+    assert losses[-1] < 0.96 * losses[0], losses  # the demo's 300 steps of 3 forwards are asked for half of that
