@@ -29,12 +29,12 @@ import train_zoodip
 from reproduction import stats
 from reproduction.experiments import BY_NAME, SYSTEMS, Experiment, Row
 from reproduction.worlds import World
-from trainers import diffusekrona, dreambooth, gf_ti, qlora, textual_inversion, tuneqdm
+from trainers import diffusekrona, dreambooth, gauss_newton, gf_ti, qlora, textual_inversion, tuneqdm
 from zoodip.errors import InputError
 from zoodip.files import write_atomically
 
 # Each a module with `parse_args(argv)`, `main(args) -> exit code` and the files of a `zoodip.run.Run`.
-METHODS = {"zoodip": train_zoodip, "ti": textual_inversion, "gf_ti": gf_ti,
+METHODS = {"zoodip": train_zoodip, "ti": textual_inversion, "gf_ti": gf_ti, "gauss_newton": gauss_newton,
            "dreambooth": dreambooth, "qlora": qlora, "tuneqdm": tuneqdm, "diffusekrona": diffusekrona}  # fmt: skip
 # Nothing is learned: a token that is the class word's, or those of a full description; the model itself, in a script's bits.
 UNTRAINED = {"initial": train_zoodip, "described": train_zoodip, "untuned": qlora, "untuned_integers": tuneqdm}
@@ -173,6 +173,8 @@ def spec_argv(spec: dict, settings: Settings) -> list[str]:
             argv += [f"--{name}"] if value else [f"--no-{name}"] if name == "use_cc" else []
         else:
             argv += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    if "after" in spec:  # it goes on from another run's token
+        argv += ["--initializer_token", str(settings.output / "runs" / spec["after"])]
     return argv
 
 
@@ -279,6 +281,8 @@ def estimated_seconds(job: Job, settings: Settings) -> float:
         calls, forwards = args.population if args.mode == "published" else 1, args.population
     elif hasattr(args, "estimator"):
         forwards = train_zoodip.ESTIMATORS[args.estimator].num_candidates(args.n)
+    elif hasattr(args, "directions"):
+        forwards = args.directions + 1
     seconds = 5 + steps * (calls * world.seconds_per_step + forwards * args.train_batch_size * world.seconds_per_forward)
     if spec.get("cost"):
         return seconds + 15

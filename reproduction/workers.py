@@ -39,10 +39,10 @@ from zoodip.records import ROOT
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def learn(spec: dict, settings: Settings) -> dict:
+def learn(spec: dict, settings: Settings, **flags: int) -> dict:
     """Have the method's own `main` do the run, from its checkpoint where it was interrupted -> its run.json.
 
-    Raises KeyboardInterrupt where it is interrupted now, and saved.
+    Raises KeyboardInterrupt where it is interrupted now, and saved. flags: output flags, instead of the suite's own.
     """
     args, folder = runs.spec_args(spec, settings), settings.folder(spec)
     record, steps = folder / "run.json", args.max_train_steps
@@ -50,6 +50,7 @@ def learn(spec: dict, settings: Settings) -> dict:
         snapshots = 0 if runs.tunes_weights(spec["method"]) else snapshot_steps(steps)[0]
         args.eval_steps, args.save_steps, args.resume_from_checkpoint = snapshots, snapshots, "latest"
         args.checkpoints_total_limit = 0
+        vars(args).update(flags)
         if hasattr(args, "tau"):  # at the refreshes of Subspace Gradient, for `seen_at_refreshes`
             args.checkpointing_steps = args.tau
         with varied(spec.get("variation", [])):
@@ -137,7 +138,7 @@ def start_worker(threads: int) -> None:
 interrupted = False  # of this worker: the pool would still hand it the job that it has already fetched
 
 
-def do_in_worker(job: Job, settings: Settings) -> str | None:
+def do_in_worker(job: Job, settings: Settings, do: Callable[[Job, Settings], None] = do) -> str | None:
     """None, or why the job failed; its log is in its folder."""
     global interrupted
     log = io.StringIO()  # also of progress bars: those of several workers on one terminal are noise
@@ -157,7 +158,7 @@ def do_in_worker(job: Job, settings: Settings) -> str | None:
         return f"{type(error).__name__}: {error}"
 
 
-def run_jobs(jobs: list[Job], settings: Settings, workers: int) -> list[str]:
+def run_jobs(jobs: list[Job], settings: Settings, workers: int, do: Callable[[Job, Settings], None] = do) -> list[str]:
     """Do all jobs that are not done -> one line per failure. Runs that measure cost come last, one at a time."""
     waiting = [job for job in jobs if not job.done(settings)]
     waiting.sort(key=lambda job: (str(job.spec["flags"].get("quantization")), job.spec["subject"]))  # a worker keeps its model
@@ -174,17 +175,18 @@ def run_jobs(jobs: list[Job], settings: Settings, workers: int) -> list[str]:
             bar.update()
 
         if together:
-            run_together(together, settings, workers, done)
+            run_together(together, settings, workers, do, done)
         for job in alone:
-            done(job, do_in_worker(job, settings))
+            done(job, do_in_worker(job, settings, do))
     return failures
 
 
-def run_together(jobs: list[Job], settings: Settings, workers: int, done: Callable[[Job, str | None], None]) -> None:
+def run_together(jobs: list[Job], settings: Settings, workers: int, do: Callable[[Job, Settings], None],
+                 done: Callable[[Job, str | None], None]) -> None:  # fmt: skip
     """In processes of their own; `done` is told of each. Raises InputError where a process is killed."""
     prepare_environment()
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (settings.threads,)) as pool:
-        futures = {pool.submit(do_in_worker, job, settings): job for job in jobs}
+        futures = {pool.submit(do_in_worker, job, settings, do): job for job in jobs}
         try:
             for future in as_completed(futures):
                 done(futures[future], future.result())

@@ -19,7 +19,7 @@ from PIL import Image
 
 from miniature.captions import class_caption, describe
 from miniature.classifier import load_classifier
-from miniature.critters import breed_by_name, held_out_breeds
+from miniature.critters import breed_by_name, held_out_breeds, spare_breeds
 from miniature.drawing import render
 from miniature.make_subject import SCENES as TRAINING_SCENES
 from miniature.make_subject import make_subject
@@ -144,6 +144,7 @@ class Miniature(World):
         # the paper's 13,000 to ZOODiP's 30,000
         "gf_ti": dict(max_train_steps=433, intrinsic_dim=85, quantization="nf4"),
         "initial": dict(use_cc=True), "described": dict(use_cc=True),
+        "gauss_newton": dict(use_cc=True),
         **TUNERS, "diffusekrona": TUNERS["diffusekrona"] | dict(a1=4, a2=16),  # nearest to the numbers of LoRA r = 2
     }  # fmt: skip
     # 3 to 20 times the published ones, at which so small a model hardly changes; from single runs on furmix.
@@ -172,7 +173,7 @@ cannot be compared, the order of rows can. What scale does not carry over:
                                                          output / "data" / "other_cc.json")  # fmt: skip
 
     def prepare(self, subjects: Iterable[str]) -> None:
-        known = {breed.name for breed in held_out_breeds()}
+        known = {breed.name for breed in (*held_out_breeds(), *spare_breeds())}
         if unknown := set(subjects) - known:
             raise InputError(f"--subjects: {', '.join(sorted(unknown))} are not held out; choose from {', '.join(sorted(known))}")
         captions = {}
@@ -278,7 +279,7 @@ def render_once(folder: Path, make: Callable[[Path], dict[str, str]]) -> dict[st
 def make_unseen(subject: str, folder: Path, count: int = 16) -> dict[str, str]:
     """Renders of a breed in the scenes that `make_subject` leaves out, to judge a token on -> their captions."""
     breed = breed_by_name(subject)
-    rng = np.random.default_rng([1, [each.name for each in held_out_breeds()].index(subject)])
+    rng = np.random.default_rng([1, [each.name for each in (*held_out_breeds(), *spare_breeds())].index(subject)])
     scenes = [scene for scene in SCENES if scene not in TRAINING_SCENES]
     folder.mkdir(parents=True, exist_ok=True)
     captions = {}

@@ -1,0 +1,361 @@
+#!/usr/bin/env python
+"""Fewer forwards: which form of the Gauss-Newton trainer is best, and what it gains over the paper's loop at equal forwards.
+
+    python -m reproduction.fewer_forwards --dry_run             # what would run, and about how long
+    python -m reproduction.fewer_forwards --jobs 2              # the search, then the measures
+    python -m reproduction.fewer_forwards --parts measures --flags "--starts 2" --page docs/gauss_newton.md
+
+The search compares forms of the trainer, and rates and schedules of the paper's loop, on spare breeds that are reported
+nowhere; its notes are SEARCH.md. The measures are on the twelve held-out breeds: the trainer as it stands (with --flags), the
+paper's loop at the demo's setting, the same at the best rate and schedule that the search found for each budget, and gradient
+textual inversion. Their tables are RESULTS.md and, with --page, stand in that page. A run is scored along the way at every
+budget, where its schedule allows that. Interrupted, the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from miniature.critters import held_out_breeds, spare_breeds
+from reproduction import runs, workers
+from reproduction.fewer_forwards_forms import (
+    BETWEEN,
+    BUDGETS,
+    DEFAULT,
+    DEMO,
+    END,
+    ENDS,
+    FORMS,
+    GRADIENTS,
+    RIVALS,
+    START,
+    Form,
+    rates_and_schedules,
+)
+from reproduction.fewer_forwards_tables import best_rivals, fill, measured_tables, search_notes
+from reproduction.judging import TokenJudge
+from reproduction.runs import Job, Settings, digest
+from reproduction.stats import Records, by_subject
+from reproduction.worlds import Miniature
+from trainers import gauss_newton
+from zoodip.arguments import OneLineArgumentParser
+from zoodip.diffusion import Batch, FrozenModel, load_scheduler
+from zoodip.errors import InputError, run_script
+from zoodip.files import write_atomically, write_json
+from zoodip.model import find_model_folder, model_digest
+from zoodip.prompts import Prompts
+from zoodip.records import ROOT, environment
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs of forms
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FormJob(Job):
+    """A run of a form, scored at its budgets. points: {forwards: the step whose token is judged}."""
+
+    points: dict[int, int]
+    save_steps: int
+
+    def done(self, settings: Settings) -> bool:
+        return all(str(budget) in read_points(self, settings) for budget in self.points)
+
+
+def points_path(job: Job, settings: Settings) -> Path:
+    return settings.folder(job.spec) / f"points-{digest(runs.evaluation(settings, 'scores'))}.json"
+
+
+def read_points(job: Job, settings: Settings) -> dict:
+    path = points_path(job, settings)
+    return json.loads(path.read_text())["points"] if path.exists() else {}
+
+
+def job_of(form: Form, subject: str, seed: int, settings: Settings) -> Job:
+    """A form on a breed. Those of ENDS are judged at their ends, as the suite's runs are."""
+    if form in ENDS:
+        seed = 0 if form.method in runs.UNTRAINED else seed
+        return Job(runs.make_spec(settings, form.method, subject, seed, form.flags), {"scores"})
+    spec = runs.make_spec(settings, form.method, subject, seed, form.run_flags())
+    if form.after:
+        first = job_of(DEFAULT, subject, seed, settings)
+        spec["after"] = f"{digest(first.spec)}/learned_embeds-steps-{DEFAULT.step(form.after)}.safetensors"
+    return FormJob(spec, {"scores"}, form.points(), form.save_steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Doing them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def contrast(
+    model: FrozenModel, prompts: Prompts, theta: torch.Tensor, scheduler, samples: int = 4, timestep: int = 900
+) -> float:
+    """A picture-like signal for 4 forwards: how much the picture that the model expects varies over its area.
+
+    From noise alone at a timestep where only the outline is decided, (z - sqrt(1 - a) eps) / sqrt(a) is the mean of the pictures
+    that the prompt allows; a token that draws washed-out pictures has a flat one. Noises are the same every time.
+    """
+    side = model.unet.config["sample_size"]
+    noise = torch.randn(samples, 4, side, side, generator=torch.Generator().manual_seed(0))
+    ids = prompts.ids[:1].repeat(samples, 1)
+    predicted = model.predict(Batch(noise, noise, torch.full((samples,), timestep), ids), theta[None])[0].cpu()
+    a = scheduler.alphas_cumprod[timestep]
+    return ((noise - (1 - a).sqrt() * predicted) / a.sqrt()).flatten(2).std(2).mean().item()
+
+
+def picture_scores(judge: TokenJudge, theta: torch.Tensor, sheet: str) -> dict[str, float]:
+    """Scores of the pictures drawn with a token of a run, of which a contact sheet is left in its folder."""
+    prompts = judge.settings.prompts(judge.subject)
+    pictures = judge.drawn("scores").of(judge.as_token(theta)).pictures(prompts, range(judge.settings.images))
+    judge.write_sheet(sheet, pictures, prompts)
+    return judge.likeness("scores", pictures)
+
+
+def do(job: Job, settings: Settings) -> None:
+    """Learn, then judge the tokens of a FormJob's points, one after another: what is judged is not judged again."""
+    if not isinstance(job, FormJob):
+        workers.do(job, settings)
+        return
+    folder, path = settings.folder(job.spec), points_path(job, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "spec.json", job.spec)
+    record = workers.learn(job.spec, settings, eval_steps=0, save_steps=job.save_steps)
+    judge, points = TokenJudge(job.spec, settings), read_points(job, settings)
+    scheduler = load_scheduler(judge.judged.inputs.folder)
+    for budget, step in job.points.items():
+        if str(budget) in points:
+            continue
+        theta = judge.theta if step == record["step"] else judge.token(f"learned_embeds-steps-{step}")
+        points[str(budget)] = dict(
+            step=step, loss=judge.loss("loss", theta), token_norm=theta.norm(dim=1).mean().item(),
+            contrast=contrast(judge.judged.model, judge.judged.inputs.prompts, theta, scheduler),
+            **({} if budget in BETWEEN else picture_scores(judge, theta, f"sheet-{budget}.png")),
+        )  # fmt: skip
+        write_json(path, dict(spec=job.spec, points=points, **environment(judge.device)), indent=1)
+    for checkpoint in folder.glob("checkpoint-*.safetensors"):
+        checkpoint.unlink()
+
+
+def collect(forms: Iterable[Form], subjects: Iterable[str], seeds: Iterable[int], settings: Settings) -> dict:
+    """{label: {budget: {(subject, seed): scores}}} of what is done, `gap` among the scores; the ends' only budget is 0."""
+    subjects, seeds, found = list(subjects), list(seeds), {}
+    for form in (*ENDS, *forms):
+        of_form: dict[int, Records] = {}
+        for subject in subjects:
+            for seed in seeds:
+                job = job_of(form, subject, seed, settings)
+                if isinstance(job, FormJob):
+                    for budget, point in read_points(job, settings).items():
+                        of_form.setdefault(int(budget), {})[subject, seed] = point
+                elif (record := runs.read_run(job.spec, settings)) is not None:
+                    of_form.setdefault(0, {})[subject, seed] = record
+        found[form.label] = of_form
+    start, end = (by_subject({run: record["loss"] for run, record in found[label].get(0, {}).items()}) for label in (START, END))
+    for of_form in found.values():
+        for records in of_form.values():
+            for (subject, _), record in records.items():
+                if subject in start and subject in end:
+                    record["gap"] = (start[subject] - record["loss"]) / (start[subject] - end[subject])
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = OneLineArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add(
+        "--parts",
+        nargs="+",
+        default=["search", "measures"],
+        choices=["search", "measures"],
+        help="which of the two, in this order",
+    )
+    add("--forms", nargs="+", default=None, metavar="WORDS", help="of the search only forms whose label holds one of these words")
+    add("--flags", default="", help="of the trainer, in the measures: the form that the search showed to be best")
+    add("--spare", type=int, default=4, help="spare breeds of the search, at most 6")
+    add("--breeds", nargs="+", default=None, help="of the measures; default: the twelve held-out ones")
+    add("--seeds", type=int, nargs="+", default=[0], help="of both parts; where they differ, run the parts one by one")
+    add("--images", type=int, default=Miniature.images, help="pictures a prompt; the search draws one")
+    add("--inference_steps", type=int, default=Miniature.inference_steps, help="denoising steps of a picture")
+    add("--model", default=Miniature.model, help="folder of the miniature's model")
+    add("--output", type=Path, default=Path("results/fewer_forwards"), help="folder of the runs")
+    add("--report", type=Path, default=ROOT / "reproduction" / "fewer_forwards", help="folder for the reports")
+    add("--page", type=Path, default=None, help="page whose marked tables are filled, too")
+    add("--jobs", type=int, default=1, help="runs at once")
+    add("--threads", type=int, default=1, help="CPU threads of each")
+    add("--dry_run", action="store_true", help="only print what would run, and a guess at the hours")
+    add("--report_only", action="store_true", help="run nothing, report what is done")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Exits with code 2 and one line on an error. `trainer_flags`: --flags as the trainer's parser reads them."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    for name in ("jobs", "threads", "images", "inference_steps", "spare"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.spare > len(spare_breeds()):
+        parser.error(f"--spare must be at most {len(spare_breeds())}, got {args.spare}")
+    args.breeds = args.breeds or [breed.name for breed in held_out_breeds()]
+    args.trainer_flags = given_flags(args.flags)
+    return args
+
+
+def given_flags(text: str) -> dict:
+    """The flags of the trainer's method that a text names, checked by its parser, which exits in one line."""
+    needed = ["--train_data_dir", "x", "--initializer_token", "x"]
+    given = vars(gauss_newton.parse_args([*needed, *shlex.split(text)]))
+    plain = vars(gauss_newton.parse_args(needed))
+    return {name: "auto" if name == "inflation" and value is None else value for name, value in given.items()
+            if value != plain[name] and name != "max_train_steps"}  # fmt: skip
+
+
+def make_settings(args: argparse.Namespace, images: int) -> Settings:
+    """Raises InputError where the model's folder is not whole."""
+    world = Miniature(args.output, args.output, args.output)
+    digest_of_model = model_digest(find_model_folder(args.model, None, None), None)[:12]
+    return Settings(world, args.output, args.model, digest_of_model, world.clip, world.dino, images=images,
+                    inference_steps=args.inference_steps, threads=args.threads)  # fmt: skip
+
+
+@dataclass
+class Part:
+    """What one part runs and reports."""
+
+    forms: list[Form]
+    subjects: list[str]
+    seeds: list[int]
+    settings: Settings
+
+    def jobs(self) -> list[Job]:
+        """Each run once; those that go on from another's token last."""
+        jobs = [job_of(form, subject, seed, self.settings) for form in (*ENDS, *self.forms) for subject in self.subjects
+                for seed in self.seeds]  # fmt: skip
+        unique: dict[str, Job] = {}
+        for job in jobs:
+            kept = unique.setdefault(digest(job.spec), job)
+            if isinstance(kept, FormJob) and isinstance(job, FormJob):  # the same run, read at other budgets too
+                kept.points |= job.points
+        return sorted(unique.values(), key=lambda job: "after" in job.spec)
+
+    def collect(self) -> dict:
+        return collect(self.forms, self.subjects, self.seeds, self.settings)
+
+
+def search_of(args: argparse.Namespace) -> Part:
+    forms = [form for form in FORMS if form is DEFAULT or args.forms is None or any(word in form.label for word in args.forms)]
+    rivals = RIVALS if args.forms is None else ()
+    subjects = [breed.name for breed in spare_breeds()[: args.spare]]
+    return Part([*forms, *rivals], subjects, args.seeds, make_settings(args, 1))
+
+
+def measures_of(args: argparse.Namespace, best: dict[int, dict[str, Form]]) -> Part:
+    """best: of the search; before it is done the plan lacks these rows."""
+    ours = Form(DEFAULT.label, args.trainer_flags)
+    gradients = Form(GRADIENTS, dict(use_cc=True), "ti")
+    rivals = {DEMO.label: DEMO} | {form.label: form for of in best.values() for form in of.values()}
+    return Part([ours, *rivals.values(), gradients], list(args.breeds), args.seeds, make_settings(args, args.images))
+
+
+def estimated_seconds(job: Job, settings: Settings) -> float:
+    """A guess from the world's measured speed."""
+    if job.done(settings):
+        return 0.0
+    if not isinstance(job, FormJob):
+        return runs.estimated_seconds(job, settings)
+    pictures = len(set(job.points) & set(BUDGETS)) * settings.images * len(settings.prompts(job.spec["subject"]))
+    judged = len(job.points) * (settings.eval_samples + 4) + pictures * settings.inference_steps * 2
+    learned = runs.estimated_seconds(Job({key: value for key, value in job.spec.items() if key != "after"}, set()), settings)
+    return learned + judged * settings.world.seconds_per_forward
+
+
+def print_plan(name: str, part: Part, workers_at_once: int) -> None:
+    jobs = part.jobs()
+    seconds = [estimated_seconds(job, part.settings) for job in jobs]
+    left, hours = sum(duration > 0 for duration in seconds), sum(seconds) / 3600
+    print(f"{name}: {len(jobs)} runs, {left} to do: about {hours:.1f} hours of one process on {part.settings.world.speed_of}, "
+          f"{hours / workers_at_once:.1f} with --jobs {workers_at_once} if there is room for them")  # fmt: skip
+
+
+def run_part(part: Part, args: argparse.Namespace) -> list[str]:
+    """Do what is not done -> one line per failure."""
+    if args.report_only:
+        return []
+    part.settings.world.prepare(part.subjects)
+    jobs = part.jobs()
+    first, then = ([job for job in jobs if ("after" in job.spec) is late] for late in (False, True))
+    failures = []
+    for some in (first, then):
+        if some:
+            failures += workers.run_jobs(some, part.settings, args.jobs, do)
+    return failures
+
+
+def main(args: argparse.Namespace) -> None:
+    search = search_of(args)
+    if args.dry_run:
+        if "search" in args.parts:
+            print_plan("search", search, args.jobs)
+        if "measures" in args.parts:
+            best = best_rivals(Part(list(RIVALS), search.subjects, search.seeds, search.settings).collect())
+            expected = best or {budget: {"loss": list(rates_and_schedules(budget))[1]} for budget in BUDGETS}
+            print_plan("measures", measures_of(args, expected), args.jobs)
+        return
+    failures = []
+    if "search" in args.parts:
+        failures += run_part(search, args)
+        everything = Part([*FORMS, *RIVALS], search.subjects, search.seeds, search.settings).collect()
+        write_report(args.report, "SEARCH.md", search_notes(everything, FORMS, len(search.subjects)))
+        write_json(args.report / "search.json", plain(everything), indent=1)
+    if "measures" in args.parts:
+        best = best_rivals(Part(list(RIVALS), search.subjects, search.seeds, search.settings).collect())
+        if not best:
+            print("without a search the paper's loop has no best rate yet: its row is left out", file=sys.stderr)
+        measures = measures_of(args, best)
+        failures += run_part(measures, args)
+        found = measures.collect()
+        tables = measured_tables(found, DEFAULT.label, best)
+        breeds = (
+            f"{len(measures.subjects)} breeds, {len(measures.seeds)} seed(s); trainer's flags: {args.flags or 'its defaults'}.\n"
+        )
+        write_report(args.report, "RESULTS.md", "# Fewer forwards\n\n" + breeds
+                     + "".join(f"\n## {name.capitalize()}\n\n{text}\n" for name, text in tables.items()))  # fmt: skip
+        write_json(args.report / "results.json", plain(found), indent=1)
+        if args.page is not None:
+            write_atomically(args.page, fill(args.page.read_text(), tables).encode())
+    if failures:
+        raise InputError(f"{len(failures)} runs failed, the first: {failures[0]}; fix it and start the same command again")
+
+
+def plain(found: dict) -> dict:
+    """What `collect` found, as JSON has it."""
+    return {label: {str(budget): [dict(record, subject=subject, seed=seed) for (subject, seed), record in records.items()]
+                    for budget, records in of.items()} for label, of in found.items()} | environment()  # fmt: skip
+
+
+def write_report(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    where = environment()
+    foot = f"\nMade by `python -m reproduction.fewer_forwards` on {where['device']}; commit {where['commit']}.\n"
+    write_atomically(folder / name, (text.rstrip() + "\n" + foot).encode())
+    print(folder / name)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, parse_args()))

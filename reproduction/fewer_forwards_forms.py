@@ -1,0 +1,117 @@
+"""What `fewer_forwards.py` compares: forms of the Gauss-Newton trainer, and the paper's loop at other rates and schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from reproduction.experiments import CONVERGED
+from trainers import gauss_newton
+
+BUDGETS = (100, 200, 400, 800, 1500, 3000)  # UNet forwards of one sample
+BETWEEN = (300, 600)  # where the loss alone is judged as well: the aims lie between budgets
+CHUNK = 100  # forwards between two tokens that a run keeps
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A way to learn, read at budgets of forwards. `after`: it goes on from the trainer's default run at so many forwards."""
+
+    label: str
+    flags: dict = field(default_factory=dict)
+    method: str = "gauss_newton"
+    budgets: tuple[int, ...] = BUDGETS
+    after: int = 0
+
+    @property
+    def per_step(self) -> int:
+        """Forwards of a step. A gradient's backward pass counts as two: it takes about as long."""
+        return self.flags.get("directions", 8) + 1 if self.method == "gauss_newton" else 3
+
+    @property
+    def before(self) -> int:
+        """Forwards that are spent apart from the steps."""
+        starts = self.flags.get("starts", 1)
+        return self.after + (starts * gauss_newton.JUDGING_SAMPLES if starts > 1 else 0)
+
+    @property
+    def save_steps(self) -> int:
+        """Steps between two tokens that are kept; 0: only the last. All are, where steps do not fit the grid of CHUNK."""
+        if len(self.budgets) == 1:
+            return 0
+        return CHUNK // self.per_step if self.on_grid else 1
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether CHUNK forwards are whole steps, but for 2 of 100."""
+        return not self.before and CHUNK % self.per_step <= 2
+
+    def step(self, budget: int) -> int:
+        """The last step that a budget pays for of those whose tokens are kept: 99 forwards of 100, 2,970 of 3,000."""
+        if self.on_grid:
+            return budget // CHUNK * (CHUNK // self.per_step)
+        return (budget - self.before) // self.per_step
+
+    def points(self) -> dict[int, int]:
+        """{budget: the step whose token is judged}, with those of BETWEEN where the run passes them."""
+        between = [budget for budget in BETWEEN if min(self.budgets) < budget < max(self.budgets)]
+        return {budget: self.step(budget) for budget in (*self.budgets, *between)}
+
+    def run_flags(self) -> dict:
+        """Its flags, and how long it runs."""
+        steps = self.step(max(self.budgets))
+        if self.method == "gauss_newton":
+            return self.flags | dict(max_forwards=steps * self.per_step + self.before)
+        return self.flags | dict(max_train_steps=steps)
+
+
+def rates_and_schedules(budget: int) -> Iterator[Form]:
+    """The paper's loop with a schedule that ends at a budget."""
+    for rate in (2e-2, 4e-2, 8e-2):
+        flags = dict(learning_rate=rate, lr_scheduler="cosine")
+        yield Form(f"loop, {rate:g}, cosine to {budget}", flags, "zoodip", (budget,))
+
+
+DEFAULT = Form("Gauss-Newton")
+DEMO = Form("loop, 0.01, constant", method="zoodip")
+START, END, GRADIENTS = "class word (untrained)", "gradient TI, converged", "gradient TI"
+
+FORMS = (
+    DEFAULT,
+    Form("no new basis", dict(rebase_steps=[])),
+    Form("new basis after 11, 22, 44, 88 steps", dict(rebase_steps=[11, 22, 44, 88])),
+    Form("inflation auto", dict(inflation="auto")),
+    Form("inflation 1", dict(inflation=1)),
+    Form("inflation 10", dict(inflation=10)),
+    Form("memory of 20 steps", dict(memory_growth=0)),
+    Form("memory of 100 steps", dict(memory=100, memory_growth=0)),
+    Form("memory that grows by one a step", dict(memory_growth=1)),
+    Form("basis 24", dict(basis_size=[24])),
+    Form("basis 32", dict(basis_size=[32])),
+    Form("basis 16, then 24, then 32", dict(basis_size=[16, 24, 32])),
+    Form("4 directions a step", dict(directions=4)),
+    Form("16 directions a step", dict(directions=16)),
+    Form("two starts of 4 steps", dict(starts=2, start_steps=4), budgets=BUDGETS[1:]),
+    Form("two starts of 8 steps", dict(starts=2, start_steps=8), budgets=BUDGETS[1:]),
+    Form("prior 0.21", dict(prior=0.21)),
+    Form("prior 0.84", dict(prior=0.84)),
+    Form("clip 0.1", dict(clip=0.1)),
+    Form("clip 0.21", dict(clip=0.21)),
+    Form("two vectors", dict(num_vectors=2)),
+    Form("two vectors, basis 24", dict(num_vectors=2, basis_size=[24])),
+    Form("three vectors, basis 32", dict(num_vectors=3, basis_size=[32])),
+    *(Form(f"after {after} the loop, {rate:g}, cosine to {budget}", dict(learning_rate=rate, lr_scheduler="cosine"), "zoodip",
+           (budget,), after)
+      for after in (200, 400) for rate in (5e-3, 1e-2) for budget in (800, 1500, 3000)),
+    *(Form(f"bf16, rho {rho:g}", dict(mixed_precision="bf16", rho=rho)) for rho in (0.05, 0.1, 0.2, 0.4)),
+    *(Form(f"fp16, rho {rho:g}", dict(mixed_precision="fp16", rho=rho)) for rho in (0.01, 0.05)),
+)  # fmt: skip
+RIVALS = (
+    DEMO,
+    *(Form(f"loop, {rate:g}, constant", dict(learning_rate=rate), "zoodip") for rate in (2e-2, 4e-2, 8e-2)),
+    *(form for budget in BUDGETS for form in rates_and_schedules(budget)),
+)
+ENDS = (  # between whose losses lies the gap
+    Form(START, method="initial", budgets=()),
+    Form(END, CONVERGED, "ti", ()),
+)

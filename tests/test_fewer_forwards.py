@@ -1,0 +1,270 @@
+"""The search for fewer forwards: what is run and read where, the rule of its verdicts, runs that are scored along the way."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import MINIATURE, ROOT, run_cli
+from test_reproduction import TinyWorld
+from tiny import scheduler_of
+
+from miniature.critters import all_breeds, held_out_breeds, spare_breeds
+from reproduction import fewer_forwards, runs
+from reproduction.fewer_forwards_forms import BUDGETS, DEFAULT, DEMO, END, ENDS, FORMS, GRADIENTS, RIVALS, START, Form
+from reproduction.fewer_forwards_tables import (
+    LOSES,
+    TIES,
+    UNKNOWN,
+    WINS,
+    aims,
+    best_rivals,
+    fill,
+    gap_at,
+    in_pictures,
+    measured_tables,
+    search_notes,
+    stopping_notes,
+    verdict,
+)
+from reproduction.worlds import Miniature
+from trainers import gauss_newton
+from zoodip.prompts import read_embedding
+
+SMALL = Form("small", dict(basis_size=[6], directions=4, rebase_steps=[10]), budgets=(100, 200))  # 20 and 40 steps
+
+
+@pytest.fixture
+def settings(tiny_model, subject, tmp_path) -> runs.Settings:
+    world = TinyWorld(subject, tmp_path / "suite")
+    return runs.Settings(world, tmp_path / "suite", str(tiny_model), "tiny", str(MINIATURE.parent / "clip"), None, images=1,
+                         inference_steps=2, eval_samples=2, extra=dict(cpu=True, resolution=16))  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------- what is run
+
+
+def test_spare_breeds_are_others():
+    """Neither their names nor their looks are those of the breeds that results are reported on."""
+    names, looks = (
+        {of(breed) for breed in held_out_breeds()} for of in (lambda b: b.name, lambda b: b.critter.main_attributes())
+    )
+    assert len({breed.name for breed in spare_breeds()}) == 6
+    assert not {breed.name for breed in all_breeds()} & {breed.name for breed in spare_breeds()}
+    assert not looks & {breed.critter.main_attributes() for breed in spare_breeds()} and names
+
+
+@pytest.mark.parametrize("form", [*FORMS, *RIVALS], ids=lambda form: form.label)
+def test_a_form_s_tokens_are_kept_and_paid_for(form, tmp_path):
+    """At each budget the token that is judged is one that the run keeps, and cost at most the budget, and little less."""
+    settings = runs.Settings(Miniature(tmp_path, tmp_path, tmp_path), tmp_path, "model", "id", None, None)
+    job = fewer_forwards.job_of(form, held_out_breeds()[0].name, 0, settings)
+    args = runs.spec_args(job.spec, settings)
+    assert args.max_train_steps == max(job.points.values()) == form.step(max(form.budgets))
+    for budget, step in job.points.items():
+        spent = form.before + step * form.per_step
+        assert 0.98 * budget - form.per_step < spent <= budget
+        assert step == args.max_train_steps or step % job.save_steps == 0
+    assert json.loads(json.dumps(job.spec)) == job.spec
+    if form.after:
+        assert args.initializer_token.endswith(f"learned_embeds-steps-{DEFAULT.step(form.after)}.safetensors")
+        assert DEFAULT.step(form.after) % DEFAULT.save_steps == 0
+
+
+def test_labels_are_names():
+    labels = [form.label for form in (*FORMS, *RIVALS, *ENDS)]
+    assert len(set(labels)) == len(labels)
+
+
+def test_plan_and_hours(capsys, tmp_path):
+    """Nothing is run, and both parts say how long they would take; a run that two rows want is made once."""
+    args = fewer_forwards.parse_args(["--dry_run", "--output", str(tmp_path / "runs"), "--jobs", "2"])
+    fewer_forwards.main(args)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["search", "measures"] and all("hours" in line for line in lines)
+    assert not (tmp_path / "runs").exists()
+    best = {budget: {"loss": RIVALS[1], "attributes": RIVALS[-1]} for budget in BUDGETS}
+    jobs = fewer_forwards.measures_of(args, best).jobs()
+    assert len({runs.digest(job.spec) for job in jobs}) == len(jobs) == 12 * 7  # two ends, ours, TI, the demo's and two rivals
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--jobs", "0"], "--jobs must be at least 1"), (["--spare", "7"], "--spare must be at most 6"),
+    (["--flags", "--clip 0"], "--clip must be a positive number"), (["--flags", "--nonsense 1"], "unrecognized arguments"),
+])  # fmt: skip
+def test_wrong_arguments_are_one_line(argv, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        fewer_forwards.parse_args(argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and says in error and error.count("\n") == 1
+
+
+def test_flags_of_the_measures():
+    args = fewer_forwards.parse_args(["--flags", "--starts 2 --inflation auto --basis_size 16 24"])
+    assert args.trainer_flags == dict(starts=2, inflation="auto", basis_size=[16, 24])
+
+
+# ----------------------------------------------------------------------------------------------------- runs
+
+
+def test_scored_along_the_way(settings, tmp_path):
+    """What a run is judged at on its way is, to the bit, what a run of that length ends with; judged once, also by the command
+    that goes on after an interruption."""
+    job = fewer_forwards.job_of(SMALL, "dog6", 0, settings)
+    assert isinstance(job, fewer_forwards.FormJob) and not job.done(settings)
+    fewer_forwards.do(job, settings)
+    assert job.done(settings)
+    folder, points = settings.folder(job.spec), fewer_forwards.read_points(job, settings)
+    argv = [*runs.spec_argv(job.spec, settings), "--output_dir", str(tmp_path / "short"), "--max_forwards", "100"]
+    assert run_cli(argv, gauss_newton) == 0
+    short, on_the_way = (read_embedding(path, "<sks>")[0] for path in (
+        tmp_path / "short" / "learned_embeds.safetensors", folder / "learned_embeds-steps-20.safetensors"))  # fmt: skip
+    assert torch.equal(short, on_the_way)
+    assert points["100"]["step"] == 20 and points["200"]["step"] == 40 and points["100"]["loss"] != points["200"]["loss"]
+    for point in points.values():
+        assert {"loss", "token_norm", "contrast", "CLIP-I", "CLIP-T"} <= set(point)
+    path = fewer_forwards.points_path(job, settings)
+    record = json.loads(path.read_text())
+    first = record["points"]["100"] | {"loss": 7.0}  # were it judged again, it would not stay
+    path.write_text(json.dumps(record | {"points": {"100": first}}))
+    fewer_forwards.do(job, settings)
+    again = fewer_forwards.read_points(job, settings)
+    assert again["100"]["loss"] == 7.0 and again["200"] == points["200"]
+    assert (folder / "sheet-100.png").exists() and not list(folder.glob("checkpoint-*"))
+
+    spec = runs.make_spec(settings, "zoodip", "dog6", 0, dict(max_train_steps=4))  # the loop goes on from the token at 100
+    spec["after"] = f"{folder.name}/learned_embeds-steps-20.safetensors"
+    late = fewer_forwards.FormJob(spec, {"scores"}, {112: 4}, 0)
+    fewer_forwards.do(late, settings)
+    began = fewer_forwards.read_points(late, settings)["112"]["token_norm"]
+    assert began == pytest.approx(on_the_way.norm().item(), rel=0.2) and late.done(settings)
+
+
+def test_contrast(tiny):
+    """Of a model that predicts its input, noise all over, the expected picture is flat: the noise it began from is all gone."""
+    scheduler, token = scheduler_of(tiny.folder), tiny.tokens(1)[0]
+
+    class Echo:
+        unet = tiny.unet
+
+        def __init__(self, share: float):
+            self.share = share
+
+        def predict(self, batch, tokens):
+            return self.share * batch.noisy_latents[None]
+
+    a = scheduler.alphas_cumprod[900]
+    values = [fewer_forwards.contrast(Echo(float(share)), tiny.prompts, token, scheduler)
+              for share in (1 / (1 - a).sqrt(), 0.5, 0.0)]  # fmt: skip
+    assert values[0] == pytest.approx(0, abs=1e-5) and values[1] < values[2]
+    assert values[2] == pytest.approx(1 / a.sqrt().item(), rel=0.1)  # 4 noises of 4 x 8 x 8: 3 % of the deviation
+
+
+# ----------------------------------------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize("differences, lower, said", [
+    ([0.1, 0.2, 0.3], False, TIES),  # .2 +- .25
+    ([0.1, 0.12, 0.11], False, WINS), ([0.1, 0.12, 0.11], True, LOSES), ([-0.1, -0.12, -0.11], False, LOSES),
+    ([-0.1, -0.12, -0.11], True, WINS), ([0.0, 0.0, 0.0], False, TIES), ([0.3], False, UNKNOWN),
+])  # fmt: skip
+def test_verdict(differences, lower, said):
+    assert verdict(differences, lower) == said
+
+
+@pytest.mark.parametrize("attributes, clip, said", [
+    (WINS, TIES, WINS), (TIES, LOSES, LOSES), (WINS, LOSES, "the scores disagree"), (TIES, TIES, TIES), (WINS, WINS, WINS),
+])  # fmt: skip
+def test_verdict_in_pictures(attributes, clip, said):
+    assert in_pictures({"attributes": attributes, "CLIP-I": clip, "loss": LOSES}) == said
+
+
+def invented(better: float = 0.0, breeds: int = 3) -> dict:
+    """Of every row a curve that closes half of what is left of the gap at every budget; ours closes `better` of it besides."""
+    found = {}
+    for form in (*FORMS, *RIVALS, Form(GRADIENTS, method="ti")):
+        of = {}
+        for number, budget in enumerate(sorted((*BUDGETS, 300, 600))):
+            records = {}
+            for breed in range(breeds):
+                gap = min(1.0, 1 - 0.5 ** (number + 1) + better * (form is DEFAULT) - 0.01 * breed)
+                pictures = {"attributes": gap, "CLIP-I": gap / 2, "CLIP-T": 0.6, "scene": 1.0, "accessory": 0.9}
+                records[f"breed{breed}", 0] = dict(
+                    step=form.step(budget), gap=gap, loss=0.04 - 0.01 * gap, token_norm=1 + number, contrast=1 / (1 + number)
+                ) | (pictures if budget in BUDGETS else {})  # fmt: skip
+            if budget in form.points():
+                of[budget] = records
+        found[form.label] = of
+    return found | {START: {}, END: {}}
+
+
+def test_gap_between_budgets():
+    curve = {100: {("a", 0): {"gap": 0.4}}, 300: {("a", 0): {"gap": 0.8}, ("b", 0): {"gap": 0.1}}}
+    assert gap_at(curve, 250) == pytest.approx({("a", 0): 0.7, ("b", 0): 0.1 * 250 / 300})
+    assert gap_at(curve, 301) == {}  # nobody was judged there
+
+
+def test_aims():
+    reached = {aim: is_so for aim, _, is_so in aims(invented(better=0.1), DEFAULT.label)}
+    assert reached["80 % of the gap at 250 forwards"] and reached["90 % of the gap at 600 forwards"]
+    assert (
+        reached["no breed under 60 % of the gap at 400"] and reached["accessory at 400 not more than .02 below the paper's loop"]
+    )
+    found = invented()
+    found[DEFAULT.label][400]["breed1", 0].update(gap=0.5)
+    by_aim = {aim: (said, is_so) for aim, said, is_so in aims(found, DEFAULT.label)}
+    assert by_aim["no breed under 60 % of the gap at 400"] == ("50 %, breed1", False)
+    assert all(is_so is None for *_, is_so in aims({DEFAULT.label: {}, DEMO.label: {}}, DEFAULT.label))  # nothing is claimed
+
+
+def test_best_rivals_are_those_that_every_breed_has():
+    found = invented()
+    label = RIVALS[2].label
+    for budget in (400, 800):
+        for record in found[label][budget].values():
+            record.update(loss=0.001)
+    del found[label][800]["breed0", 0]
+    best = best_rivals(found)
+    assert best[400]["loss"].label == label and best[800]["loss"].label != label
+    assert best_rivals({form.label: {} for form in RIVALS}) == {}
+
+
+def test_tables_and_page():
+    """Our row wins where it is better on every breed, in loss too, where lower is better; and a page is filled twice alike."""
+    found = invented(better=0.1)
+    tables = measured_tables(found, DEFAULT.label, best_rivals(found))
+    first = tables["verdicts"].splitlines()[2].split(" | ")
+    assert first[0] == "| 100" and first[2:] == ["wins", "wins |"]
+    assert len(tables["verdicts"].splitlines()) == 2 + 3 * len(BUDGETS)
+    page = (ROOT / "docs/gauss_newton.md").read_text()
+    filled = fill(page, tables)
+    assert fill(filled, tables) == filled and all(text in filled for text in tables.values())
+    assert "Not measured yet.\n" not in filled
+
+
+def test_search_notes():
+    found = invented()
+    text = search_notes(found, FORMS, 3)
+    assert all(form.label in text for form in (*FORMS, *RIVALS))
+    stopping = stopping_notes([found[DEFAULT.label]])
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in stopping.splitlines() if line.startswith("|")}
+    assert float(rows["the last budget"][1].strip(" |")) > 0.5 > -0.5 > float(rows["highest contrast"][1].strip(" |"))
+    assert float(rows["highest contrast"][0]) < float(rows["most attributes: the best that a signal could do"][0])
+    assert search_notes(invented() | {form.label: {} for form in FORMS}, FORMS, 3)  # before anything is done
+
+
+def test_runs_done_are_collected(settings):
+    """A form's points with the gap they close: 0 of the class word's loss, 1 of converged gradients'."""
+    end = replace(ENDS[1], flags=dict(max_train_steps=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fewer_forwards, "ENDS", (ENDS[0], end))
+        for form in (ENDS[0], end, SMALL):
+            fewer_forwards.do(fewer_forwards.job_of(form, "dog6", 0, settings), settings)
+        found = fewer_forwards.collect([SMALL], ["dog6", "absent"], [0], settings)
+    start, last = found[START][0]["dog6", 0], found[END][0]["dog6", 0]
+    assert start["gap"] == 0 and last["gap"] == pytest.approx(1)
+    point = found["small"][200]["dog6", 0]
+    assert point["gap"] == pytest.approx((start["loss"] - point["loss"]) / (start["loss"] - last["loss"]))
+    assert set(found["small"]) == {100, 200}
