@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from train_zoodip import ZOAdam, candidate_losses
-from zoodip.diffusion import draw_batch, load_model, load_scheduler, read_inputs, uniform_timesteps
+from trainers import gauss_newton
+from zoodip.diffusion import Batch, draw_batch, load_model, load_scheduler, read_inputs, uniform_timesteps
 from zoodip.files import read_json
 from zoodip.model import load_frozen, native_resolution
 from zoodip.prompts import load_tokenizer
@@ -64,11 +65,17 @@ class ThisProject:
             candidates_per_forward=self.candidates_per_forward,
             compile=self.compile,
         )
-        self.zo = ZOAdam(inputs.initial_token, n=N, mu=MU, tau=task.tau)
         self.generator = torch.Generator().manual_seed(0)
+        self.start_from(inputs.initial_token)
+
+    def start_from(self, token: torch.Tensor) -> None:
+        self.zo = ZOAdam(token, n=N, mu=MU, tau=self.task.tau)
+
+    def batch(self) -> Batch:
+        return draw_batch(self.data, 1, partial(uniform_timesteps, low=T_MIN, high=T_MAX), self.generator)
 
     def step(self) -> None:
-        batch = draw_batch(self.data, 1, partial(uniform_timesteps, low=T_MIN, high=T_MAX), self.generator)
+        batch = self.batch()
         directions, candidates = self.zo.candidates(self.generator)
         self.zo.step(directions, candidate_losses(self.model, batch, candidates))
 
@@ -87,6 +94,43 @@ class NotQuantized(ThisProject):
 
 class Compiled(ThisProject):
     label, compile = "the same, --compile", True
+
+
+class GaussNewton(ThisProject):
+    """`trainers/gauss_newton.py`: its step; before the first one the basis, too."""
+
+    label, forwards, basis_size = "Gauss-Newton", 9, 16
+
+    def start_from(self, token: torch.Tensor) -> None:
+        rho = gauss_newton.RHO[self.task.mixed_precision]
+        self.learner = gauss_newton.GaussNewton(token, directions=self.forwards - 1, rho=rho)
+
+    def take_basis(self) -> None:
+        gauss_newton.take_basis(self.learner, self.model, self.data, self.basis_size)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        if not len(self.learner.weights):
+            self.take_basis()
+        batch = self.batch()
+        mixtures, tokens = self.learner.candidates(self.generator)
+        self.learner.step(mixtures, self.model.predict(batch, tokens), batch.target)
+
+
+class GaussNewtonSplit(GaussNewton):
+    label, candidates_per_forward = "the same, three candidates per forward", 3
+
+
+class GaussNewtonBasis(GaussNewton):
+    """What it takes a few times in a run, instead of a step."""
+
+    label, forwards = "a basis of Gauss-Newton's", 0
+
+    def start_from(self, token: torch.Tensor) -> None:
+        self.learner = gauss_newton.GaussNewton(token)
+
+    def step(self) -> None:
+        self.take_basis()
 
 
 class Reference:
@@ -284,6 +328,9 @@ METHODS: dict[str, type[Method]] = {
     "zoodip_int8": Int8,
     "zoodip_none": NotQuantized,
     "zoodip_compiled": Compiled,
+    "newton": GaussNewton,
+    "newton_split": GaussNewtonSplit,
+    "newton_basis": GaussNewtonBasis,
     "authors": AuthorsLoop,
     "authors_fast": AuthorsLoopFast,
     "authors_stock": AuthorsLoopStock,

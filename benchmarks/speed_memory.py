@@ -171,12 +171,13 @@ def step_times(args: argparse.Namespace) -> dict:
     for turn in range(-1, args.rounds):
         for name, method in methods.items():
             synchronize(args.device)
+            count = steps if method.forwards else 1  # a basis takes as long as many steps
             started = time.perf_counter()
-            for _ in range(steps):
+            for _ in range(count):
                 method.step()
             synchronize(args.device)
             if turn >= 0:
-                seconds[name].append((time.perf_counter() - started) / steps)
+                seconds[name].append((time.perf_counter() - started) / count)
     return seconds
 
 

@@ -9,6 +9,7 @@ from zoodip.records import table
 
 TITLES = {"miniature": "The miniature", "sd15": "Stable Diffusion v1.5's shape, 512 x 512"}
 MEGABYTE = 1_000_000
+REBASE_STEPS = (22, 60, 110)  # the trainer's default
 
 
 def page(results: dict, device: str) -> str:
@@ -35,12 +36,30 @@ def time_table(seconds: dict[str, list[float]]) -> str:
     rows = []
     for name, rounds in seconds.items():
         ratios = [f"{median(a / b for a, b in zip(rounds, other, strict=True)):.2f}" if other else "" for other in references]
-        samples = METHODS[name].forwards / median(rounds)
+        samples = f"{METHODS[name].forwards / median(rounds):.3g}" if METHODS[name].forwards else ""
         spread = f"{min(rounds):.4g} to {max(rounds):.4g}"
-        rows.append([METHODS[name].label, f"{median(rounds):.4g}", spread, *ratios, f"{samples:.3g}"])
+        rows.append([METHODS[name].label, f"{median(rounds):.4g}", spread, *ratios, samples])
     header = ["method", "seconds a step (median)", "range", "of the floor", "of the floor as loaded", "of this project"]
     count = len(next(iter(seconds.values())))
-    return table([*header, "UNet samples forward/s"], rows) + f"\n\n{count} rounds; ratios are medians over the rounds.\n"
+    text = table([*header, "UNet samples forward/s"], rows) + f"\n\n{count} rounds; ratios are medians over the rounds.\n"
+    return text + gauss_newton_table(seconds)
+
+
+def gauss_newton_table(seconds: dict[str, list[float]]) -> str:
+    """Time for each forward of a run of Gauss-Newton, bases included, against one of ZOODiP; empty where not all were timed."""
+    if not {"zoodip", "newton_basis"} <= seconds.keys():
+        return ""
+    rows = []
+    for name in ("newton", "newton_split"):
+        for forwards in (100, 400, 1500) if name in seconds else ():
+            per_step = METHODS[name].forwards
+            steps = forwards // per_step
+            bases = 1 + sum(step < steps for step in REBASE_STEPS)
+            rounds = zip(seconds[name], seconds["newton_basis"], seconds["zoodip"], strict=True)
+            ratios = [(steps * step + bases * basis) / (steps * per_step) / (ours / METHODS["zoodip"].forwards)
+                      for step, basis, ours in rounds]  # fmt: skip
+            rows.append([METHODS[name].label, f"{forwards:,}", bases, f"{median(ratios):.2f}"])
+    return "\n" + table(["", "forwards", "bases", "time a forward, of ZOODiP's"], rows) + "\n"
 
 
 def memory_table(memory: dict[str, dict], floor: dict) -> str:

@@ -15,8 +15,9 @@ from benchmarks import gpu
 from benchmarks.memory import count_live_bytes, largest, name_layers, peak_live_bytes, stage, tensor_names
 from benchmarks.methods import METHODS, Task, ThisProject
 from benchmarks.resident import run_watched
-from benchmarks.speed_memory_tables import time_table
+from benchmarks.speed_memory_tables import REBASE_STEPS, gauss_newton_table, time_table
 from benchmarks.stock_tuning import Dequantised
+from trainers import gauss_newton
 from zoodip.errors import run_script
 from zoodip.prompts import read_embedding
 from zoodip.quantize import pack_weight, quantized_layer
@@ -89,6 +90,30 @@ def test_the_step_measured_is_the_trainer_s(task, tiny_model, subject, tmp_path)
     for _ in range(6):
         method.step()
     assert torch.equal(method.zo.theta.detach(), read_embedding(tmp_path / "learned_embeds.safetensors", "<sks>")[0])
+
+
+def test_the_gauss_newton_step_measured_is_the_trainer_s(task, tiny_model, subject, tmp_path):
+    """The same, bit for bit, over the first basis and two steps; and its defaults are what the table of costs counts with."""
+    argv = arguments(
+        tiny_model, subject, tmp_path, max_train_steps=None, tau=None, nu=None, mu=None, max_forwards=18, eval_steps=0
+    )
+    assert run_cli(argv, gauss_newton) == 0
+    method = METHODS["newton"](task)
+    method.load()
+    for _ in range(2):
+        method.step()
+    assert torch.equal(method.learner.theta, read_embedding(tmp_path / "learned_embeds.safetensors", "<sks>")[0])
+    defaults = gauss_newton.build_parser().parse_args([])
+    assert tuple(defaults.rebase_steps) == REBASE_STEPS and defaults.basis_size == [method.basis_size]
+    assert defaults.directions + 1 == METHODS["newton"].forwards
+
+
+def test_gauss_newton_s_cost_by_hand():
+    """400 forwards are 44 steps and two bases: (44 x 9 + 2 x 18) / 396 seconds a forward, where ZOODiP takes one."""
+    text = gauss_newton_table({"zoodip": [3.0], "newton": [9.0], "newton_basis": [18.0]})
+    rows = [line.split(" | ")[1:] for line in text.splitlines() if line.startswith("| Gauss-Newton")]
+    assert rows == [["100", "1", "1.18 |"], ["400", "2", "1.09 |"], ["1,500", "4", "1.05 |"]]
+    assert gauss_newton_table({"zoodip": [3.0], "newton": [9.0]}) == ""
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("zoodip", "zoodip_compiled")])
