@@ -39,10 +39,11 @@ def save_plot(figure, path: Path) -> None:
 
     size = 6  # points, the unit of the distance below
     for axis in figure.axes:
-        if axis.get_legend_handles_labels()[0]:
-            labels = (axis.get_window_extent().y0 - axis.get_tightbbox().y0) * 72 / figure.dpi  # points that they reach down
-            axis.legend(fontsize=size, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0),
-                        borderaxespad=labels / size + 0.5)  # fmt: skip
+        if names := axis.get_legend_handles_labels()[1]:
+            columns = 1 if max(map(len, names)) > 45 else 2  # characters that half of an axis has room for
+            reach = (axis.get_window_extent().y0 - axis.get_tightbbox().y0) * 72 / figure.dpi  # points that they reach down
+            axis.legend(fontsize=size, frameon=False, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, 0),
+                        borderaxespad=reach / size + 0.5)  # fmt: skip
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -87,8 +87,12 @@ def test_legends_cover_no_curve(tmp_path, drawn):
         curve = [dict(unet_forwards=i, loss=1 / (1 + i)) for i in range(4)]
         return {label: {(f"breed {k}", 0): dict(curve=curve) for k in range(3)} for label in labels}
 
-    panels = {"method": curves("TI, as published", "TI, ZOODiP's weights, captions, timesteps", "GF-TI, as published", "ZOODiP"),
+    panels = {"method": curves("TI, as published", "TI, ZOODiP's weights, captions, timesteps",
+                               "GF-TI, as published, 20 forwards a step (the script)",
+                               "GF-TI, as published, 30 forwards a step (the paper)", "ZOODiP"),
               "estimator": curves("RGE", "SPSA"), "directions n": curves("n = 1")}  # fmt: skip
     plots.draw_curves(panels, tmp_path / "curves.png")
     assert all(axis.get_legend() for axis in drawn[0].axes)
+    legends = [axis.get_legend().get_window_extent() for axis in drawn[0].axes]
+    assert all(0 <= legend.x0 and legend.x1 <= drawn[0].bbox.width for legend in legends)
     assert_nothing_is_covered(drawn[0])
