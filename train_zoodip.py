@@ -26,6 +26,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from zoodip import arguments
@@ -122,20 +123,35 @@ from zoodip.diffusion import (
     Data,
     FrozenModel,
     TimestepSampler,
-    denoising_losses,
     draw_batch,
     load_model,
     read_inputs,
     settle_flags,
     timestep_sampler,
+    uniform_timesteps,
 )
 from zoodip.outputs import TokenOutputs
 from zoodip.packing import save_quantized
 from zoodip.run import Run, make_accelerator
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Timesteps: Partial Uniform Timestep Sampling (Eq. 9)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def partial_uniform_timesteps(batch_size: int, generator: torch.Generator, t_min: int, t_max: int) -> torch.Tensor:
+    """[batch_size] timesteps, uniform over the integers [t_min, t_max). Its rivals of Table 5: `timestep_sampler`."""
+    return uniform_timesteps(batch_size, generator, t_min, t_max)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The loss (Eq. 1)
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def denoising_losses(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L(theta) of Eq. 1 for C candidates: predictions [C, B, 4, h, w], target [B, 4, h, w] -> [C], accumulated in fp32."""
+    return (noise_pred - target.float()).square().flatten(1).mean(1)
 
 
 @torch.inference_mode()
@@ -430,7 +446,10 @@ def main(args: argparse.Namespace) -> int:
     run.claim()
     model, data = load_model(inputs, device=accelerator.device, **flags_for(load_model, flags))
     outputs = TokenOutputs(zo, inputs, model, data, run.settings, **flags_for(TokenOutputs, flags))
-    sample = timestep_sampler(data, **flags_for(timestep_sampler, flags))  # PUTS (Eq. 9), or a rival of Table 5
+    if args.timestep_sampling == "puts":
+        sample = partial(partial_uniform_timesteps, t_min=args.t_min, t_max=args.t_max)
+    else:  # a rival of Table 5
+        sample = timestep_sampler(data, **flags_for(timestep_sampler, flags))
     with run:
         train(run, outputs, zo, model, data, sample, args.train_batch_size, generator)
     return run.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from train_zoodip import (
     ZOAdam,
     candidate_losses,
     low_variance_directions,
+    partial_uniform_timesteps,
     shared_losses,
     train,
     zeroth_order_gradient,
@@ -72,6 +74,13 @@ def test_timestep_distribution(kind, t_min, t_max):
 def test_timestep_puts_of_one_value():
     """t_max = t_min + 1 is allowed and leaves a single timestep."""
     assert set(sampler_of("puts", 42, 43)(50, seeded()).tolist()) == {42}
+
+
+def test_the_script_s_own_timesteps_are_those_that_other_trainers_draw():
+    """Eq. 9 stands in the script; of the package's samplers, whose distribution is tested above, it is the one called puts."""
+    ours = partial_uniform_timesteps(1000, seeded(), 500, 900)
+    assert torch.equal(ours, sampler_of("puts", 500, 900)(1000, seeded()))
+    assert ours.min() >= 500 and ours.max() < 900
 
 
 # --- the gradient estimate (Eq. 3) ---
@@ -447,7 +456,7 @@ class Watched(FrozenModel):
 def test_every_estimator_sees_the_same_batches(tiny):
     """The batch is drawn before the directions, so that step 1 has the same image and noise for all estimators."""
     data = Data(torch.rand(3, 2, 2, 4, 8, 8, generator=seeded()), [[0], [1], [0, 1]], tiny.prompts, scheduler_of(tiny.folder))
-    sample = timestep_sampler(data, timestep_sampling="puts", t_min=500, t_max=900)
+    sample = partial(partial_uniform_timesteps, t_min=500, t_max=900)
     model, forwards = Watched(tiny.unet, tiny.text_encoder, tiny.prompts.rows), []
     run = SimpleNamespace(
         steps=lambda outputs: [1],

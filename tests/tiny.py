@@ -11,7 +11,8 @@ from conftest import seeded
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from zoodip.diffusion import Batch, FrozenModel, denoising_losses, noise_batch
+from train_zoodip import denoising_losses
+from zoodip.diffusion import Batch, FrozenModel, noise_batch
 from zoodip.model import WEIGHT_NAMES, load_frozen, load_text_encoder
 from zoodip.prompts import build_prompts, load_tokenizer
 

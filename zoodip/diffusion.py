@@ -289,11 +289,6 @@ def merge_batches(batches: list[Batch], size: int) -> list[Batch]:
 # ----------------------------------------------------------------------------------------------------- the model
 
 
-def denoising_losses(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L(theta) of Eq. 1 for C candidates: predictions [C, B, 4, h, w], target [B, 4, h, w] -> [C], accumulated in fp32."""
-    return (noise_pred - target.float()).square().flatten(1).mean(1)
-
-
 @dataclass
 class FrozenModel:
     """The quantised modules, and what they predict as a function of the token."""
@@ -329,8 +324,8 @@ class FrozenModel:
     def mean_loss(self, batches: list[Batch], theta: torch.Tensor) -> float:
         """Mean squared error of one token's predictions [V, d] over a fixed set."""
         tokens = theta.detach()[None]
-        losses = [denoising_losses(self.predict(batch, tokens), batch.target.to(self.rows.device)) for batch in batches]
-        return float(np.mean([loss.item() for loss in losses]))
+        errors = [self.predict(batch, tokens) - batch.target.to(self.rows.device) for batch in batches]  # [1, B, 4, h, w] each
+        return float(np.mean([error.square().flatten(1).mean(1).item() for error in errors]))
 
 
 def load_model(
