@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,7 +36,7 @@ MAX_LAYERS = 100  # in a row; a damaged configuration that promises more would k
 WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 PACKED_NAME = "packed"  # of weights that --save_quantized wrote: under the usual names others would load them, as noise
 NEEDED = ["model_index.json", "tokenizer", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in WEIGHT_NAMES)]
-SCHEDULERS = ("pndm", "ddim", "dpmsolver++")
+SCHEDULERS = {"pndm": "PNDMScheduler", "ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
 VAE_ENCODER, VAE_DECODER = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.")  # names of parameters begin so
 
 
@@ -426,15 +427,11 @@ def load_pipeline(
 
 def build_scheduler(folder: Path, name: str) -> SchedulerMixin:
     """The scheduler `name` of SCHEDULERS with the folder's noise schedule and timestep spacing. Raises DamagedModel."""
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-    from diffusers.schedulers.scheduling_pndm import PNDMScheduler
-
-    kinds: tuple[Any, ...] = (PNDMScheduler, DDIMScheduler, DPMSolverMultistepScheduler)
-    kind = kinds[SCHEDULERS.index(name)]
+    diffusers: Any = import_module("diffusers")
+    pndm, kind = diffusers.PNDMScheduler, getattr(diffusers, SCHEDULERS[name])
     with damaged_model(folder / "scheduler"):
         # By way of PNDM, the class that the folder names: what its file leaves out gets PNDM's defaults, not those of `kind`.
-        return kind.from_config(kinds[0].from_pretrained(folder / "scheduler").config)
+        return kind.from_config(pndm.from_pretrained(folder / "scheduler").config)
 
 
 def assemble_pipeline(
