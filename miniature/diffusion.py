@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -121,16 +122,20 @@ def encode_images(vae: AutoencoderKL, images: Tensor, device: torch.device) -> t
     return torch.cat(means).contiguous(), torch.cat(stds).contiguous()
 
 
+def weights_digest(parameters: Iterable[Tensor]) -> Tensor:
+    """uint8 [N]: of what weights a kept file is."""
+    return torch.tensor(list(str(sum(weight.double().abs().sum().item() for weight in parameters)).encode()), dtype=torch.uint8)
+
+
 def latents_of_images(vae: AutoencoderKL, images: Tensor, path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
     """`encode_images`, kept in the file `path`; encoded anew for another encoder or another number of pictures."""
-    encoder = [*vae.encoder.parameters(), *vae.quant_conv.parameters()]
-    digest = str(sum(parameter.double().abs().sum().item() for parameter in encoder))
+    digest = weights_digest([*vae.encoder.parameters(), *vae.quant_conv.parameters()])
     if path.exists():
         stored = load_file(path)
-        if len(stored["mean"]) == len(images) and bytes(stored["vae"].tolist()).decode() == digest:
+        if len(stored["mean"]) == len(images) and torch.equal(stored["vae"], digest):
             return stored["mean"], stored["std"]
     mean, std = encode_images(vae, images, device)
-    save_file({"mean": mean, "std": std, "vae": torch.tensor(list(digest.encode()), dtype=torch.uint8)}, path)
+    save_file({"mean": mean, "std": std, "vae": digest}, path)
     return mean, std
 
 

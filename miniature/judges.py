@@ -19,7 +19,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from miniature.captions import scorer_caption, vocabulary
 from miniature.classifier import LABELS, AttributeClassifier, truth
-from miniature.diffusion import text_config
+from miniature.diffusion import text_config, weights_digest
 from miniature.rendering import IMAGE_SIDE, judge_spec, rendered, to_float
 from miniature.tokenizer import build_tokenizer, save_tokenizer
 from miniature.trainer import Draws, Trainer, autocast, edit_json, recover_folder, replace_folder
@@ -38,10 +38,10 @@ def judge_pictures(work: Path, count: int, device: torch.device) -> Tensor:
     images = rendered(work / "judge_images.npy", judge_spec, count)
     vae = AutoencoderKL.from_pretrained(work / "vae").float().to(device).eval()
     path, first = work / "judge_round_trip.safetensors", images[: count // 4]
-    digest = str(sum(parameter.double().abs().sum().item() for parameter in vae.parameters()))
+    digest = weights_digest(vae.parameters())
     if path.exists():
         stored = load_file(path)
-        if len(stored["images"]) == len(first) and bytes(stored["vae"].tolist()).decode() == digest:
+        if len(stored["images"]) == len(first) and torch.equal(stored["vae"], digest):
             return torch.cat([images, stored["images"]])
     outputs = []
     with torch.no_grad(), autocast(device):
@@ -49,7 +49,7 @@ def judge_pictures(work: Path, count: int, device: torch.device) -> Tensor:
             pixels = vae(to_float(chunk).to(device)).sample.float().cpu().clamp(-1, 1)
             outputs.append(((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1))
     trips = torch.cat(outputs).contiguous()
-    save_file({"images": trips, "vae": torch.tensor(list(digest.encode()), dtype=torch.uint8)}, path)
+    save_file({"images": trips, "vae": digest}, path)
     return torch.cat([images, trips])
 
 

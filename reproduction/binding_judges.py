@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from miniature.drawing import render
 from miniature.words import ACCESSORIES
 from miniature.world import SceneSpec, random_spec
 from reproduction.binding_sets import SEED, Task
-from reproduction.worlds import classifier
+from reproduction.worlds import classifier, pixels_of
 from zoodip.files import write_json
 
 SIDE = 64  # of a half, and of what the judges read
@@ -51,19 +51,13 @@ def counted_picture(index: int) -> tuple[Image.Image, int]:
     return left, 2
 
 
-def pixels_of(pictures: Iterable[Image.Image]) -> torch.Tensor:
-    """float [N, 3, 64, 64] in [-1, 1]."""
-    arrays = [np.array(picture.convert("RGB").resize((SIDE, SIDE))) for picture in pictures]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 # ------------------------------------------------------------------------------------------------------------------ judges
 
 
 def train_counter(folder: Path, pictures: int) -> None:
     """counter.safetensors, of the network that counts creatures in a half, and counter.json: its share right on fresh renders."""
     drawn = [counted_picture(i) for i in tqdm(range(pictures + max(30, pictures // 4)), desc="counter: renders", leave=False)]
-    pixels, counts = pixels_of(picture for picture, _ in drawn), torch.tensor([count for _, count in drawn])
+    pixels, counts = pixels_of([picture for picture, _ in drawn]), torch.tensor([count for _, count in drawn])
     generator = torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
@@ -90,7 +84,7 @@ def train_counter(folder: Path, pictures: int) -> None:
 def classifier_on_pairs(pairs: int = 100) -> dict[str, float]:
     """How often the classifier is right on halves as the test pictures should be: two renders of one scene, side by side."""
     specs = [spec for k in range(pairs) for spec in pair_specs(np.random.default_rng([SEED, 1, k]))]
-    read = classifier().read(pixels_of(render(spec, SIDE) for spec in specs))
+    read = classifier().read(pixels_of([render(spec, SIDE) for spec in specs]))
     return {
         name: float(np.mean([each[name] == truth(spec)[name] for each, spec in zip(read, specs, strict=True)]))
         for name in ("colour", "accessory", "scene")

@@ -43,7 +43,7 @@ from reproduction.fewer_forwards_forms import (
 from reproduction.fewer_forwards_tables import best_rivals, fill, measured_tables, search_notes
 from reproduction.judging import TokenJudge
 from reproduction.runs import Job, Settings, digest
-from reproduction.stats import Records, by_subject
+from reproduction.stats import Records, add_gaps
 from reproduction.worlds import Miniature
 from trainers import gauss_newton
 from zoodip.arguments import OneLineArgumentParser
@@ -160,12 +160,8 @@ def collect(forms: Iterable[Form], subjects: Iterable[str], seeds: Iterable[int]
                 elif (record := runs.read_run(job.spec, settings)) is not None:
                     of_form.setdefault(0, {})[subject, seed] = record
         found[form.label] = of_form
-    start, end = (by_subject({run: record["loss"] for run, record in found[label].get(0, {}).items()}) for label in (START, END))
-    for of_form in found.values():
-        for records in of_form.values():
-            for (subject, _), record in records.items():
-                if subject in start and subject in end:
-                    record["gap"] = (start[subject] - record["loss"]) / (start[subject] - end[subject])
+    start, end = (found[label].get(0, {}) for label in (START, END))
+    add_gaps((records for of_form in found.values() for records in of_form.values()), start, end, "gap")
     return found
 
 

@@ -87,11 +87,14 @@ def heat_maps(plot: HeatMaps, name: str, collect: Collect, settings: Settings, p
 
 def noise_of_cells(rows: dict[str, Records], score: str) -> str:
     """The scale of a grid's differences beside that of noise; nothing where it cannot be told."""
+    spread = printed_spread(rows, score)
+    return "" if spread is None else f"standard deviation of the cells {spread[0]}, of noise alone {spread[1]}"
+
+
+def printed_spread(rows: dict[str, Records], score: str) -> list[str] | None:
+    """`spread_of_cells` in figures of one digit more than the score has."""
     spread = spread_of_cells(rows, score)
-    if spread is None:
-        return ""
-    between, noise = (f"{value:.{COLUMNS[score].digits + 1}f}".removeprefix("0") for value in spread)
-    return f"standard deviation of the cells {between}, of noise alone {noise}"
+    return spread and [f"{value:.{COLUMNS[score].digits + 1}f}".removeprefix("0") for value in spread]
 
 
 @draw.register

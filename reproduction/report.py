@@ -30,7 +30,6 @@ from reproduction.stats import (
     judge,
     signals,
     smallest_effect,
-    spread_of_cells,
     spread_of_seeds,
     values_of,
 )
@@ -103,9 +102,8 @@ def grid_note(experiment: Experiment, rows: dict[str, Records]) -> str:
     """How far the cells of a grid lie apart, beside what noise alone would do; nothing where the runs do not say."""
     parts = []
     for score in experiment.columns:
-        if spread := spread_of_cells(rows, score):
-            between, noise = (f"{value:.{COLUMNS[score].digits + 1}f}".removeprefix("0") for value in spread)
-            parts.append(f"{COLUMNS[score].heading} {between} ({noise})")
+        if spread := plots.printed_spread(rows, score):
+            parts.append(f"{COLUMNS[score].heading} {spread[0]} ({spread[1]})")
     return ("Standard deviation of the cells' means, and in brackets what the noise of single runs alone would give: "
             + "; ".join(parts) + ".") if parts else ""  # fmt: skip
 

@@ -368,7 +368,8 @@ def collect(experiment: Experiment, settings: Settings) -> dict[str, stats.Recor
             found[row.label] = spread([found[label] for label in row.spread_of], experiment.columns)
     stats.add_equal_budgets(found)
     if experiment.gap is not None:
-        stats.add_gaps(found, *experiment.gap)
+        start, end = (found.get(label, {}) for label in experiment.gap)
+        stats.add_gaps(found.values(), start, end)
     if "likeness" in experiment.columns:
         scale = BY_NAME["Scale"]
         if settings.world.name in scale.worlds:

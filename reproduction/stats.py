@@ -7,7 +7,7 @@ of that subject alone. (Named `stats`, as `statistics` is a module of the standa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -58,13 +58,13 @@ def add_equal_budgets(rows: dict[str, Records]) -> None:
         record["loss_path"] = float(np.interp(np.linspace(0, budget, 1001), forwards, losses).mean())
 
 
-def add_gaps(rows: dict[str, Records], start: str, end: str) -> None:
-    """`gap_closed` to every record: (L_start - L) / (L_start - L_end), with the subject's mean losses of the two rows."""
-    starts, ends = (by_subject({run: record["loss"] for run, record in rows.get(label, {}).items()}) for label in (start, end))
-    for records in rows.values():
+def add_gaps(rows: Iterable[Records], start: Records, end: Records, name: str = "gap_closed") -> None:
+    """`name` to every record: (L_start - L) / (L_start - L_end), with the subject's mean losses of those two rows."""
+    starts, ends = (by_subject({run: record["loss"] for run, record in records.items()}) for records in (start, end))
+    for records in rows:
         for (subject, _), record in records.items():
             if subject in starts and subject in ends:
-                record["gap_closed"] = (starts[subject] - record["loss"]) / (starts[subject] - ends[subject])
+                record[name] = (starts[subject] - record["loss"]) / (starts[subject] - ends[subject])
 
 
 def add_likeness(rows: dict[str, Records], ceiling: Records, floor: Records) -> None:

@@ -23,6 +23,7 @@ from miniature.critters import breed_by_name, held_out_breeds, spare_breeds
 from miniature.drawing import render
 from miniature.make_subject import SCENES as TRAINING_SCENES
 from miniature.make_subject import make_subject
+from miniature.rendering import to_float
 from miniature.words import ACCESSORIES, CLASS_NOUN, SCENES
 from miniature.world import scene_spec
 from reproduction.prompts import DreamBoothPrompts, parse_dreambooth_prompts, read_text
@@ -222,7 +223,7 @@ cannot be compared, the order of rows can. What scale does not carry over:
         right: dict[str, list[bool]] = {name: [] for name in (*names, "scene", "accessory")}
         for prompt, row in pictures.items():
             kind, wanted = MINIATURE_PROMPTS[prompt]
-            for read in classifier().read(pixels(row)):
+            for read in classifier().read(pixels_of(row)):
                 for name in names:
                     right[name].append(read[name] == getattr(critter, name))
                 right[kind].append(read[kind] == wanted)
@@ -235,10 +236,10 @@ cannot be compared, the order of rows can. What scale does not carry over:
                 **{name: shares[name] for name in ("scene", "accessory") if name in shares}}  # fmt: skip
 
 
-def pixels(images: list[Image.Image]) -> torch.Tensor:
+def pixels_of(images: list[Image.Image]) -> torch.Tensor:
     """float [N, 3, 64, 64] in [-1, 1], as the classifier reads them."""
     arrays = [np.array(image.convert("RGB").resize((64, 64))) for image in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 127.5 - 1
+    return to_float(torch.from_numpy(np.stack(arrays)))
 
 
 @lru_cache

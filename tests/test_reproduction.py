@@ -682,7 +682,7 @@ def test_the_share_of_a_gap_that_is_closed():
     rows = {"start": {("x", 0): {"loss": .04}, ("y", 0): {"loss": .08}},
             "end": {("x", 0): {"loss": .019}, ("x", 1): {"loss": .021}},
             "ours": {("x", 0): {"loss": .025}, ("y", 0): {"loss": .05}}}  # fmt: skip
-    stats.add_gaps(rows, "start", "end")
+    stats.add_gaps(rows.values(), rows["start"], rows["end"])
     assert rows["ours"]["x", 0]["gap_closed"] == pytest.approx(0.75) and rows["start"]["x", 0]["gap_closed"] == 0
     assert "gap_closed" not in rows["ours"]["y", 0]  # nobody knows its other end
 
