@@ -20,15 +20,12 @@ import argparse
 import hashlib
 import json
 import lzma
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -45,7 +42,7 @@ from reproduction.binding_steps import compare_steps
 from zoodip.arguments import new_parser
 from zoodip.binding_drawing import decode, draw_bound
 from zoodip.binding_settings import Settings
-from zoodip.errors import InputError, prepare_environment, run_script
+from zoodip.errors import InputError, run_script
 from zoodip.files import write_atomically, write_image, write_json
 from zoodip.model import SCHEDULERS, build_scheduler, load_pipeline, model_digest
 from zoodip.pictures import picture_sheet
@@ -166,29 +163,11 @@ def draw_all(jobs: Sequence[Job], output: Path, tokens: Tokens, count: int, hour
     """What is not drawn yet, in `count` processes of one thread, for `hours` at most. Raises InputError where one is killed."""
     last = time.monotonic() + 3600 * (float("inf") if hours is None else hours)
     waiting = [job for job in jobs if not job.done(output)]
-    pictures = [len(job.tasks) * len(job.seeds) for job in waiting]
-    prepare_environment()
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(count, context, workers.start_worker, (1,)) as pool,
-        tqdm(total=sum(pictures), unit="picture", smoothing=0.02) as bar,
-    ):
-        futures = {pool.submit(draw_job, job, output, tokens): drawn for job, drawn in zip(waiting, pictures, strict=True)}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update(futures[future])
-                if time.monotonic() > last:
-                    pool.shutdown(cancel_futures=True)  # those that are being drawn are finished
-                    break
-        except BrokenProcessPool:
-            raise InputError(
-                "a process was killed, perhaps for want of memory; try fewer --jobs or a smaller --batch_size"
-            ) from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with tqdm(total=sum(len(job.tasks) * len(job.seeds) for job in waiting), unit="picture", smoothing=0.02) as bar:
+        for job, _ in workers.in_processes(partial(draw_job, output=output, tokens=tokens), waiting, count, threads=1):
+            bar.update(len(job.tasks) * len(job.seeds))
+            if time.monotonic() > last:
+                break
 
 
 def images_of(job: Job, output: Path) -> list[Image.Image]:

@@ -7,15 +7,18 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -33,6 +36,9 @@ from zoodip.files import write_json
 from zoodip.model import find_model_folder
 from zoodip.prompts import initial_token, initializer_ids, load_tokenizer, read_embedding_rows, save_embedding
 from zoodip.records import ROOT
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Learning
@@ -130,11 +136,6 @@ def do(job: Job, settings: Settings) -> None:
         judge().score(kind)
 
 
-def start_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
-    quiet_libraries()
-
-
 interrupted = False  # of this worker: the pool would still hand it the job that it has already fetched
 
 
@@ -175,24 +176,48 @@ def run_jobs(jobs: list[Job], settings: Settings, workers: int, do: Callable[[Jo
             bar.update()
 
         if together:
-            run_together(together, settings, workers, do, done)
+            do_one = partial(do_in_worker, settings=settings, do=do)
+            try:
+                for job, failure in in_processes(do_one, together, workers, settings.threads):
+                    done(job, failure)
+            except KeyboardInterrupt:
+                tqdm.write("interrupted: saving; the same command continues", file=sys.stderr)
+                raise
         for job in alone:
             done(job, do_in_worker(job, settings, do))
     return failures
 
 
-def run_together(jobs: list[Job], settings: Settings, workers: int, do: Callable[[Job, Settings], None],
-                 done: Callable[[Job, str | None], None]) -> None:  # fmt: skip
-    """In processes of their own; `done` is told of each. Raises InputError where a process is killed."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def in_processes(do: Callable[[Task], Result], tasks: Iterable[Task], count: int, threads: int) -> Iterator[tuple[Task, Result]]:
+    """(task, what `do` returned of it), as they end, in `count` processes; whoever leaves the loop waits only for those begun.
+
+    Raises InputError where a process is killed, and what `do` raises.
+    """
     prepare_environment()
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker, (settings.threads,)) as pool:
-        futures = {pool.submit(do_in_worker, job, settings, do): job for job in jobs}
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker, (threads,)) as pool:
+        futures = {pool.submit(do, task): task for task in tasks}
         try:
             for future in as_completed(futures):
-                done(futures[future], future.result())
+                yield futures[future], future.result()
         except BrokenProcessPool:
             raise InputError("a worker was killed, perhaps for want of memory; try fewer --jobs") from None
-        except KeyboardInterrupt:
-            tqdm.write("interrupted: saving; the same command continues", file=sys.stderr)
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
+
+
+def start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    quiet_libraries()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Interrupt this worker, which saves, where whoever started it has been killed: nobody waits for its work."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        signal.raise_signal(signal.SIGINT)
