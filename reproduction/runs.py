@@ -283,7 +283,7 @@ def estimated_seconds(job: Job, settings: Settings) -> float:
         forwards = train_zoodip.ESTIMATORS[args.estimator].num_candidates(args.n)
     elif hasattr(args, "directions"):
         forwards = args.directions + 1
-    seconds = 5 + steps * (calls * world.seconds_per_step + forwards * args.train_batch_size * world.seconds_per_forward)
+    seconds = 10 + steps * (calls * world.seconds_per_step + forwards * args.train_batch_size * world.seconds_per_forward)
     if spec.get("cost"):
         return seconds + 15
     judged = (SNAPSHOTS + 2) * settings.eval_samples
