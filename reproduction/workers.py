@@ -200,7 +200,7 @@ def in_processes(do: Callable[[Task], Result], tasks: Iterable[Task], count: int
     """
     prepare_environment()
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker, (threads,)) as pool:
-        futures = {pool.submit(do, task): task for task in tasks}
+        futures = {pool.submit(do_for_parent, do, task): task for task in tasks}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -221,3 +221,12 @@ def end_with_parent() -> None:
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         signal.raise_signal(signal.SIGINT)
+
+
+def do_for_parent(do: Callable[[Task], Result], task: Task) -> Result:
+    """Call `do`; a worker without a parent then ends here, as it would wait for the next task for ever."""
+    try:
+        return do(task)
+    finally:
+        if (parent := multiprocessing.parent_process()) is not None and not parent.is_alive():
+            os._exit(1)

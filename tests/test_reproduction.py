@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import MINIATURE, arguments, run_cli, seeded
@@ -431,11 +432,11 @@ def test_the_plan_says_how_long_each_table_takes(tmp_path, capsys):
 
 
 WAITING = """
-import pathlib, sys, time
+import os, pathlib, sys, time
 from reproduction.workers import in_processes
 
 def wait(folder):
-    (folder / "begun").touch()
+    (folder / "begun").write_text(str(os.getpid()))
     try:
         time.sleep(60)
     except KeyboardInterrupt:
@@ -446,18 +447,24 @@ if __name__ == "__main__":
 """
 
 
-def test_a_worker_saves_when_its_parent_is_killed(tmp_path):
+def test_a_worker_saves_and_ends_when_its_parent_is_killed(tmp_path):
     """Else it would go on, and hold its run's folder, with nobody to tell."""
     script = tmp_path / "waiting.py"
     script.write_text(WAITING)
     parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    for file in ("begun", "saved"):
-        patience = time.monotonic() + 60
-        while not (tmp_path / file).exists():
-            assert time.monotonic() < patience, file
-            time.sleep(0.05)
-        parent.kill()
+    wait_until(lambda: (tmp_path / "begun").exists() and (tmp_path / "begun").read_text())
+    worker = psutil.Process(int((tmp_path / "begun").read_text()))
+    parent.kill()
     parent.wait()
+    wait_until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+    assert (tmp_path / "saved").exists()
+
+
+def wait_until(happened, seconds: float = 60) -> None:
+    patience = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < patience
+        time.sleep(0.05)
 
 
 def test_cost_is_measured_in_rounds(tmp_path, monkeypatch):
