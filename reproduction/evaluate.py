@@ -55,7 +55,7 @@ from zoodip.records import environment, plain_arguments
 from zoodip.run import make_accelerator
 from zoodip.subject import find_images, open_image
 from zoodip.tuned_files import load_tuned_unet, tuned_settings
-from zoodip.weight_tuning import TunedModel
+from zoodip.tuned_model import TunedModel
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -1,169 +1,25 @@
-"""What is run, what was published, how it is judged and drawn: data.
+"""What is run, and what was published: data.
 
-A new table is a new `Experiment`, a new method of it a row that names one of `runs.METHODS`, a new statement a `Claim`.
+A new table is a new `Experiment`, a new method of it a row that names one of `runs.METHODS`.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
-
+from reproduction.declarations import (
+    COST,
+    DRIFT,
+    LEARNED,
+    OBEYED,
+    QUALITY,
+    Control,
+    Experiment,
+    HeatMaps,
+    Histograms,
+    PictureGrid,
+    Row,
+    Scatter,
+)
 from reproduction.worlds import DREAMBOOTH, WITH_MINIATURE_ONLY
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Columns
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Column:
-    """How a score is printed. `plain`: the median with the lowest and the highest, where an interval would say nothing."""
-
-    heading: str
-    digits: int = 3
-    lower_is_better: bool = False
-    plain: bool = False
-
-    def number(self, value: float, sign: bool = False) -> str:
-        """As the paper prints it: .759."""
-        value = round(value, self.digits) + 0.0  # no minus before a zero
-        text = f"{value:+.{self.digits}f}" if sign else f"{value:.{self.digits}f}"
-        return re.sub(r"^([+-]?)0\.", r"\1.", text)
-
-
-COLUMNS = {
-    "CLIP-T": Column("CLIP-T"), "CLIP-I": Column("CLIP-I"), "DINO": Column("DINO"), "attributes": Column("attributes right"),
-    "attributes_corrected": Column("attributes right, the classifier's errors taken out"),
-    "likeness": Column("CLIP-I from floor (0) to ceiling (1)"),
-    "loss": Column("loss, t in [500, 900)", 5, lower_is_better=True), "loss_all": Column("loss, all t", 5, lower_is_better=True),
-    "loss_at": Column("loss at equal forwards", 5, lower_is_better=True),
-    "loss_path": Column("mean loss on the way there", 5, lower_is_better=True), "gap_closed": Column("share of the gap closed"),
-    "DINO_inter": Column("DINO_inter", lower_is_better=True), "CLIP_inter": Column("CLIP_inter", lower_is_better=True),
-    "removed": Column("share of the buffer's directions removed"), "removed_least": Column("least", plain=True),
-    "removed_most": Column("most", plain=True), "refreshes": Column("refreshes", 0, plain=True),
-    "v_zero": Column("share of Adam's v that is 0"), "step": Column("step", 0, plain=True),
-    "forwards": Column("forwards", 0, plain=True), "peak_memory_gb": Column("memory, GB", 2, plain=True),
-    "stored_kb": Column("stored, KB", 1, plain=True), "steps_per_second": Column("steps/s", 2, plain=True),
-    "minutes": Column("minutes", 1, plain=True), "scene": Column("scene right"), "accessory": Column("accessory right"),
-    "drift": Column("drift: attributes with the class word alone", lower_is_better=True),
-    "drift_CLIP-I": Column("drift: CLIP-I", lower_is_better=True), "drift_DINO": Column("drift: DINO", lower_is_better=True),
-    "travel": Column("rate x steps / median scale", 2, plain=True), "trained": Column("trained numbers", 0, plain=True),
-}  # fmt: skip
-QUALITY = ("CLIP-T", "CLIP-I", "DINO")
-# beside the paper's scores; attributes on the miniature only
-LEARNED = ("attributes", "attributes_corrected", "loss", "loss_all")
-COST = ("peak_memory_gb", "stored_kb", "steps_per_second", "minutes", "forwards")
-OBEYED = ("scene", "accessory")  # what the prompt asks for beside the subject, on the miniature
-DRIFT = ("drift", "drift_CLIP-I", "drift_DINO")  # how much of the subject prompts of the class word alone now show
-CLAIM_COLUMNS = (*QUALITY, *LEARNED, "loss_at", "loss_path", "DINO_inter", "CLIP_inter", "removed", *DRIFT)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plots: what each shows; `plots.draw` draws it
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plot:
-    file: str
-
-
-@dataclass(frozen=True)
-class HeatMaps(Plot):
-    """One map for each score over a grid of rows. `x` and `y` are (name, values); `label` names the row of a cell."""
-
-    scores: tuple[str, ...]
-    x: tuple[str, tuple]
-    y: tuple[str, tuple]
-    label: str
-
-
-@dataclass(frozen=True)
-class Histograms(Plot):
-    """One histogram for each row of a list that its runs hold."""
-
-    values: str
-    labels: tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Scatter(Plot):
-    """`points`: label -> ((table, row) of CLIP-I, row of this table whose memory it goes with)."""
-
-    points: dict[str, tuple[tuple[str, str], str]]
-
-
-@dataclass(frozen=True)
-class PictureGrid(Plot):
-    """For each subject and prompt a reference, and the first picture of a run of each row of `columns` (heading -> label)."""
-
-    columns: dict[str, str]
-    prompts: tuple[str, ...]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """`method`: one of `runs.METHODS`, of `runs.UNTRAINED` or of `runs.RENDERED`."""
-
-    label: str
-    flags: dict = field(default_factory=dict)  # of the paper; `runs.make_spec` scales what goes with a world's size
-    method: str = "zoodip"
-    published: dict = field(default_factory=dict)  # score -> figure of the paper
-    rate_of: str | None = None  # learns at the rate of this one of SYSTEMS, as the world has it
-    rate_factor: float = 1.0  # times it
-    of_grid: bool = False  # the rate that the grid of rates starts from, and not the one that was chosen on it
-    spread_of: tuple[str, ...] = ()  # no run: the standard deviation of each score over these rows, run by run
-    at: str = "last"  # the token that is scored; best: of the run's snapshots that whose pictures are best, chosen on others
-    variation: tuple[str, ...] = ()  # of `variations.py`: what of the method is exchanged
-
-
-@dataclass(frozen=True)
-class Control:
-    """A row of Fig. 8 of a token that learns nothing; `kind` of `stats.control_removed`, `size` (tau, d) or the world's."""
-
-    label: str
-    kind: str
-    size: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One table. `kind`: scores, inter, cost, or none to draw no pictures."""
-
-    name: str
-    title: str
-    rows: tuple[Row, ...]
-    columns: tuple[str, ...]
-    kind: str = "scores"
-    paper_subjects: tuple[str, ...] = ("shiny_sneaker",)  # of Stable Diffusion v1.5
-    breeds: int | None = None  # of the miniature, the first so many; None: all twelve
-    seeds: int = 1  # of each subject; of one or two subjects at least three, but in a grid
-    worlds: tuple[str, ...] = ("miniature", "sd15")
-    on_request: bool = False  # run only where it is named
-    grid: bool = False  # rows are cells of a plane, and each is compared with the mean of the others
-    along: bool = False  # pictures of the snapshots too, to see when to stop
-    with_cost: bool = False  # for each row also runs that measure speed and memory
-    chooses_rates: bool = False  # of SYSTEMS, on subjects of its own; `rates.py` writes the choice down
-    gap: tuple[str, str] | None = None  # rows between whose losses the others close a share of the gap
-    controls: tuple[Control, ...] = ()  # rows without a run
-    stops: str | None = None  # the row that is scored at the steps that `stats.STOPS` choose
-    plot: Plot | None = None
-    curves: str | None = None  # title of its panel among the learning curves
-    note: str = ""
-
-    def is_default_in(self, world: str) -> bool:
-        """Whether it is run in a world where no tables are named."""
-        return world in self.worlds and not self.on_request
-
-    @property
-    def heading(self) -> str:
-        number = "Table " if re.fullmatch("S?[0-9]+", self.name) else ""
-        return f"{number}{self.name}: {self.title}".replace("Fig8", "Figure 8")
 
 
 def scores(text_score: float, image_score: float, dino: float, **more: float) -> dict:
@@ -524,103 +380,3 @@ EXPERIMENTS = (
              "(2, 16). The four rates are the same ones for both systems, around KronA's."),
 )  # fmt: skip
 BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Claims
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rule:
-    """The one score that decides a claim, and why that one; of several the first that there is.
-
-    margin None: a beats b. Else: a is not worse than b by more than `margin` of what b gained over the class word.
-    """
-
-    scores: tuple[str, ...]
-    why: str
-    margin: float | None = None
-
-
-# Fixed before the runs that they judge. One score a claim: of several some interval misleads before long, and which one counts
-# could be chosen afterwards. It is the paper's own score of likeness: the loss favours whoever learns at its own timesteps and on
-# its own weights, and falls while pictures get worse. All other scores are printed beside it, without a verdict.
-LIKENESS = Rule(("CLIP-I",), "the claim is that pictures are more like the subject, and this is the paper's score of it")
-AS_GOOD = Rule(LIKENESS.scores, "the same; one may give away a tenth of what was learned to need no backward pass", 0.1)
-IN_TEXT = Rule(("CLIP-T",), "the claim is about the text alone")
-DIVERSE = Rule(("DINO_inter", "CLIP_inter"), "the claim is about pictures of one prompt; CLIP where there is no DINO")
-REMOVED = Rule(("removed",), "the claim is about this share")
-LESS_SPREAD = Rule(LIKENESS.scores, "the claim is about how far pictures change with the rate, and this is the score of them")
-LESS_DRIFT = Rule(
-    DRIFT, "the claim is about what the class word alone has come to mean; CLIP where no classifier reads attributes"
-)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Row `a` of an experiment against row `b`; OTHERS: the mean of all other rows. `text` is what the paper says."""
-
-    text: str
-    experiment: str
-    a: str
-    b: str
-    rule: Rule = LIKENESS
-
-
-OTHERS = "all other rows"
-TI_FAIR_ROW = "TI, ZOODiP's weights, captions, timesteps"
-CLAIMS = (
-    Claim("Subspace Gradient makes pictures more like the subject", "3", "SG and PUTS", "PUTS"),
-    Claim("Subspace Gradient makes pictures more like the subject, without PUTS", "3", "SG", "neither"),
-    Claim("Subspace Gradient makes pictures more like the subject, with the authors' Adam", "Adam", "SG and PUTS", "PUTS"),
-    Claim("Subspace Gradient makes pictures more like the subject, with the authors' Adam, without PUTS", "Adam",
-          "SG", "neither"),
-    Claim("PUTS makes pictures more like the subject", "3", "SG and PUTS", "SG"),
-    Claim("PUTS beats sampling by signal-to-noise ratio", "5", "PUTS", "SNR-based"),
-    Claim("[500, 900) are the best bounds of PUTS", "PUTS", "T_L 500, T_U 900", OTHERS),
-    Claim("tau 128 and nu 1e-3 are the best setting of Subspace Gradient", "4", "tau 128, nu 0.001", OTHERS),
-    Claim("Of two directions, RGE beats SPSA at equal steps", "S4", "RGE", "SPSA"),
-    Claim("Of two directions, SPSA beats the one-point estimate", "S4", "SPSA", "one-point"),
-    Claim("mu 1e-3 is better than 1e-2", "S5", "mu = 1e-3", "mu = 1e-2"),
-    Claim("mu 1e-3 is better than 1e-4", "S5", "mu = 1e-3", "mu = 1e-4"),
-    Claim("Two directions beat one", "S6", "n = 2", "n = 1"),
-    Claim("Two directions are as good as eight", "S6", "n = 2", "n = 8", AS_GOOD),
-    Claim("Four bits in place of eight lose text alignment", "S8", "INT8", "NF4", IN_TEXT),
-    Claim("ZOODiP is as good as gradient TI as published", "1", "ZOODiP", "TI, as published", AS_GOOD),
-    Claim("ZOODiP is as good as TI as published, each at its best step", "1", "ZOODiP, at its best step",
-          "TI, as published, at its best step", AS_GOOD),
-    Claim("ZOODiP is as good as gradient TI under the same conditions", "1", "ZOODiP", TI_FAIR_ROW, AS_GOOD),
-    Claim("ZOODiP is as good as TI under the same conditions, each at its best step", "1", "ZOODiP, at its best step",
-          f"{TI_FAIR_ROW}, at its best step", AS_GOOD),
-    Claim("ZOODiP is as good as gradient TI that has converged", "Gap", "ZOODiP", "TI, converged", AS_GOOD),
-    Claim("ZOODiP beats GF-TI as published, 30 forwards a step", "1", "ZOODiP",
-          "GF-TI, as published, 30 forwards a step (the paper)"),
-    Claim("ZOODiP beats GF-TI as its script has it, 20 forwards a step", "1", "ZOODiP",
-          "GF-TI, as published, 20 forwards a step (the script)"),
-    Claim("ZOODiP beats GF-TI that is given common random numbers", "1", "ZOODiP", "GF-TI, fair"),
-    Claim("PUTS makes pictures of gradient TI more like the subject", "S7", "TI, PUTS", "TI, uniform"),
-    Claim("Pictures of ZOODiP's word are more varied than those of TI's", "S9", "ZOODiP", "TI", DIVERSE),
-    Claim("Subspace Gradient removes more directions than where there is nothing to learn", "Fig8", "ZOODiP, SG and PUTS",
-          PURE_NOISE, REMOVED),
-    Claim("PUTS makes pictures of DreamBooth more like the subject", "S7", "DreamBooth, PUTS", "DreamBooth, uniform"),
-    *(Claim(f"ZOODiP is as good as {system}", "1", "ZOODiP", system, AS_GOOD) for system in TUNERS),
-    *(Claim(f"Pictures of ZOODiP's word are more varied than {system}'s", "S9", "ZOODiP", system, DIVERSE) for system in TUNERS),
-    *(Claim(f"Pictures of TI's word are more varied than {system}'s", "S9", "TI", system, DIVERSE) for system in TUNERS),
-    Claim("PEQA has a higher CLIP-I than TuneQDM", "1", "PEQA", "TuneQDM"),
-    Claim("TuneQDM has a higher CLIP-T than PEQA", "1", "TuneQDM", "PEQA", IN_TEXT),
-    Claim("TuneQDM beats PEQA in DINO and CLIP-I at 4 bit", "TuneQDM", "4 bit, s_out and s_in, N = 4", "4 bit, s_out, N = 1"),
-    Claim("TuneQDM beats PEQA in CLIP-T at 8 bit", "TuneQDM", "8 bit, s_out and s_in, N = 4", "8 bit, s_out, N = 1", IN_TEXT),
-    Claim("Scales of input channels help", "TuneQDM", "8 bit, s_out and s_in, N = 1", "8 bit, s_out, N = 1"),
-    Claim("Scales of input channels help at a rate of their own, 1e-3", "TuneQDM", "8 bit, N = 1, s_in at its own rate 0.001",
-          "8 bit, s_out, N = 1"),
-    Claim("Experts help (N = 2)", "TuneQDM", "8 bit, s_out, N = 2", "8 bit, s_out, N = 1"),
-    Claim("Two experts beat four", "TuneQDM", "8 bit, s_out and s_in, N = 2", "8 bit, s_out and s_in, N = 4"),
-    Claim("S1 keeps prompt fidelity", "TuneQDM", "S1 [500, 900), interval", "8 bit, s_out and s_in, N = 1", IN_TEXT),
-    Claim("KronA (4, 64) beats LoRA r = 2", "KronA", "KronA (4, 64)", "LoRA r = 2"),
-    Claim("KronA (4, 16) beats LoRA r = 2", "KronA", "KronA (4, 16)", "LoRA r = 2"),
-    Claim("LoRA varies more with the learning rate than KronA", "KronA", "QLoRA, spread over the four rates",
-          "DiffuseKronA, spread over the four rates", LESS_SPREAD),
-    Claim("Prior preservation lowers DreamBooth's drift", "Tuning", "DreamBooth, prior preservation, 800 steps", "DreamBooth",
-          LESS_DRIFT),
-)  # fmt: skip

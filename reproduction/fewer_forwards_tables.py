@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from reproduction.experiments import COLUMNS
+from reproduction.declarations import COLUMNS
 from reproduction.fewer_forwards_forms import BUDGETS, DEFAULT, DEMO, END, GRADIENTS, RIVALS, START, Form
 from reproduction.stats import Records, by_subject, paired_differences, values_of
 from zoodip.records import mean_interval, table

@@ -40,7 +40,7 @@ from zoodip.records import environment
 from zoodip.run import make_accelerator
 from zoodip.subject import find_images, open_image
 from zoodip.tuned_files import load_tuned_unet
-from zoodip.weight_tuning import TunedModel, TuningInputs, load_tuning_data, read_tuning_inputs
+from zoodip.tuned_model import TunedModel, TuningInputs, load_tuning_data, read_tuning_inputs
 
 EVALUATION_BATCH = 16  # samples per forward when judging a loss; changes only rounding
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reproduction.experiments import COLUMNS, HeatMaps, Histograms, PictureGrid, Plot, Scatter
+from reproduction.declarations import COLUMNS, HeatMaps, Histograms, PictureGrid, Plot, Scatter
 from reproduction.runs import Settings, pictures_path
 from reproduction.scores import slug
 from reproduction.stats import Records, spread_of_cells, values_of

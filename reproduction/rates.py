@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import mean
 
 from reproduction import runs
-from reproduction.experiments import BY_NAME, GRID_FACTORS, OBEYED, SYSTEMS
+from reproduction.declarations import OBEYED
+from reproduction.experiments import BY_NAME, GRID_FACTORS, SYSTEMS
 from reproduction.runs import Settings
 from zoodip.files import read_json, write_json
 from zoodip.records import ROOT, environment

@@ -17,7 +17,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from reproduction import plots, runs
-from reproduction.experiments import BY_NAME, CLAIM_COLUMNS, CLAIMS, CLASS_WORD, COLUMNS, EXPERIMENTS, Experiment, Row
+from reproduction.claims import CLAIMS
+from reproduction.declarations import CLAIM_COLUMNS, COLUMNS, Experiment, Row
+from reproduction.experiments import BY_NAME, CLASS_WORD, EXPERIMENTS
 from reproduction.runs import Job, Settings
 from reproduction.stats import (
     CONTRADICTED,

@@ -27,7 +27,8 @@ import numpy as np
 
 import train_zoodip
 from reproduction import stats
-from reproduction.experiments import BY_NAME, SYSTEMS, Experiment, Row
+from reproduction.declarations import Experiment, Row
+from reproduction.experiments import BY_NAME, SYSTEMS
 from reproduction.worlds import World
 from trainers import diffusekrona, dreambooth, gauss_newton, gf_ti, qlora, textual_inversion, tuneqdm
 from zoodip.errors import InputError

@@ -27,7 +27,7 @@ from zoodip.model import model_digest
 from zoodip.pictures import Drawer, picture_sheet
 from zoodip.prompts import build_prompts, load_tokenizer
 from zoodip.subject import open_image
-from zoodip.weight_tuning import encode_texts, in_words, plain_prompts
+from zoodip.tuned_model import encode_texts, in_words, plain_prompts
 
 INTER_PROMPT = "a photo of a {}"
 

@@ -14,7 +14,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from reproduction.experiments import BY_NAME, CLAIM_COLUMNS, COLUMNS, OTHERS, Claim
+from reproduction.claims import OTHERS, Claim
+from reproduction.declarations import CLAIM_COLUMNS, COLUMNS
+from reproduction.experiments import BY_NAME
 from train_zoodip import ZOAdam, low_variance_directions
 from zoodip.records import T_975, mean_interval
 

@@ -12,7 +12,8 @@
     python -m reproduction.tables --world sd15 --data dataset --prompts dataset/prompts_and_classes.txt
 
 Interrupted, the same command continues. Flags that are not listed below are train_zoodip.py's and go to every run (for example
---variant fp16 --mixed_precision bf16). `experiments.py` is the one list of what is run, how it is judged and what was published.
+--variant fp16 --mixed_precision bf16). `experiments.py` is the one list of what is run and what was
+published, `claims.py` of how it is judged.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from reproduction import plots
-from reproduction.experiments import HeatMaps, Scatter
+from reproduction.declarations import HeatMaps, Scatter
 from reproduction.stats import spread_of_cells
 
 

@@ -44,18 +44,9 @@ from reproduction import (
     workers,
     worlds,
 )
-from reproduction.experiments import (
-    BY_NAME,
-    CLAIM_COLUMNS,
-    CLAIMS,
-    COLUMNS,
-    EXPERIMENTS,
-    GRID_FACTORS,
-    OTHERS,
-    QUALITY_AND_MEMORY,
-    SYSTEMS,
-    TAUS,
-)
+from reproduction.claims import CLAIMS, OTHERS
+from reproduction.declarations import CLAIM_COLUMNS, COLUMNS
+from reproduction.experiments import BY_NAME, EXPERIMENTS, GRID_FACTORS, QUALITY_AND_MEMORY, SYSTEMS, TAUS
 from zoodip.errors import InputError
 from zoodip.model import load_unet
 from zoodip.prompts import read_embedding, save_embedding

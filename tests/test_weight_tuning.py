@@ -29,7 +29,8 @@ from zoodip.errors import InputError
 from zoodip.model import load_pipeline
 from zoodip.tuned_files import load_tuned_pipeline, merged_unet, read_tuned
 from zoodip.tuned_layers import KroneckerLayer
-from zoodip.weight_tuning import Tuning, in_words, prepare
+from zoodip.tuned_model import in_words
+from zoodip.weight_tuning import Tuning, prepare
 
 OURS = dict(
     class_word="dog", initializer_token=None, tau=None, nu=None, mu=None, learning_rate=1e-2, max_train_steps=4, eval_steps=0

@@ -15,7 +15,7 @@ from zoodip.model import assemble_pipeline, load_vae_decoder
 from zoodip.prompts import Prompts, encode_prompts
 
 if TYPE_CHECKING:
-    from zoodip.weight_tuning import TunedModel
+    from zoodip.tuned_model import TunedModel
 
 
 class Drawer:

@@ -1,4 +1,4 @@
-"""What the systems that tune weights share: prompts in plain words, AdamW on an exact gradient, prior preservation, outputs.
+"""What the systems that tune weights share: AdamW on an exact gradient, prior preservation, outputs.
 
 A system is a class of a script in trainers/, a `System`. Every such script then tells the same story:
 
@@ -11,56 +11,32 @@ A system is a class of a script in trainers/, a `System`. Every such script then
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from zoodip.arguments import NUM_TRAIN_TIMESTEPS, flags_for, settings_of
-from zoodip.diffusion import (
-    Batch,
-    Data,
-    TimestepSampler,
-    draw_batch,
-    encode_images,
-    evaluation_batches,
-    load_scheduler,
-    merge_batches,
-    timestep_sampler,
-)
-from zoodip.errors import DamagedModel, Interrupted, damaged_model
-from zoodip.model import (
-    build_model,
-    find_model_folder,
-    hub_variant,
-    load_text_encoder,
-    load_unet,
-    load_vae_encoder,
-    model_digest,
-    native_resolution,
-)
+from zoodip.arguments import flags_for, settings_of
+from zoodip.diffusion import Batch, Data, TimestepSampler, draw_batch, evaluation_batches, merge_batches, timestep_sampler
+from zoodip.errors import Interrupted
+from zoodip.model import build_model, native_resolution
 from zoodip.pictures import Drawer, picture_sheet
 from zoodip.prior import PriorPictures
-from zoodip.prompts import Prompts, build_prompts, encode_prompts, load_tokenizer
-from zoodip.quantize import DTYPES, default_precision, frozen_format
+from zoodip.quantize import default_precision, frozen_format
 from zoodip.records import package_versions
 from zoodip.run import Run, make_accelerator
-from zoodip.subject import Subject, load_subject
-from zoodip.thrift import split_feed_forward, tune_malloc
 from zoodip.tuned_layers import Parameters, Shapes
+from zoodip.tuned_model import TunedModel, TuningInputs, load_tuned_model, read_tuning_inputs
 
 if TYPE_CHECKING:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    pass
 
 LOSS_SCALE = 1024.0  # where activations are fp16: a power of two, which keeps their gradients from vanishing
 WEIGHT_DECAY, MAX_GRADIENT_NORM = 1e-2, 1.0  # of the reference scripts
@@ -95,176 +71,6 @@ class System:
     def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
         """Write what is learned, in names that end in `suffix` -> the file or folder to tell of. Raises InputError."""
         raise NotImplementedError
-
-
-# ----------------------------------------------------------------------------------------------------- before the model
-
-
-@dataclass
-class TuningInputs:
-    """What is known before a model is loaded; what is wrong with it has been refused by then."""
-
-    subject: Subject
-    folder: Path  # of the model
-    variant: str | None  # of its weight files
-    digest: str  # of its weights
-    choices: list[list[int]]  # per photograph, the row of `prompts` that describes it
-    prompts: Prompts  # of all texts below
-    class_row: int
-    picture_row: int
-    empty_row: int  # the last
-    picture_prompt: str  # in words
-
-    def fingerprint(self) -> dict[str, str]:
-        """{what: SHA-256}: a run is resumed only on the same."""
-        return {"images or captions": self.subject.fingerprint, "model weights": self.digest}
-
-
-def in_words(text: str, identifier: str, class_word: str) -> str:
-    """A caption with {} in words: "a {} in the snow" -> "a sks dog in the snow"; the class word is not said twice."""
-    subject = identifier if f"{{}} {class_word}" in text else f"{identifier} {class_word}"
-    return text.replace("{}", subject)
-
-
-def plain_prompts(folder: Path, variant: str | None, texts: list[str]) -> Prompts:
-    """Tokenised texts of words that the tokenizer has. Raises InputError."""
-    return build_prompts(load_tokenizer(folder), folder, variant, texts, None, 0)
-
-
-def read_tuning_inputs(
-    *,
-    train_data_dir: str | Path,
-    cc_file: str | Path | None = None,
-    use_cc: bool = False,
-    center_crop: bool = False,
-    pretrained_model_name_or_path: str,
-    revision: str | None = None,
-    variant: str | None = None,
-    model_config: str | None = None,
-    identifier: str = "sks",
-    class_word: str,
-    instance_prompt: str = "a photo of {}",
-    validation_prompt: str | None = None,
-) -> TuningInputs:
-    """Photographs, captions, model folder and prompts of a run. Raises InputError."""
-    subject = load_subject(train_data_dir, cc_file if use_cc else None, "object", class_word, center_crop)
-    if not use_cc:
-        subject.captions = [[instance_prompt]] * len(subject.paths)
-        subject.fingerprint = hashlib.sha256((subject.fingerprint + instance_prompt).encode()).hexdigest()
-    variant = variant or hub_variant(pretrained_model_name_or_path, revision)
-    folder = find_model_folder(pretrained_model_name_or_path, revision, variant, model_config)
-    captions = [in_words(text, identifier, class_word) for (text,) in subject.captions]
-    texts = sorted(set(captions))
-    choices = [[texts.index(caption)] for caption in captions]
-    picture_prompt = in_words(validation_prompt or "a photo of {}", identifier, class_word)
-    texts += [f"a photo of {class_word}", picture_prompt, ""]
-    prompts, last = plain_prompts(folder, variant, texts), len(texts) - 1
-    digest = model_digest(folder, variant)
-    return TuningInputs(subject, folder, variant, digest, choices, prompts, last - 2, last - 1, last, picture_prompt)
-
-
-# ----------------------------------------------------------------------------------------------------- the model
-
-
-@dataclass
-class TunedModel:
-    """The UNet under training, and the text states of a run's prompts, of which a batch's prompt_ids [B, 1] are the rows."""
-
-    unet: UNet2DConditionModel
-    states: torch.Tensor  # [P, L, d], on the device
-    autocast: torch.dtype | None  # of activations, where the weights are fp32 and trained
-
-    text_encoder = None  # it has encoded the prompts, and is freed
-
-    def precision(self) -> AbstractContextManager:
-        """Within: activations in the precision of --mixed_precision."""
-        if self.autocast in (None, torch.float32):
-            return nullcontext()
-        return torch.autocast(self.states.device.type, self.autocast)
-
-    def predict(self, batch: Batch) -> torch.Tensor:
-        """The UNet's prediction [B, 4, h, w], fp32, on the device. Differentiable in the trained parameters."""
-        batch = batch.to(self.states.device)
-        dtype = self.unet.conv_in.weight.dtype
-        latents = batch.noisy_latents.to(dtype, memory_format=torch.channels_last)
-        with self.precision():
-            return self.unet(latents, batch.timesteps, self.states[batch.prompt_ids[:, 0]], return_dict=False)[0].float()
-
-    @torch.inference_mode()
-    def mean_loss(self, batches: list[Batch]) -> float:
-        """Mean squared error over a fixed set, of batches of one: timesteps may be of different experts."""
-        return float(np.mean([(self.predict(batch).cpu() - batch.target).square().mean().item() for batch in batches]))
-
-
-def load_tuned_model(
-    inputs: TuningInputs,
-    system: System,
-    mixed_precision: str,
-    device: torch.device,
-    resolution: int,
-    center_crop: bool,
-    prior: PriorPictures | None,
-) -> tuple[TunedModel, Data, Data | None]:
-    """Encode photographs and prompts, then load the UNet, untuned -> (model, photographs, pictures of the class).
-
-    Text encoder and VAE are freed. Raises InputError where the folder is damaged.
-    """
-    folder, variant = inputs.folder, inputs.variant
-    tune_malloc(1 << 20, 1 << 17)
-    dtype, others = DTYPES[mixed_precision], frozen_format(system.quantization)
-    data = load_tuning_data(inputs, others, dtype, device, resolution, center_crop)
-    states = data.prompts.rows
-    autocast = dtype if system.trains_unet else None
-    unet = load_unet(folder, variant, system.quantization, torch.float32 if system.trains_unet else dtype, device)
-    split_feed_forward(unet)
-    model = TunedModel(unet, states if autocast is None else states.float(), autocast)
-    with damaged_model(folder), torch.inference_mode():
-        model.predict(evaluation_batches(data, 1, 0, NUM_TRAIN_TIMESTEPS)[0])
-    class_data = None
-    if prior is not None:
-        if prior.missing():
-            prior.draw(Drawer(model, folder, variant, others, resolution), states[[inputs.class_row, inputs.empty_row]])
-        class_latents = prior.latents(lambda paths: encode_photographs(inputs, paths, device, resolution, center_crop))
-        class_data = Data(class_latents, [[inputs.class_row]] * len(class_latents), data.prompts, data.scheduler)
-    tune_malloc(32 << 20, 256 << 20)  # while stepping, activations are better kept at hand
-    return model, data, class_data
-
-
-def load_tuning_data(
-    inputs: TuningInputs, quantization: str, dtype: torch.dtype, device: torch.device, resolution: int, center_crop: bool
-) -> Data:
-    """Photographs and text states, encoded: a prompt's only id is the row of its states, `prompts.rows` [P, L, d].
-
-    VAE and text encoder are freed. Raises InputError where the folder is damaged.
-    """
-    scheduler = load_scheduler(inputs.folder)
-    latents = encode_photographs(inputs, inputs.subject.paths, device, resolution, center_crop)
-    states = encode_texts(inputs.folder, inputs.variant, inputs.prompts, quantization, dtype, device)
-    return Data(latents, inputs.choices, Prompts(torch.arange(len(states))[:, None], states), scheduler)
-
-
-def encode_photographs(
-    inputs: TuningInputs, paths: list[Path], device: torch.device, resolution: int, center_crop: bool
-) -> torch.Tensor:
-    """Latent distributions [N, 2, 2, 4, h, w] of `encode_images`; the VAE is loaded for it and freed."""
-    vae = load_vae_encoder(inputs.folder, inputs.variant, device)
-    with damaged_model(inputs.folder / "vae"):
-        latents = encode_images(vae, paths, resolution, center_crop)
-    if not torch.isfinite(latents).all():
-        raise DamagedModel(inputs.folder / "vae", "encodes the images as NaN or Inf")
-    return latents
-
-
-@torch.no_grad()
-def encode_texts(
-    folder: Path, variant: str | None, prompts: Prompts, quantization: str, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Text states [P, L, d] of prompts in plain words; the text encoder is loaded for it and freed."""
-    encoder = load_text_encoder(folder, variant, quantization, dtype, device)
-    rows, ids = prompts.rows.to(device), prompts.ids.to(device)
-    none = rows.new_empty(1, 0, rows.shape[1])  # of one candidate token without vectors
-    with damaged_model(folder / "text_encoder"):
-        return torch.cat([encode_prompts(encoder, rows, ids[i : i + 1], none) for i in range(len(ids))])
 
 
 # ----------------------------------------------------------------------------------------------------- the trainer
@@ -499,7 +305,7 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     run.resume(flags["resume_from_checkpoint"])
     run.claim()
     model, data, class_data = load_tuned_model(
-        inputs, system, flags["mixed_precision"], device, flags["resolution"], flags["center_crop"], prior
+        inputs, system.quantization, system.trains_unet, prior, device, **flags_for(load_tuned_model, flags)
     )
     tuner.start(system.install(model.unet, torch.Generator().manual_seed(flags["seed"])))
     if flags["gradient_checkpointing"]:

@@ -1,0 +1,103 @@
+"""What the paper claims, and the rule that judges each: data. A new statement is a new `Claim`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reproduction.declarations import DRIFT
+from reproduction.experiments import PURE_NOISE, TUNERS
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The one score that decides a claim, and why that one; of several the first that there is.
+
+    margin None: a beats b. Else: a is not worse than b by more than `margin` of what b gained over the class word.
+    """
+
+    scores: tuple[str, ...]
+    why: str
+    margin: float | None = None
+
+
+# Fixed before the runs that they judge. One score a claim: of several some interval misleads before long, and which one counts
+# could be chosen afterwards. It is the paper's own score of likeness: the loss favours whoever learns at its own timesteps and on
+# its own weights, and falls while pictures get worse. All other scores are printed beside it, without a verdict.
+LIKENESS = Rule(("CLIP-I",), "the claim is that pictures are more like the subject, and this is the paper's score of it")
+AS_GOOD = Rule(LIKENESS.scores, "the same; one may give away a tenth of what was learned to need no backward pass", 0.1)
+IN_TEXT = Rule(("CLIP-T",), "the claim is about the text alone")
+DIVERSE = Rule(("DINO_inter", "CLIP_inter"), "the claim is about pictures of one prompt; CLIP where there is no DINO")
+REMOVED = Rule(("removed",), "the claim is about this share")
+LESS_SPREAD = Rule(LIKENESS.scores, "the claim is about how far pictures change with the rate, and this is the score of them")
+LESS_DRIFT = Rule(
+    DRIFT, "the claim is about what the class word alone has come to mean; CLIP where no classifier reads attributes"
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Row `a` of an experiment against row `b`; OTHERS: the mean of all other rows. `text` is what the paper says."""
+
+    text: str
+    experiment: str
+    a: str
+    b: str
+    rule: Rule = LIKENESS
+
+
+OTHERS = "all other rows"
+TI_FAIR_ROW = "TI, ZOODiP's weights, captions, timesteps"
+CLAIMS = (
+    Claim("Subspace Gradient makes pictures more like the subject", "3", "SG and PUTS", "PUTS"),
+    Claim("Subspace Gradient makes pictures more like the subject, without PUTS", "3", "SG", "neither"),
+    Claim("Subspace Gradient makes pictures more like the subject, with the authors' Adam", "Adam", "SG and PUTS", "PUTS"),
+    Claim("Subspace Gradient makes pictures more like the subject, with the authors' Adam, without PUTS", "Adam",
+          "SG", "neither"),
+    Claim("PUTS makes pictures more like the subject", "3", "SG and PUTS", "SG"),
+    Claim("PUTS beats sampling by signal-to-noise ratio", "5", "PUTS", "SNR-based"),
+    Claim("[500, 900) are the best bounds of PUTS", "PUTS", "T_L 500, T_U 900", OTHERS),
+    Claim("tau 128 and nu 1e-3 are the best setting of Subspace Gradient", "4", "tau 128, nu 0.001", OTHERS),
+    Claim("Of two directions, RGE beats SPSA at equal steps", "S4", "RGE", "SPSA"),
+    Claim("Of two directions, SPSA beats the one-point estimate", "S4", "SPSA", "one-point"),
+    Claim("mu 1e-3 is better than 1e-2", "S5", "mu = 1e-3", "mu = 1e-2"),
+    Claim("mu 1e-3 is better than 1e-4", "S5", "mu = 1e-3", "mu = 1e-4"),
+    Claim("Two directions beat one", "S6", "n = 2", "n = 1"),
+    Claim("Two directions are as good as eight", "S6", "n = 2", "n = 8", AS_GOOD),
+    Claim("Four bits in place of eight lose text alignment", "S8", "INT8", "NF4", IN_TEXT),
+    Claim("ZOODiP is as good as gradient TI as published", "1", "ZOODiP", "TI, as published", AS_GOOD),
+    Claim("ZOODiP is as good as TI as published, each at its best step", "1", "ZOODiP, at its best step",
+          "TI, as published, at its best step", AS_GOOD),
+    Claim("ZOODiP is as good as gradient TI under the same conditions", "1", "ZOODiP", TI_FAIR_ROW, AS_GOOD),
+    Claim("ZOODiP is as good as TI under the same conditions, each at its best step", "1", "ZOODiP, at its best step",
+          f"{TI_FAIR_ROW}, at its best step", AS_GOOD),
+    Claim("ZOODiP is as good as gradient TI that has converged", "Gap", "ZOODiP", "TI, converged", AS_GOOD),
+    Claim("ZOODiP beats GF-TI as published, 30 forwards a step", "1", "ZOODiP",
+          "GF-TI, as published, 30 forwards a step (the paper)"),
+    Claim("ZOODiP beats GF-TI as its script has it, 20 forwards a step", "1", "ZOODiP",
+          "GF-TI, as published, 20 forwards a step (the script)"),
+    Claim("ZOODiP beats GF-TI that is given common random numbers", "1", "ZOODiP", "GF-TI, fair"),
+    Claim("PUTS makes pictures of gradient TI more like the subject", "S7", "TI, PUTS", "TI, uniform"),
+    Claim("Pictures of ZOODiP's word are more varied than those of TI's", "S9", "ZOODiP", "TI", DIVERSE),
+    Claim("Subspace Gradient removes more directions than where there is nothing to learn", "Fig8", "ZOODiP, SG and PUTS",
+          PURE_NOISE, REMOVED),
+    Claim("PUTS makes pictures of DreamBooth more like the subject", "S7", "DreamBooth, PUTS", "DreamBooth, uniform"),
+    *(Claim(f"ZOODiP is as good as {system}", "1", "ZOODiP", system, AS_GOOD) for system in TUNERS),
+    *(Claim(f"Pictures of ZOODiP's word are more varied than {system}'s", "S9", "ZOODiP", system, DIVERSE) for system in TUNERS),
+    *(Claim(f"Pictures of TI's word are more varied than {system}'s", "S9", "TI", system, DIVERSE) for system in TUNERS),
+    Claim("PEQA has a higher CLIP-I than TuneQDM", "1", "PEQA", "TuneQDM"),
+    Claim("TuneQDM has a higher CLIP-T than PEQA", "1", "TuneQDM", "PEQA", IN_TEXT),
+    Claim("TuneQDM beats PEQA in DINO and CLIP-I at 4 bit", "TuneQDM", "4 bit, s_out and s_in, N = 4", "4 bit, s_out, N = 1"),
+    Claim("TuneQDM beats PEQA in CLIP-T at 8 bit", "TuneQDM", "8 bit, s_out and s_in, N = 4", "8 bit, s_out, N = 1", IN_TEXT),
+    Claim("Scales of input channels help", "TuneQDM", "8 bit, s_out and s_in, N = 1", "8 bit, s_out, N = 1"),
+    Claim("Scales of input channels help at a rate of their own, 1e-3", "TuneQDM", "8 bit, N = 1, s_in at its own rate 0.001",
+          "8 bit, s_out, N = 1"),
+    Claim("Experts help (N = 2)", "TuneQDM", "8 bit, s_out, N = 2", "8 bit, s_out, N = 1"),
+    Claim("Two experts beat four", "TuneQDM", "8 bit, s_out and s_in, N = 2", "8 bit, s_out and s_in, N = 4"),
+    Claim("S1 keeps prompt fidelity", "TuneQDM", "S1 [500, 900), interval", "8 bit, s_out and s_in, N = 1", IN_TEXT),
+    Claim("KronA (4, 64) beats LoRA r = 2", "KronA", "KronA (4, 64)", "LoRA r = 2"),
+    Claim("KronA (4, 16) beats LoRA r = 2", "KronA", "KronA (4, 16)", "LoRA r = 2"),
+    Claim("LoRA varies more with the learning rate than KronA", "KronA", "QLoRA, spread over the four rates",
+          "DiffuseKronA, spread over the four rates", LESS_SPREAD),
+    Claim("Prior preservation lowers DreamBooth's drift", "Tuning", "DreamBooth, prior preservation, 800 steps", "DreamBooth",
+          LESS_DRIFT),
+)  # fmt: skip

@@ -1,0 +1,161 @@
+"""What a column, a plot, a row and a table are: the words in which experiments.py is written."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Columns
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a score is printed. `plain`: the median with the lowest and the highest, where an interval would say nothing."""
+
+    heading: str
+    digits: int = 3
+    lower_is_better: bool = False
+    plain: bool = False
+
+    def number(self, value: float, sign: bool = False) -> str:
+        """As the paper prints it: .759."""
+        value = round(value, self.digits) + 0.0  # no minus before a zero
+        text = f"{value:+.{self.digits}f}" if sign else f"{value:.{self.digits}f}"
+        return re.sub(r"^([+-]?)0\.", r"\1.", text)
+
+
+COLUMNS = {
+    "CLIP-T": Column("CLIP-T"), "CLIP-I": Column("CLIP-I"), "DINO": Column("DINO"), "attributes": Column("attributes right"),
+    "attributes_corrected": Column("attributes right, the classifier's errors taken out"),
+    "likeness": Column("CLIP-I from floor (0) to ceiling (1)"),
+    "loss": Column("loss, t in [500, 900)", 5, lower_is_better=True), "loss_all": Column("loss, all t", 5, lower_is_better=True),
+    "loss_at": Column("loss at equal forwards", 5, lower_is_better=True),
+    "loss_path": Column("mean loss on the way there", 5, lower_is_better=True), "gap_closed": Column("share of the gap closed"),
+    "DINO_inter": Column("DINO_inter", lower_is_better=True), "CLIP_inter": Column("CLIP_inter", lower_is_better=True),
+    "removed": Column("share of the buffer's directions removed"), "removed_least": Column("least", plain=True),
+    "removed_most": Column("most", plain=True), "refreshes": Column("refreshes", 0, plain=True),
+    "v_zero": Column("share of Adam's v that is 0"), "step": Column("step", 0, plain=True),
+    "forwards": Column("forwards", 0, plain=True), "peak_memory_gb": Column("memory, GB", 2, plain=True),
+    "stored_kb": Column("stored, KB", 1, plain=True), "steps_per_second": Column("steps/s", 2, plain=True),
+    "minutes": Column("minutes", 1, plain=True), "scene": Column("scene right"), "accessory": Column("accessory right"),
+    "drift": Column("drift: attributes with the class word alone", lower_is_better=True),
+    "drift_CLIP-I": Column("drift: CLIP-I", lower_is_better=True), "drift_DINO": Column("drift: DINO", lower_is_better=True),
+    "travel": Column("rate x steps / median scale", 2, plain=True), "trained": Column("trained numbers", 0, plain=True),
+}  # fmt: skip
+QUALITY = ("CLIP-T", "CLIP-I", "DINO")
+# beside the paper's scores; attributes on the miniature only
+LEARNED = ("attributes", "attributes_corrected", "loss", "loss_all")
+COST = ("peak_memory_gb", "stored_kb", "steps_per_second", "minutes", "forwards")
+OBEYED = ("scene", "accessory")  # what the prompt asks for beside the subject, on the miniature
+DRIFT = ("drift", "drift_CLIP-I", "drift_DINO")  # how much of the subject prompts of the class word alone now show
+CLAIM_COLUMNS = (*QUALITY, *LEARNED, "loss_at", "loss_path", "DINO_inter", "CLIP_inter", "removed", *DRIFT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plots: what each shows; `plots.draw` draws it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plot:
+    file: str
+
+
+@dataclass(frozen=True)
+class HeatMaps(Plot):
+    """One map for each score over a grid of rows. `x` and `y` are (name, values); `label` names the row of a cell."""
+
+    scores: tuple[str, ...]
+    x: tuple[str, tuple]
+    y: tuple[str, tuple]
+    label: str
+
+
+@dataclass(frozen=True)
+class Histograms(Plot):
+    """One histogram for each row of a list that its runs hold."""
+
+    values: str
+    labels: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Scatter(Plot):
+    """`points`: label -> ((table, row) of CLIP-I, row of this table whose memory it goes with)."""
+
+    points: dict[str, tuple[tuple[str, str], str]]
+
+
+@dataclass(frozen=True)
+class PictureGrid(Plot):
+    """For each subject and prompt a reference, and the first picture of a run of each row of `columns` (heading -> label)."""
+
+    columns: dict[str, str]
+    prompts: tuple[str, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """`method`: one of `runs.METHODS`, of `runs.UNTRAINED` or of `runs.RENDERED`."""
+
+    label: str
+    flags: dict = field(default_factory=dict)  # of the paper; `runs.make_spec` scales what goes with a world's size
+    method: str = "zoodip"
+    published: dict = field(default_factory=dict)  # score -> figure of the paper
+    rate_of: str | None = None  # learns at the rate of this one of SYSTEMS, as the world has it
+    rate_factor: float = 1.0  # times it
+    of_grid: bool = False  # the rate that the grid of rates starts from, and not the one that was chosen on it
+    spread_of: tuple[str, ...] = ()  # no run: the standard deviation of each score over these rows, run by run
+    at: str = "last"  # the token that is scored; best: of the run's snapshots that whose pictures are best, chosen on others
+    variation: tuple[str, ...] = ()  # of `variations.py`: what of the method is exchanged
+
+
+@dataclass(frozen=True)
+class Control:
+    """A row of Fig. 8 of a token that learns nothing; `kind` of `stats.control_removed`, `size` (tau, d) or the world's."""
+
+    label: str
+    kind: str
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One table. `kind`: scores, inter, cost, or none to draw no pictures."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    columns: tuple[str, ...]
+    kind: str = "scores"
+    paper_subjects: tuple[str, ...] = ("shiny_sneaker",)  # of Stable Diffusion v1.5
+    breeds: int | None = None  # of the miniature, the first so many; None: all twelve
+    seeds: int = 1  # of each subject; of one or two subjects at least three, but in a grid
+    worlds: tuple[str, ...] = ("miniature", "sd15")
+    on_request: bool = False  # run only where it is named
+    grid: bool = False  # rows are cells of a plane, and each is compared with the mean of the others
+    along: bool = False  # pictures of the snapshots too, to see when to stop
+    with_cost: bool = False  # for each row also runs that measure speed and memory
+    chooses_rates: bool = False  # of SYSTEMS, on subjects of its own; `rates.py` writes the choice down
+    gap: tuple[str, str] | None = None  # rows between whose losses the others close a share of the gap
+    controls: tuple[Control, ...] = ()  # rows without a run
+    stops: str | None = None  # the row that is scored at the steps that `stats.STOPS` choose
+    plot: Plot | None = None
+    curves: str | None = None  # title of its panel among the learning curves
+    note: str = ""
+
+    def is_default_in(self, world: str) -> bool:
+        """Whether it is run in a world where no tables are named."""
+        return world in self.worlds and not self.on_request
+
+    @property
+    def heading(self) -> str:
+        number = "Table " if re.fullmatch("S?[0-9]+", self.name) else ""
+        return f"{number}{self.name}: {self.title}".replace("Fig8", "Figure 8")
