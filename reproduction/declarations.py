@@ -146,6 +146,7 @@ class Experiment:
     chooses_rates: bool = False  # of SYSTEMS, on subjects of its own; `rates.py` writes the choice down
     gap: tuple[str, str] | None = None  # rows between whose losses the others close a share of the gap
     controls: tuple[Control, ...] = ()  # rows without a run
+    against: str | None = None  # the row whose differences from the others are printed with their intervals
     stops: str | None = None  # the row that is scored at the steps that `stats.STOPS` choose
     plot: Plot | None = None
     curves: str | None = None  # title of its panel among the learning curves

@@ -30,6 +30,7 @@ from reproduction.stats import (
     Finding,
     Records,
     judge,
+    paired_differences,
     signals,
     smallest_effect,
     spread_of_seeds,
@@ -121,6 +122,19 @@ def seeds_note(experiment: Experiment, rows: dict[str, Records]) -> str:
                 parts.append(f"{label}, {COLUMNS[score].heading}: {within:.{digits}f} and {between:.{digits}f}")
     return ("Standard deviation of the seeds of one subject, and of the subjects' means: " + "; ".join(parts) + "."
             ) if parts else ""  # fmt: skip
+
+
+def against_note(experiment: Experiment, rows: dict[str, Records]) -> str:
+    """Each row's paired differences from the one that the table names; nothing where it names none."""
+    parts = []
+    for label, records in rows.items():
+        differences = {score: paired_differences(records, rows.get(experiment.against or "", {}), score)
+                       for score in experiment.columns if not COLUMNS[score].plain}  # fmt: skip
+        told = [f"{COLUMNS[score].heading} {interval(*mean_interval(values), score, sign=True)}"
+                for score, values in differences.items() if values]  # fmt: skip
+        if told and label != experiment.against:
+            parts.append(f"{label}: {', '.join(told)}")
+    return f"Against {experiment.against}, paired by subject: {'; '.join(parts)}." if parts else ""
 
 
 def signals_note(experiment: Experiment, rows: dict[str, Records]) -> str:
@@ -295,7 +309,7 @@ def section_of(experiment: Experiment, collect: plots.Collect, settings: Setting
     """A table with its notes, its plot and the sheets of its rows."""
     rows = collect(experiment.name)
     notes = [experiment.note, grid_note(experiment, rows) if experiment.grid else "", seeds_note(experiment, rows),
-             signals_note(experiment, rows)]  # fmt: skip
+             against_note(experiment, rows), signals_note(experiment, rows)]  # fmt: skip
     section = Section(experiment.heading, [], table=table_of(experiment, rows), after=[note for note in notes if note])
     plot = experiment.plot
     if plot and plots.draw(plot, experiment.name, collect, settings, folder / "plots" / plot.file):
