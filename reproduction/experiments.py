@@ -32,7 +32,7 @@ TI_FAIR = dict(use_cc=True)  # quantisation and timesteps as ZOODiP's
 GF_FAIR = dict(use_cc=True, mode="fair", timestep_sampling="puts")
 UNIFORM, NO_SG = dict(timestep_sampling="uniform"), dict(nu=0.0)
 CONVERGED = TI_FAIR | dict(train_batch_size=4, max_train_steps=600)
-SHORTEST: tuple[tuple[int, float, str], ...] = ()  # (steps, rate, schedule): the best of each number of steps by the table Rate
+SHORTEST = ((250, 4e-2, "constant"), (500, 4e-2, "constant"))  # of each number of steps the best, by the table Rate
 SHORT_RUNS, RATES, SCHEDULES = (250, 500), (1e-2, 2e-2, 4e-2, 8e-2), ("constant", "linear", "cosine")
 
 # Weight tuning. {system: (method, its flags, published learning rate)}: a rate is of a system in its bits, as Adam moves a
