@@ -1,12 +1,12 @@
 #!/bin/sh
 # sh train_zoodip.sh         the paper's run: Stable Diffusion v1.5 and DreamBooth's dog6 (dataset/README.md: how to get it)
-# sh train_zoodip.sh demo    the bundled miniature and the bundled subject: a minute or two on two CPU cores
-# sh train_zoodip.sh quick   the same in a fifth of the forward passes, by another method (docs/gauss_newton.md)
+# sh train_zoodip.sh demo    the bundled miniature and the bundled subject: a minute on two CPU cores
+# sh train_zoodip.sh quick   the same in fewer forward passes, by another method (docs/gauss_newton.md)
 #
 # MODEL_NAME, DATA_DIR and OUTPUT_DIR override the paths; arguments are passed on to train_zoodip.py (quick:
 # trainers/gauss_newton.py) and override the ones below. Hyper-parameters are not set here: train_zoodip.py's defaults are
-# the paper's. Only the demo sets two: it has 1,000 steps instead of 30,000 (learning rate), and a token of 256 numbers
-# instead of 768 (tau, in proportion). quick sets the forward passes that it spends.
+# the paper's. Only the demo sets three: 500 steps instead of 30,000, a learning rate for so few (docs/measurements.md), and
+# tau in proportion to a token of 256 numbers instead of 768. quick sets the forward passes that it spends.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-$(command -v python3 || command -v python)}
@@ -28,7 +28,7 @@ bundled() { # a training script on the bundled miniature and subject: NAME of th
 case ${1:-} in
 demo)
     shift
-    bundled demo train_zoodip.py --max_train_steps 1000 --learning_rate 1e-2 --tau 43 "$@"
+    bundled demo train_zoodip.py --max_train_steps 500 --learning_rate 4e-2 --tau 43 "$@"
     ;;
 quick)
     shift

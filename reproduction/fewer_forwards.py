@@ -7,9 +7,9 @@
 
 The search compares forms of the trainer, and rates and schedules of the paper's loop, on spare breeds that are reported
 nowhere; its notes are SEARCH.md. The measures are on the twelve held-out breeds: the trainer as it stands (with --flags), the
-paper's loop at the demo's setting, the same at the best rate and schedule that the search found for each budget, and gradient
-textual inversion. Their tables are RESULTS.md and, with --page, stand in that page. A run is scored along the way at every
-budget, where its schedule allows that. Interrupted, the same command continues.
+paper's loop as the suite's tables have it, the same at the best rate and schedule that the search found for each budget,
+and gradient textual inversion. Their tables are RESULTS.md and, with --page, stand in that page. A run is scored along the
+way at every budget, where its schedule allows that. Interrupted, the same command continues.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from reproduction.fewer_forwards_forms import (
     BETWEEN,
     BUDGETS,
     DEFAULT,
-    DEMO,
     END,
     ENDS,
     FORMS,
     GRADIENTS,
+    IN_TABLES,
     RIVALS,
     START,
     Form,
@@ -265,7 +265,7 @@ def measures_of(args: argparse.Namespace, best: dict[int, dict[str, Form]]) -> P
     """best: of the search; before it is done the plan lacks these rows."""
     ours = Form(DEFAULT.label, args.trainer_flags)
     gradients = Form(GRADIENTS, dict(use_cc=True), "ti")
-    rivals = {DEMO.label: DEMO} | {form.label: form for of in best.values() for form in of.values()}
+    rivals = {IN_TABLES.label: IN_TABLES} | {form.label: form for of in best.values() for form in of.values()}
     return Part([ours, *rivals.values(), gradients], list(args.breeds), args.seeds, make_settings(args, args.images))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from reproduction.declarations import COLUMNS
-from reproduction.fewer_forwards_forms import BUDGETS, DEFAULT, DEMO, END, GRADIENTS, RIVALS, START, Form
+from reproduction.fewer_forwards_forms import BUDGETS, DEFAULT, END, GRADIENTS, IN_TABLES, RIVALS, START, Form
 from reproduction.stats import Records, by_subject, paired_differences, values_of
 from zoodip.records import mean_interval, table
 
@@ -64,7 +64,7 @@ def aims(found: dict, ours: str) -> list[tuple[str, str, bool | None]]:
         result.append(
             (f"{percent(wanted)} of the gap at {forwards} forwards", percent(mean), None if mean is None else mean >= wanted)
         )
-    right = values_of(curve.get(400, {}), "attributes"), values_of(found[DEMO.label].get(3000, {}), "attributes")
+    right = values_of(curve.get(400, {}), "attributes"), values_of(found[IN_TABLES.label].get(3000, {}), "attributes")
     known = bool(right[0] and right[1])
     said = " against ".join(percent(float(np.mean(values))) for values in right) if known else percent(None)
     result.append(("attributes at 400 forwards not below the paper's loop at 3,000", said,
@@ -74,7 +74,7 @@ def aims(found: dict, ours: str) -> list[tuple[str, str, bool | None]]:
     result.append(("no breed under 60 % of the gap at 400", f"{percent(gaps[worst])}, {worst}" if worst else percent(None),
                    gaps[worst] >= 0.6 if worst else None))  # fmt: skip
     for budget in (400, 3000):
-        differences = paired_differences(curve.get(budget, {}), found[DEMO.label].get(budget, {}), "accessory")
+        differences = paired_differences(curve.get(budget, {}), found[IN_TABLES.label].get(budget, {}), "accessory")
         mean = float(np.mean(differences)) if differences else None
         text = "not measured" if mean is None else COLUMNS["CLIP-I"].number(mean, sign=True)
         result.append(
@@ -194,7 +194,7 @@ def stopping_notes(curves: list[dict[int, Records]], first: int = 400) -> str:
 def rivals_at(budget: int, best: dict[int, dict[str, Form]]) -> dict[str, tuple[str, str]]:
     """{heading: (label of the row to compare with in loss, in all other scores)}."""
     of = best.get(budget, {})
-    rivals = {"the paper's loop as the demo has it": (DEMO.label, DEMO.label)}
+    rivals = {"the paper's loop as the suite's tables have it": (IN_TABLES.label, IN_TABLES.label)}
     if of:
         rivals["the paper's loop at its best there"] = (of["loss"].label, of["attributes"].label)
     return rivals | {"gradient TI at equal cost": (GRADIENTS, GRADIENTS)}

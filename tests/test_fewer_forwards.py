@@ -13,7 +13,7 @@ from tiny import scheduler_of
 
 from miniature.critters import all_breeds, held_out_breeds, spare_breeds
 from reproduction import fewer_forwards, runs
-from reproduction.fewer_forwards_forms import BUDGETS, DEFAULT, DEMO, END, ENDS, FORMS, GRADIENTS, RIVALS, START, Form
+from reproduction.fewer_forwards_forms import BUDGETS, DEFAULT, END, ENDS, FORMS, GRADIENTS, IN_TABLES, RIVALS, START, Form
 from reproduction.fewer_forwards_tables import (
     LOSES,
     TIES,
@@ -87,7 +87,7 @@ def test_plan_and_hours(capsys, tmp_path):
     assert not (tmp_path / "runs").exists()
     best = {budget: {"loss": RIVALS[1], "attributes": RIVALS[-1]} for budget in BUDGETS}
     jobs = fewer_forwards.measures_of(args, best).jobs()
-    assert len({runs.digest(job.spec) for job in jobs}) == len(jobs) == 12 * 7  # two ends, ours, TI, the demo's and two rivals
+    assert len({runs.digest(job.spec) for job in jobs}) == len(jobs) == 12 * 7  # two ends, ours, TI, the loop, two rivals
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -216,7 +216,7 @@ def test_aims():
     found[DEFAULT.label][400]["breed1", 0].update(gap=0.5)
     by_aim = {aim: (said, is_so) for aim, said, is_so in aims(found, DEFAULT.label)}
     assert by_aim["no breed under 60 % of the gap at 400"] == ("50 %, breed1", False)
-    assert all(is_so is None for *_, is_so in aims({DEFAULT.label: {}, DEMO.label: {}}, DEFAULT.label))  # nothing is claimed
+    assert all(is_so is None for *_, is_so in aims({DEFAULT.label: {}, IN_TABLES.label: {}}, DEFAULT.label))  # nothing is claimed
 
 
 def test_best_rivals_are_those_that_every_breed_has():

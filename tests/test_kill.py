@@ -371,7 +371,7 @@ def test_a_killed_run_does_not_keep_the_folder(start, reference, tmp_path):
 
 # --- the demo ---
 
-DEMO_STEPS, DEMO_CHECKPOINTING = 300, 30  # of its 1,000 and 500: twenty kills take minutes, and most fall among the steps
+DEMO_STEPS, DEMO_CHECKPOINTING = 300, 30  # of its 500 and 500: twenty kills take minutes, and most fall among the steps
 
 
 def demo(output: Path, *flags: str) -> subprocess.Popen:
