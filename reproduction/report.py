@@ -124,17 +124,16 @@ def seeds_note(experiment: Experiment, rows: dict[str, Records]) -> str:
             ) if parts else ""  # fmt: skip
 
 
-def against_note(experiment: Experiment, rows: dict[str, Records]) -> str:
-    """Each row's paired differences from the one that the table names; nothing where it names none."""
-    parts = []
-    for label, records in rows.items():
-        differences = {score: paired_differences(records, rows.get(experiment.against or "", {}), score)
-                       for score in experiment.columns if not COLUMNS[score].plain}  # fmt: skip
+def differences_from(label: str, experiment: Experiment, rows: dict[str, Records]) -> list[str]:
+    """A line for each other row: its paired differences from one, with their intervals."""
+    lines = []
+    for other in (row for row in rows if row != label):
+        found = {score: paired_differences(rows[other], rows[label], score)
+                 for score in experiment.columns if not COLUMNS[score].plain}  # fmt: skip
         told = [f"{COLUMNS[score].heading} {interval(*mean_interval(values), score, sign=True)}"
-                for score, values in differences.items() if values]  # fmt: skip
-        if told and label != experiment.against:
-            parts.append(f"{label}: {', '.join(told)}")
-    return f"Against {experiment.against}, paired by subject: {'; '.join(parts)}." if parts else ""
+                for score, values in found.items() if values]  # fmt: skip
+        lines += [f"{other}: {', '.join(told)}"] if told else []
+    return lines
 
 
 def signals_note(experiment: Experiment, rows: dict[str, Records]) -> str:
@@ -280,12 +279,18 @@ def default_names(settings: Settings) -> list[str]:
     return [experiment.name for experiment in EXPERIMENTS if experiment.is_default_in(settings.world.name)]
 
 
+def shortened(commit: str) -> str:
+    """Seven digits, and whether the tree differed from it."""
+    digits, _, dirty = commit.partition("-")
+    return digits[:7] + f"-{dirty}" * bool(dirty)
+
+
 def introduction(names: list[str], settings: Settings, jobs: list[Job], done: int) -> Section:
     world, where = settings.world, environment()
     subjects = dict.fromkeys(job.spec["subject"] for job in jobs)
     records = [record for job in jobs if (record := runs.read_run(job.spec, settings)) is not None]
     hours = sum(record.get("seconds", 0) for record in records) / 3600
-    commits = sorted({str(record["commit"]) for record in records if "commit" in record}) or [str(where["commit"])]
+    commits = sorted({shortened(record["commit"]) for record in records if record.get("commit")}) or ["unknown"]
     versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
     text = [
         f"{done} of {len(jobs)} runs, {hours:.1f} hours of training in all (summed over processes that ran side by side). "
@@ -309,8 +314,11 @@ def section_of(experiment: Experiment, collect: plots.Collect, settings: Setting
     """A table with its notes, its plot and the sheets of its rows."""
     rows = collect(experiment.name)
     notes = [experiment.note, grid_note(experiment, rows) if experiment.grid else "", seeds_note(experiment, rows),
-             against_note(experiment, rows), signals_note(experiment, rows)]  # fmt: skip
+             signals_note(experiment, rows)]  # fmt: skip
     section = Section(experiment.heading, [], table=table_of(experiment, rows), after=[note for note in notes if note])
+    if experiment.against:
+        section.after.append(f"Differences from {experiment.against}, paired by subject:")
+        section.after_bullets = differences_from(experiment.against, experiment, rows)
     plot = experiment.plot
     if plot and plots.draw(plot, experiment.name, collect, settings, folder / "plots" / plot.file):
         section.images.append(Image(experiment.name, f"plots/{plot.file}"))

@@ -489,6 +489,24 @@ def test_the_report_names_the_command_that_makes_it(tmp_path, flags):
     assert steps <= {min(steps), 3 * min(steps)}  # the table Stop has three times as many
 
 
+def test_a_table_prints_differences_from_the_row_it_names(tmp_path):
+    """Paired by subject: .02 and .04 above, whatever the subjects' own levels are. A commit is told by its first digits."""
+    settings = settings_of(tmp_path, "--tables", "Demo", "--subjects", "furmix", "meppor", "--seeds", "0")
+    demo = BY_NAME["Demo"]
+    for row, levels in zip(demo.rows[1:3], ((0.4, 0.6), (0.42, 0.64)), strict=True):
+        for level, job in zip(levels, runs.jobs_of(demo, row, settings), strict=True):
+            fake_run(
+                settings, job.spec, forwards=30, loss=0.02, loss_all=0.1, commit="0123456789-dirty", scores={"CLIP-I": level}
+            )
+    rows = runs.collect(demo, settings)
+    (line,) = report.differences_from(demo.against, demo, rows)
+    assert line.startswith(f"{demo.rows[2].label}: CLIP-I +.030 ± .127, ")  # 12.706 x .01, of two
+    jobs = plan_of(settings, "Demo")
+    report.write_report(["Demo"], jobs, settings, tmp_path / "report")
+    text = (tmp_path / "report" / "RESULTS.md").read_text()
+    assert f"- {line}" in text and "commit 0123456-dirty;" in text
+
+
 def test_rates_are_chosen_by_pictures_and_read_from_their_file(tmp_path, capsys):
     """The highest sum of attributes, scenes and accessories; not the loss. The file is of the weights it names, and rows learn at
     its rates, but for those of the grid and at published rates; not on the subjects of the grid."""
