@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Memory and time of a picture by each binding method at the shape of Stable Diffusion v1.5, with random weights.
 
-    python benchmarks/binding.py                               # 512 pixels, writes the model's folder for a moment
-    python benchmarks/binding.py --folder sd15 --size 256 --output results
+    python -m benchmarks.binding                               # 512 pixels, writes the model's folder for a moment
+    python -m benchmarks.binding --folder sd15 --size 256 --output results
 
 A picture of two groups with few denoising steps, of which the first has a method's updates: the peak is that of a whole picture,
 and what a whole one takes is told in passes. Memory is that of tensors that live at once, exact and the same in every run

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What the demo costs: wall time, memory and speed of `sh train_zoodip.sh demo`.
 
-    python benchmarks/demo.py
+    python -m benchmarks.demo
 
 Writes benchmarks/demo.json and .md. Memory is sampled from outside, fifty times a second.
 """

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Everything that a GPU is claimed to do, tried in one command: the same numbers as on a CPU, memory, time, and a demo.
 
-    python benchmarks/gpu.py                    # miniature, and a model of Stable Diffusion v1.5's shape
-    python benchmarks/gpu.py --worlds miniature
-    python benchmarks/gpu.py --device cpu       # how far the script itself can be tried without a GPU
+    python -m benchmarks.gpu                    # miniature, and a model of Stable Diffusion v1.5's shape
+    python -m benchmarks.gpu --worlds miniature
+    python -m benchmarks.gpu --device cpu       # how far the script itself can be tried without a GPU
 
 Numbers: losses of candidates and slopes along random directions, in every precision and quantisation, for tokens of 1, 3 and 10
 times the initial length (training lengthens them), against fp32 on the CPU with the same weights. Memory and time: as

@@ -2,7 +2,7 @@
 """Is this version slower or larger than another? Time of a step and peak of live bytes, both versions in turn.
 
     git worktree add ../before COMMIT
-    python benchmarks/house.py --before ../before
+    python -m benchmarks.house --before ../before
 
 Both versions' `train_zoodip.py` run as they are, as processes of their own, on the same models, photographs and flags, with one
 thread, on one core where the system can pin them; one stands still while the other runs, a second each. Steps are timed by
@@ -195,7 +195,7 @@ def main(args: argparse.Namespace) -> None:
             results[case] = dict(commits=commits, **measure(versions, case, args.rounds))
             markdown = markdown_of(results, args.core)
             write_report(
-                "house", vars(args), results, markdown, folder=args.output, command="python benchmarks/house.py --before TREE"
+                "house", vars(args), results, markdown, folder=args.output, command="python -m benchmarks.house --before TREE"
             )
     print(markdown)
 

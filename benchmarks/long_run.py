@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Does a run leak? Memory, open files and time per step of a long run on the miniature, with the slope and its error.
 
-    python benchmarks/long_run.py                 # 30,000 steps, the paper's number
-    python benchmarks/long_run.py --steps 1500    # a minute or two
+    python -m benchmarks.long_run                 # 30,000 steps, the paper's number
+    python -m benchmarks.long_run --steps 1500    # a minute or two
 
 Samples the process twice a second (not on Windows, which counts no open files) and writes benchmarks/long_run.json and .md. The
 slopes are straight lines by least squares through the means of 40 equal parts of the run, the first tenth left out (allocators

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Which mu for which precision: how well (L(theta + mu u) - L(theta)) / mu follows the true derivative, and what NF4 costs.
 
-    python benchmarks/precision.py                        # miniature/model, about 4 minutes on 2 CPU cores
-    python benchmarks/precision.py --device cuda
+    python -m benchmarks.precision                        # miniature/model, about 4 minutes on 2 CPU cores
+    python -m benchmarks.precision --device cuda
 
 For each precision, mu and size of the token, the correlation over (sample, direction) pairs between the finite difference
 in that precision and the directional derivative by reverse-mode differentiation in fp32. Then the denoising loss over all

@@ -17,6 +17,6 @@ def write_report(name: str, arguments: dict, results: dict, markdown: str, devic
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", dict(arguments=plain_arguments(arguments), **where, results=results), indent=1)
     versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
-    command = command or f"python benchmarks/{name}.py"
+    command = command or f"python -m benchmarks.{name}"
     foot = f"\nMeasured by `{command}` on {where['device']}; {versions}; commit {where['commit']}.\n"
     write_atomically(folder / f"{name}.md", (markdown.rstrip() + "\n" + foot).encode())

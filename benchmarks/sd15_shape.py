@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """A model folder of the size of Stable Diffusion v1.5: its shapes, files and names, with random weights.
 
-    python benchmarks/sd15_shape.py sd15-shape
-    python benchmarks/sd15_shape.py sd15-shape --clip_bpe bpe_simple_vocab_16e6.txt.gz
+    python -m benchmarks.sd15_shape sd15-shape
+    python -m benchmarks.sd15_shape sd15-shape --clip_bpe bpe_simple_vocab_16e6.txt.gz
 
 Where no hub can be reached: 2.1 GB as stable-diffusion-v1-5 is published (`--variant fp16`: safetensors with the old key
 names, tokenizer, scheduler), written tensor by tensor. Memory and time do not depend on the values of the weights; what is

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Memory and time of a training step, against the authors' loop, gradient textual inversion, and the bare forward.
 
-    python benchmarks/speed_memory.py                    # the miniature, and a model of Stable Diffusion v1.5's shape
-    python benchmarks/speed_memory.py --worlds miniature
-    python benchmarks/speed_memory.py --device cuda
+    python -m benchmarks.speed_memory                    # the miniature, and a model of Stable Diffusion v1.5's shape
+    python -m benchmarks.speed_memory --worlds miniature
+    python -m benchmarks.speed_memory --device cuda
 
 Memory: each method loads and makes a few steps in a process of its own. On a CPU twice: once for resident memory, once
 counting the bytes of all tensors that live at once, which are exact and the same in every run. On CUDA: the allocator's

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """How idle threads should wait: steps per second of the demo's training, alone and beside a busy program.
 
-    python benchmarks/threads.py
-    python benchmarks/threads.py --cpus 0 1 --rounds 5
+    python -m benchmarks.threads
+    python -m benchmarks.threads --cpus 0 1 --rounds 5
 
 OpenMP's threads wait for each other many times a step: asleep, spinning, or spinning for a while (GOMP_SPINCOUNT, turns of a
 loop). libgomp reads that when it starts, so every setting has a process of its own, pinned to the same processors; in each the
@@ -112,7 +112,8 @@ def run_child(setting: dict[str, str], args: argparse.Namespace) -> list[float]:
         "--cpus",
         *map(str, args.cpus),
     ]
-    done = subprocess.run(command, cwd=ROOT, env={**kept, "THP_MEM_ALLOC_ENABLE": "1", **setting}, capture_output=True, text=True,
+    kept |= dict(THP_MEM_ALLOC_ENABLE="1", OMP_NUM_THREADS=str(len(args.cpus)))
+    done = subprocess.run(command, cwd=ROOT, env={**kept, **setting}, capture_output=True, text=True,
                           preexec_fn=lambda: os.sched_setaffinity(0, set(args.cpus)))  # fmt: skip
     if done.returncode:
         raise InputError(f"a process ended with {done.returncode}: {(done.stderr.strip() or '-').splitlines()[-1]}")

@@ -1,4 +1,4 @@
-"""The tables of flags in docs/, from the parsers themselves: `python docs/flags.py` writes them anew.
+"""The tables of flags in docs/, from the parsers themselves: `python -m docs.flags` writes them anew.
 
 A table stands below a line `<!-- flags of MODULE: GROUP -->` and lists a group of the parser that MODULE builds.
 """

@@ -212,6 +212,7 @@ def in_processes(do: Callable[[Task], Result], tasks: Iterable[Task], count: int
 
 def start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # or a small model would have one
     quiet_libraries()
     threading.Thread(target=end_with_parent, daemon=True).start()
 

@@ -38,7 +38,7 @@ def load_flags():
 def test_tables_of_flags_are_what_help_says():
     flags = load_flags()
     for page in sorted((ROOT / "docs").glob("*.md")):
-        assert page.read_text() == flags.fill(page.read_text()), f"{page.name}: run python docs/flags.py"
+        assert page.read_text() == flags.fill(page.read_text()), f"{page.name}: run python -m docs.flags"
 
 
 def test_every_flag_is_described():
@@ -190,3 +190,17 @@ def test_lengths_of_words_are_those_of_the_record():
     gradients, ours = (np.mean([run["curve"][-1]["token_norm"] for run in record[name]]) for name in names)
     text = " ".join((ROOT / "reproduction/README.md").read_text().split())
     assert f"not longer ({gradients:.2f}, ZOODiP's {ours:.2f};" in text
+
+
+def test_commands_run_from_a_clone():
+    """A module's path as the command would look for the package beside the module, and fail where nothing is installed."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*"), *ROOT.glob("*/README.md")]
+    sources = [
+        path
+        for folder in ("trainers", "benchmarks", "reproduction", "miniature", "zoodip")
+        for path in ROOT.glob(f"{folder}/*.py")
+    ]
+    for path in (path for path in (*pages, *sources) if path.suffix in (".md", ".py")):
+        assert not re.search(r"python (trainers|benchmarks|reproduction|miniature|docs|zoodip)/", path.read_text()), path
+        for name in re.findall(r"python -m ((?:trainers|benchmarks|reproduction|miniature|docs|zoodip)\.\w+)", path.read_text()):
+            assert (ROOT / (name.replace(".", "/") + ".py")).is_file(), (path, name)

@@ -16,7 +16,7 @@ from tiny import PARTS, assert_same, from_pretrained, load, rewrite, weights_of
 from torch import nn
 
 from zoodip.errors import InputError
-from zoodip.model import WEIGHT_NAMES, download_model, find_model_folder, load_pipeline
+from zoodip.model import WEIGHT_NAMES, download_model, find_model_folder, load_pipeline, settle_threads
 from zoodip.prompts import build_prompts, encode_prompts, load_tokenizer, read_embedding_rows
 from zoodip.quantize import QuantizedLayer
 
@@ -314,3 +314,21 @@ def test_load_pipeline_takes_a_textual_inversion(tiny_model, tmp_path, quantizat
         for text in ("a photo of <sks>", "a photo of dog")
     ]
     assert pictures[0].shape == (1, 16, 16, 3) and not np.array_equal(*pictures)
+
+
+def test_a_small_model_on_a_cpu_has_one_thread(monkeypatch):
+    """Unless the environment asks for more; a large one, and one on a GPU, keep what they have."""
+    before = torch.get_num_threads()
+    small, large = nn.Linear(10, 10, device="meta"), nn.Linear(20_000, 20_000, device="meta")
+    try:
+        for unet, device, wanted, expected in (
+            (small, "cpu", None, 1), (small, "cpu", "2", 2), (large, "cpu", None, 2), (small, "cuda", None, 2),
+        ):  # fmt: skip
+            torch.set_num_threads(2)
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            if wanted is not None:
+                monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+            settle_threads(unet, device)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

@@ -5,7 +5,7 @@ Implements Marjit et al., DiffuseKronA (arXiv 2402.17412v2, WACV 2025), on the U
 
     W + A kron B  (Eq. 5)      A [a1, a2] ~ N(0, 1 / a1^2), B [O / a1, I / a2] = 0, W frozen, in NF4 or plain
 
-    python trainers/diffusekrona.py --train_data_dir dataset/dog6 --class_word dog
+    python -m trainers.diffusekrona --train_data_dir dataset/dog6 --class_word dog
 
 The rank of such a product is rank A times rank B: at (4, 64) up to 80, where LoRA has 2 for as many numbers. It leaves
 pytorch_lokr_weights.safetensors in the names of LyCORIS, which A1111 and ComfyUI read; where a1 = a2 also peft's adapter.

@@ -5,8 +5,8 @@ Implements Ruiz et al., DreamBooth (arXiv 2208.12242), as diffusers' examples/dr
 All parameters of the UNet are trained in fp32, activations in the precision of --mixed_precision; prior preservation (Sec. 4.2)
 is an option, off as in ZOODiP's Table 1.
 
-    python trainers/dreambooth.py --train_data_dir dataset/dog6 --class_word dog
-    python trainers/dreambooth.py --train_data_dir dataset/dog6 --class_word dog --prior_preservation --max_train_steps 800
+    python -m trainers.dreambooth --train_data_dir dataset/dog6 --class_word dog
+    python -m trainers.dreambooth --train_data_dir dataset/dog6 --class_word dog --prior_preservation --max_train_steps 800
 
 It leaves unet/, in fp16, for UNet2DConditionModel.from_pretrained; with --save_pipeline the whole folder for
 StableDiffusionPipeline.from_pretrained. Weights, gradients and two moments of Stable Diffusion v1.5 are 13.8 GB, a checkpoint

@@ -15,7 +15,7 @@ pass, and no forward of the UNet beside those of the candidates. docs/gauss_newt
 Run it with the flags of train_zoodip.py, --max_forwards in place of steps:
 
     sh train_zoodip.sh quick                                # the bundled miniature and subject, 600 forwards
-    python trainers/gauss_newton.py --train_data_dir dataset/dog6 --initializer_token dog --use_cc --max_forwards 1500
+    python -m trainers.gauss_newton --train_data_dir dataset/dog6 --initializer_token dog --use_cc --max_forwards 1500
 
 It is an experiment beside the paper's method, not part of it.
 """

@@ -7,8 +7,8 @@ vocabulary's spread, or the vocabulary's principal components. A step is one gen
 
     population candidates z  ->  tokens theta0 + z A  ->  one UNet forward each  ->  losses  ->  mean, step size and covariance
 
-    python trainers/gf_ti.py --train_data_dir dataset/dog6 --initializer_token dog                       # as published
-    python trainers/gf_ti.py --train_data_dir dataset/dog6 --initializer_token dog --mode fair
+    python -m trainers.gf_ti --train_data_dir dataset/dog6 --initializer_token dog                       # as published
+    python -m trainers.gf_ti --train_data_dir dataset/dog6 --initializer_token dog --mode fair
 
 --mode published repeats the authors' script: every candidate has its own pictures, captions and noise (only the timestep is
 shared), the search starts as wide as the vocabulary (alpha 1), and the best of the LAST generation is kept.

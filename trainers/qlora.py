@@ -6,7 +6,7 @@ cross-attention), as diffusers' LoRA example of DreamBooth chooses and starts th
 
     y = base(x) + B A x        A [r, I] ~ N(0, 1 / r^2), B [O, r] = 0, base frozen in NF4
 
-    python trainers/qlora.py --train_data_dir dataset/dog6 --class_word dog
+    python -m trainers.qlora --train_data_dir dataset/dog6 --class_word dog
 
 It leaves pytorch_lora_weights.safetensors, which pipe.load_lora_weights reads, and a copy for A1111 and ComfyUI, named after
 the identifier. Layers, start and names are peft's. What differs from the paper: docs/weight_tuning.md.

@@ -6,7 +6,7 @@ captions, timesteps, evaluation set and output files are the same, only the upda
 
     image, flip, caption, timestep, noise  ->  UNet forward  ->  loss  ->  backward through the dequantised weights  ->  Adam
 
-    python trainers/textual_inversion.py --train_data_dir dataset/dog6 --initializer_token dog --use_cc
+    python -m trainers.textual_inversion --train_data_dir dataset/dog6 --initializer_token dog --use_cc
 
 A backward pass keeps every activation (weights are dequantised again): at the size of Stable Diffusion v1.5 expect several times
 the memory of train_zoodip.py.

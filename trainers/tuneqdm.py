@@ -10,8 +10,8 @@ with a scale s for each output channel, and
     S2         N sets of scales, set e for timesteps [e T / N, (e + 1) T / N)           --experts N
     S1         one set, trained at timesteps [LOW, HIGH) alone                          --train_interval LOW HIGH
 
-    python trainers/tuneqdm.py --train_data_dir dataset/dog6 --class_word dog --bits 4 --learning_rate 5e-5
-    python trainers/tuneqdm.py --train_data_dir dataset/dog6 --class_word dog --experts 1 --no_scale_in          # PEQA
+    python -m trainers.tuneqdm --train_data_dir dataset/dog6 --class_word dog --bits 4 --learning_rate 5e-5
+    python -m trainers.tuneqdm --train_data_dir dataset/dog6 --class_word dog --experts 1 --no_scale_in          # PEQA
 
 The integers, biases and norms are frozen. One step: image, flip, timestep, noise -> UNet forward -> loss (Eq. 1 of ZOODiP's
 paper) -> backward -> AdamW on the scales. What differs from the paper and from its code: docs/weight_tuning.md.

@@ -126,10 +126,6 @@ def prepare_environment() -> None:
     """What torch reads from the environment when it starts, for this process before its import, or for processes to come."""
     # on Linux CPUs: large tensors on huge pages, which saves a tenth of the time (benchmarks/NOTES.md)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # idle threads spin for a moment, then sleep: a small model's step is faster than if they sleep at once, and beside another
-    # busy program than if they spin for longer (benchmarks/threads.md)
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def prepare_process() -> None:

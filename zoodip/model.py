@@ -36,6 +36,7 @@ MAX_LAYERS = 100  # in a row; a damaged configuration that promises more would k
 WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 PACKED_NAME = "packed"  # of weights that --save_quantized wrote: under the usual names others would load them, as noise
 NEEDED = ["model_index.json", "tokenizer", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in WEIGHT_NAMES)]
+SMALL_UNET = 100_000_000  # parameters: the miniature has 11 million, Stable Diffusion v1.5 860
 SCHEDULERS = {"pndm": "PNDMScheduler", "ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
 VAE_ENCODER, VAE_DECODER = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.")  # names of parameters begin so
 
@@ -248,6 +249,8 @@ def load_frozen(
     (benchmarks/README.md). Raises InputError where file and configuration do not match.
     """
     model, where = build_model(folder, component), folder / component
+    if component == "unet":
+        settle_threads(model, device)
     packed_weights: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in component_tensors(folder, component, variant):
         name = modern_name(name, component)
@@ -274,6 +277,17 @@ def load_frozen(
     if missing:
         raise DamagedModel(where, f"the weights lack {missing[0]!r} and {len(missing) - 1} more that config.json describes")
     return model.to(device).eval().requires_grad_(False)
+
+
+def settle_threads(unet: nn.Module, device: torch.device | str) -> None:
+    """One thread for a small UNet on a CPU, where OMP_NUM_THREADS does not ask for another number.
+
+    Its layers take so little time that threads mostly wait for each other: two were faster than one on an idle machine only,
+    by a third, and 1.3 to 10 times slower beside another busy program (benchmarks/threads.md).
+    """
+    small = sum(parameter.numel() for parameter in unet.parameters()) < SMALL_UNET
+    if small and torch.device(device).type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def set_packed(
