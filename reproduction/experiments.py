@@ -356,7 +356,7 @@ EXPERIMENTS = (
     ), ("attributes", "CLIP-I", "CLIP-T", "loss", "loss_all", "forwards"), worlds=WITH_MINIATURE_ONLY, on_request=True,
         against="1000 steps, 0.01, constant",
         note="What the table Rate chose of 250 and of 500 steps, the last in its second round. The aim was the fewest steps "
-             "whose attributes and CLIP-I, means over the twelve breeds, are neither below those of 1,000 steps at 1e-2. 500 steps "
+             "whose attributes and CLIP-I, as means of all breeds, are neither below those of 1,000 steps at 1e-2. 500 steps "
              "at 4e-2 miss it by .003 of CLIP-I; the demo has them all the same, as they take half of the time."),
     Experiment("TuningRates", "Learning rates of weight tuning", tuple(
         Row(f"{system}, {factor:.2g} x", own, method, rate_of=system, rate_factor=factor, of_grid=True)
