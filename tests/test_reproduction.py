@@ -523,7 +523,8 @@ def test_rates_are_chosen_by_pictures_and_read_from_their_file(tmp_path, capsys)
     said, notes = capsys.readouterr(), json.loads(path.read_text())
     start = settings.world.start_rates
     assert notes["chosen"] == {system: float(f"{start[system] * factor:.3g}") for system, factor in best.items()}
-    assert set(notes["at_edge"]) == {system for system, factor in best.items() if factor in (GRID_FACTORS[0], GRID_FACTORS[-1])} and "widened" in said.err
+    edges = GRID_FACTORS[0], GRID_FACTORS[-1]
+    assert set(notes["at_edge"]) == {system for system, factor in best.items() if factor in edges} and "widened" in said.err
     assert len(notes["cells"]) == len(SYSTEMS) * len(GRID_FACTORS) and notes["cells"][0]["sum"] == pytest.approx(0.7 + 0.9 + 0.5)
     assert notes["subjects"] == list(settings.world.grid_subjects) and notes["model"] == settings.model_id
 
