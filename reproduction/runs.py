@@ -235,10 +235,9 @@ def cost_rounds(settings: Settings) -> tuple[int, ...]:
 
 
 def jobs_of(experiment: Experiment, row: Row, settings: Settings) -> list[Job]:
-    """The runs of a row. One whose rate was chosen on some subjects is not reported on these."""
+    """The runs of a row."""
     if row.spread_of:
         return []
-    chosen_on = settings.world.grid_subjects if row.rate_of and not row.of_grid else ()
     fixed = row.method in (*UNTRAINED, *RENDERED)  # nothing is drawn before the first step
     seeds = seeds_of(experiment, settings)[: 1 if fixed else None]
     kinds = {experiment.kind} & {"scores", "inter"}
@@ -248,7 +247,7 @@ def jobs_of(experiment: Experiment, row: Row, settings: Settings) -> list[Job]:
         kinds = {"along", "best"}
     flags = row.flags | settings.rate(row)
     return [Job(make_spec(settings, row.method, subject, seed, flags, experiment.kind == "cost", row.variation), kinds.copy())
-            for subject in subjects_of(experiment, settings) if subject not in chosen_on for seed in seeds]  # fmt: skip
+            for subject in subjects_of(experiment, settings) for seed in seeds]
 
 
 def cost_jobs(experiment: Experiment, row: Row, settings: Settings) -> list[Job]:
