@@ -367,8 +367,8 @@ EXPERIMENTS = (
         for system, (method, own, _) in SYSTEMS.items() for factor in GRID_FACTORS
     ), ("attributes", *OBEYED, *DRIFT, "CLIP-I", "CLIP-T", "loss", "loss_all"), worlds=WITH_MINIATURE_ONLY, on_request=True,
         chooses_rates=True,
-        note="On two spare breeds, on which nothing else is reported. The choice is by pictures: the shares of attributes, scenes "
-             "and accessories that are right, added up; the loss is no judge."),
+        note="On two spare breeds, on which nothing else is reported. The choice is by pictures: the shares of attributes, "
+             "scenes and accessories that are right, added up; the loss is no judge."),
     Experiment("Tuning", "Weight tuning: captions and prior preservation", (
         UNTUNED_NF4, UNTUNED_INT8,
         *(tuned(system) for system in TUNERS),

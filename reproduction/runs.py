@@ -246,8 +246,11 @@ def jobs_of(experiment: Experiment, row: Row, settings: Settings) -> list[Job]:
     if row.at == "best":
         kinds = {"along", "best"}
     flags = row.flags | settings.rate(row)
-    return [Job(make_spec(settings, row.method, subject, seed, flags, experiment.kind == "cost", row.variation), kinds.copy())
-            for subject in subjects_of(experiment, settings) for seed in seeds]
+    return [
+        Job(make_spec(settings, row.method, subject, seed, flags, experiment.kind == "cost", row.variation), kinds.copy())
+        for subject in subjects_of(experiment, settings)
+        for seed in seeds
+    ]
 
 
 def cost_jobs(experiment: Experiment, row: Row, settings: Settings) -> list[Job]:
