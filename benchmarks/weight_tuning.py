@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -43,7 +43,7 @@ from zoodip.weight_tuning import prepare
 
 @dataclass(frozen=True)
 class Row:
-    """A system: its script, class and flags, the stock path, and what ZOODiP's Table 1 says it needs, GB."""
+    """A system: its script, class and flags, the stock path, and the GB that ZOODiP's Table 1 says it needs."""
 
     label: str
     script: str
@@ -61,6 +61,7 @@ ROWS = {
     "dreambooth": Row("DreamBooth", "dreambooth", "DreamBooth", {}, StockDreamBooth, 19.4),
 }
 PATHS = ("zoodip", "ours", "stock")
+PAPER_ZOODIP = 2.37  # GB, of the same table
 VARIANTS = ("plain", "checkpointed")
 
 
@@ -115,16 +116,31 @@ def processor_seconds(step: Callable[[], None], steps: int) -> list[float]:
     return seconds
 
 
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Of distinct tensors: what is shared counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def measure_zoodip(zoodip: ThisProject, steps: int) -> dict:
+    """Live bytes and seconds of some of its steps, and what is held between them."""
+    zoodip.step()  # the first is slower, and makes Adam's moments
+    model, moments = zoodip.model, zoodip.zo.state_dict().values()
+    held = bytes_of(tensor for module in (model.unet, model.text_encoder) for tensor in (*module.parameters(), *module.buffers()))
+    held += bytes_of((model.rows, *moments))
+    live = count_live_bytes(lambda: [zoodip.step() for _ in range(steps)])
+    return dict(held=held, peak=held + live.peak, seconds=processor_seconds(zoodip.step, steps))
+
+
 def measure(tuner: Ours | Stock, steps: int) -> dict:
     """Live bytes and seconds of some steps, without and with gradient checkpointing, and what is held between steps."""
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*tuner.unet.parameters(), *tuner.unet.buffers(), *tuner.held())}
+    frozen = bytes_of((*tuner.unet.parameters(), *tuner.unet.buffers(), *tuner.held()))
     found: dict = dict(trained=sum(parameter.numel() for parameter in tuner.parameters))
     for name in VARIANTS:
         if name == "checkpointed":
             tuner.unet.enable_gradient_checkpointing()
         tuner.optimizer.zero_grad(set_to_none=True)
         moments = [tensor for state in tuner.optimizer.state.values() for tensor in state.values()]
-        found["held"] = sum(tensors.values()) + sum(tensor.nbytes for tensor in moments)
+        found["held"] = frozen + bytes_of(moments)
         live = count_live_bytes(lambda: [tuner.step() for _ in range(steps)])
         found[name] = dict(peak=found["held"] + live.peak, seconds=processor_seconds(tuner.step, steps))
     return found
@@ -139,8 +155,7 @@ def measure_child(args: argparse.Namespace) -> dict:
             Task(args.folder, variant, args.photos, "critter" if args.small else "dog", args.mixed_precision, torch.device("cpu"))
         )
         zoodip.load()
-        zoodip.step()  # the first is slower
-        return dict(seconds=processor_seconds(zoodip.step, args.steps))
+        return measure_zoodip(zoodip, args.steps)
     if path == "stock":
         return measure(row.stock(args.folder, variant, DTYPES[args.mixed_precision]), args.steps)
     with tempfile.TemporaryDirectory() as output:
@@ -154,16 +169,25 @@ def measure_child(args: argparse.Namespace) -> dict:
 # ----------------------------------------------------------------------------------------------------- all of them
 
 
+def zoodip_needs(rows: dict) -> str:
+    """A clause on what a step of ZOODiP takes: the same in every row."""
+    peaks = [found["zoodip"]["peak"] for found in rows.values() if "zoodip" in found]
+    return f"; a step of ZOODiP (NF4, n = 2) takes {max(peaks) / 1e9:.2f} GB" if peaks else ""
+
+
 def report(results: dict) -> str:
     """The record in Markdown."""
-    header = ["system", "trained", "held, GB", "step, GB", "checkpointed, GB", "paper, GB", "stock path, GB", "checkpointed, GB"]
+    header = ["system", "trained", "held, GB", "step, GB", "checkpointed, GB", "stock path, GB", "checkpointed, GB",
+              "ZOODiP's share of the step's", "the paper's share"]  # fmt: skip
     memory, times, notes = [], [], []
     for name, found in results["rows"].items():
         row, ours, stock = ROWS[name], found["ours"], found.get("stock")
         gigabytes = [f"{ours[variant]['peak'] / 1e9:.2f}" for variant in VARIANTS]
         theirs = [f"{stock[variant]['peak'] / 1e9:.2f}" if stock else "-" for variant in VARIANTS]
-        memory.append([row.label, f"{ours['trained']:,}", f"{ours['held'] / 1e9:.2f}", *gigabytes, row.paper or "", *theirs])
         zoodip, line = found.get("zoodip"), [row.label]
+        shares = [f"{zoodip['peak'] / ours['plain']['peak']:.2f}" if zoodip else "-",
+                  f"{PAPER_ZOODIP} / {row.paper} = {PAPER_ZOODIP / row.paper:.2f}" if row.paper else "-"]  # fmt: skip
+        memory.append([row.label, f"{ours['trained']:,}", f"{ours['held'] / 1e9:.2f}", *gigabytes, *theirs, *shares])
         for variant in VARIANTS:
             seconds = mean(ours[variant]["seconds"])
             line += [f"{seconds:.3g}", f"{seconds / mean(zoodip['seconds']):.2f}" if zoodip else "-"]
@@ -175,7 +199,8 @@ def report(results: dict) -> str:
     settings = f"batch 1, {results['mixed_precision']} activations, {results['steps']} steps each"
     return "\n\n".join([
         "# Memory and time of weight tuning",
-        f"{shape}, {settings}; {results['environment']['device']}. Live bytes of tensors.",
+        f"{shape}, {settings}; {results['environment']['device']}. Live bytes of tensors{zoodip_needs(results['rows'])}. The "
+        "paper's are of whole processes on a GPU, ZOODiP's too.",
         table(header, memory),
         "Seconds of the processor of a step, and ratios to a step of ZOODiP (NF4, n = 2) and of the same method on the stock "
         "path, which ran right before and after it; the last three columns with gradient checkpointing.",
