@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -37,18 +37,38 @@ def pair_specs(rng: np.random.Generator) -> tuple[SceneSpec, SceneSpec]:
 
 
 def counted_picture(index: int) -> tuple[Image.Image, int]:
-    """A render with 0, 1 or 2 creatures. Two: the halves of two renders of one scene, which join without a seam."""
-    rng, count = np.random.default_rng([SEED, index]), index % 3
-    first, second = pair_specs(rng)
-    if count < 2:
-        x = float(rng.uniform(0.25, 0.75)) if count else -2.0  # outside
-        return render(dataclasses.replace(first, x=x), SIDE), count
-    left, right = (
-        render(dataclasses.replace(spec, x=x, scale=float(rng.uniform(0.4, 0.52))), SIDE)
-        for spec, x in ((first, 0.2), (second, 0.8))
-    )
-    left.paste(right.crop((SIDE // 2, 0, SIDE, SIDE)), (SIDE // 2, 0))
-    return left, 2
+    """Half of a wide render with 0 to 4 creatures, and how many of them have their middle in it; 2 stands for more.
+
+    A scene beside its mirror image has no seam. Creatures are cut out of renders and put anywhere, over the middle too: so do
+    pictures that are drawn have them, and one that is split in two has its middle in one half.
+    """
+    rng, creatures = np.random.default_rng([SEED, index]), index % 5
+    first = random_spec(rng, held_out=True)
+    scene = render(dataclasses.replace(first, x=-2.0), SIDE)  # the creature is outside
+    wide = Image.new("RGB", (2 * SIDE, SIDE))
+    wide.paste(scene, (0, 0))
+    wide.paste(ImageOps.mirror(scene), (SIDE, 0))
+    middles = middles_of(rng, creatures)
+    for middle in middles:
+        other = random_spec(rng, held_out=True)
+        spec = dataclasses.replace(other, scene=first.scene, seed=first.seed, x=0.5, scale=float(rng.uniform(0.4, other.scale)))
+        alone = render(spec, SIDE)
+        cut = (np.asarray(alone) != np.asarray(scene)).any(2)
+        wide.paste(alone, (middle - SIDE // 2, 0), Image.fromarray(cut))
+    left = SIDE * int(rng.integers(2))
+    return wide.crop((left, 0, left + SIDE, SIDE)), min(2, sum(left <= middle < left + SIDE for middle in middles))
+
+
+def middles_of(rng: np.random.Generator, count: int, apart: int = 20) -> list[int]:
+    """So many columns of a wide picture, each `apart` from the others and off its middle."""
+    found: list[int] = []
+    while len(found) < count:
+        middle = int(rng.integers(6, 2 * SIDE - 6))
+        if abs(middle - SIDE) > 3 and all(abs(middle - other) >= apart for other in found):
+            found.append(middle)
+        elif rng.random() < 0.01:  # no room is left between them
+            found.clear()
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------------ judges
