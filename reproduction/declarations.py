@@ -101,6 +101,11 @@ class PictureGrid(Plot):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def scores(text_score: float, image_score: float, dino: float, **more: float) -> dict:
+    """Published figures of a row."""
+    return {"CLIP-T": text_score, "CLIP-I": image_score, "DINO": dino, **more}
+
+
 @dataclass(frozen=True)
 class Row:
     """`method`: one of `runs.METHODS`, of `runs.UNTRAINED` or of `runs.RENDERED`."""

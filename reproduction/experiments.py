@@ -9,7 +9,6 @@ from reproduction.declarations import (
     COST,
     DRIFT,
     LEARNED,
-    OBEYED,
     QUALITY,
     Control,
     Experiment,
@@ -18,13 +17,10 @@ from reproduction.declarations import (
     PictureGrid,
     Row,
     Scatter,
+    scores,
 )
+from reproduction.tuning_experiments import CONFOUND, TUNER_ROWS, TUNERS, TUNING_EXPERIMENTS, at_published_rate, tuned
 from reproduction.worlds import DREAMBOOTH, WITH_MINIATURE_ONLY
-
-
-def scores(text_score: float, image_score: float, dino: float, **more: float) -> dict:
-    return {"CLIP-T": text_score, "CLIP-I": image_score, "DINO": dino, **more}
-
 
 # fp32 on a GPU too, templates, Adam's usual epsilon
 TI_PUBLISHED = dict(quantization="none", mixed_precision="fp32", timestep_sampling="uniform")
@@ -34,44 +30,6 @@ UNIFORM, NO_SG = dict(timestep_sampling="uniform"), dict(nu=0.0)
 CONVERGED = TI_FAIR | dict(train_batch_size=4, max_train_steps=600)
 SHORTEST = ((250, 4e-2, "constant"), (500, 4e-2, "constant"), (500, 3e-2, "constant"))  # the best by the table Rate
 SHORT_RUNS, RATES, SCHEDULES = (250, 500), (1e-2, 2e-2, 4e-2, 8e-2), ("constant", "linear", "cosine")
-
-# Weight tuning. {system: (method, its flags, published learning rate)}: a rate is of a system in its bits, as Adam moves a
-# number by about rate x steps, and a scale of 4 bits is 17 times as large as one of 8. Steps are the scripts' own, as published.
-PEQA, INT4 = dict(experts=1, no_scale_in=True), dict(bits=4)
-SYSTEMS: dict[str, tuple[str, dict, float]] = {
-    "DreamBooth": ("dreambooth", {}, 5e-6),
-    "QLoRA": ("qlora", {}, 1e-4),
-    "PEQA": ("tuneqdm", PEQA, 3e-6),
-    "PEQA, 4 bit": ("tuneqdm", PEQA | INT4, 5e-5),
-    "TuneQDM": ("tuneqdm", {}, 3e-6),
-    "TuneQDM, 4 bit": ("tuneqdm", INT4, 5e-5),
-    "DiffuseKronA": ("diffusekrona", {}, 5e-4),
-}
-TUNERS = ("DreamBooth", "QLoRA", "PEQA", "TuneQDM", "DiffuseKronA")  # the systems of the paper's tables, and KronA
-GRID_FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
-
-
-def tuned(system: str, label: str = "", published: dict | None = None, **flags) -> Row:
-    """A row of a system at the world's rate for it."""
-    method, own, _ = SYSTEMS[system]
-    return Row(label or system, own | flags, method, published or {}, rate_of=system)
-
-
-def at_published_rate(system: str) -> Row:
-    method, own, rate = SYSTEMS[system]
-    return Row(f"{system}, published rate", own | dict(learning_rate=rate), method)
-
-
-TUNER_SCORES = {  # Table 1 and S10
-    "DreamBooth": scores(.281, .782, .592, peak_memory_gb=19.4, stored_kb=3_438_000, minutes=2),
-    "QLoRA": scores(.297, .762, .607, peak_memory_gb=7.56, stored_kb=1630, minutes=1.1),
-    "PEQA": scores(.275, .791, .604, peak_memory_gb=6.31, stored_kb=1320, minutes=1.5),
-    "TuneQDM": scores(.289, .788, .555, peak_memory_gb=8.96, stored_kb=2480, minutes=1.4),
-}  # fmt: skip
-TUNER_ROWS = (
-    *(tuned(system, published=TUNER_SCORES.get(system)) for system in TUNERS),
-    *(at_published_rate(system) for system in TUNERS),
-)
 
 CLASS_WORD = Row("class word (untrained)", {}, "initial")
 METHOD_ROWS = (
@@ -88,9 +46,6 @@ METHOD_ROWS = (
     Row("ZOODiP", {}, "zoodip", scores(.287, .772, .558, minutes=31, peak_memory_gb=2.37, stored_kb=3)),
     *TUNER_ROWS,
 )  # fmt: skip
-CONFOUND = ("The systems that tune weights are asked for \"a sks dog in the jungle\", the token methods for \"a <sks> in the "
-            "jungle\": the class word is part of what is compared. Drift is of pictures of the class word alone; a token cannot "
-            "drift, and the class word's own row says how much of it is chance.")  # fmt: skip
 AT_THEIR_BEST = (
     Row("TI, as published, at its best step", TI_PUBLISHED, "ti", at="best"),
     Row("TI, ZOODiP's weights, captions, timesteps, at its best step", TI_FAIR, "ti", at="best"),
@@ -150,50 +105,6 @@ QUALITY_AND_MEMORY = {
     **{system: (("1", system), system) for system in TUNERS},
 }  # fmt: skip
 
-
-# --- weight tuning: experiments of its own
-
-INTERVALS = ((0, 250), (250, 500), (500, 750), (750, 1000), (500, 900))  # the last is that of PUTS
-RATE_FACTORS = (0.2, 0.4, 1.0, 2.0)  # of KronA's rate: 1e-4 to 1e-3 where that is the published one, as in its Fig. 4
-
-
-def scale_rows(bits: int) -> tuple[Row, ...]:
-    """Which scales x experts, at equal steps and at PEQA's rate."""
-    system, own = ("PEQA", {}) if bits == 8 else ("PEQA, 4 bit", INT4)
-    return tuple(
-        Row(f"{bits} bit, {scales}, N = {experts}", own | more | dict(experts=experts), "tuneqdm", rate_of=system)
-        for scales, more in (("s_out", dict(no_scale_in=True)), ("s_out and s_in", {}))
-        for experts in (1, 2, 4)
-    )
-
-
-def s1_rows() -> tuple[Row, ...]:
-    """One set of scales that is trained on an interval of timesteps, and serves there or everywhere."""
-    return tuple(
-        Row(f"S1 [{low}, {high}), {apply}", dict(experts=1, train_interval=[low, high], apply=apply), "tuneqdm", rate_of="PEQA")
-        for low, high in INTERVALS
-        for apply in ("interval", "everywhere")
-    )
-
-
-def factor_row(a1: int, a2: int) -> Row:
-    return tuned("DiffuseKronA", f"KronA ({a1}, {a2})", a1=a1, a2=a2)
-
-
-def kron_rates(system: str) -> tuple[Row, ...]:
-    """A system at four rates, the same ones for KronA and LoRA, and how far the four lie apart."""
-    method, own, _ = SYSTEMS[system]
-    rows = tuple(
-        Row(f"{system}, {factor:g} x KronA's rate", own, method, rate_of="DiffuseKronA", rate_factor=factor)
-        for factor in RATE_FACTORS
-    )
-    return *rows, Row(f"{system}, spread over the four rates", method=method, spread_of=tuple(row.label for row in rows))
-
-
-UNTUNED_NF4, UNTUNED_INT8 = Row("untuned, NF4", {}, "untuned"), Row("untuned, 8 bit", {}, "untuned_integers")
-UNTUNED_INT4 = Row("untuned, 4 bit", INT4, "untuned_integers")
-TUNING_COLUMNS = ("attributes", *OBEYED, "CLIP-I", "DINO", "CLIP-T", *DRIFT, "loss", "loss_all")
-SHOWN = ("a {} in the snow", "a {} on the beach", "a {} wearing a santa hat")  # of the sheets
 
 EXPERIMENTS = (
     Experiment("Scale", "What the scores can be", (
@@ -301,7 +212,8 @@ EXPERIMENTS = (
         note=f"Lower is more diverse. {CONFOUND}"),
     Experiment("S10", "The methods with their cost", METHOD_ROWS, (*QUALITY, *COST), paper_subjects=DREAMBOOTH, with_cost=True,
         note="Memory and steps per second are of separate runs, as in Table 2; minutes of runs beside other runs. The paper's "
-             f"1.32 and 2.48 MB count the layers that are not quantised here. {CONFOUND}"),
+             "1.32 and 2.48 MB count layers that are not quantised here, and its TuneQDM has the size of one expert, ours of "
+             f"four. DreamBooth is stored in fp16, the paper's in fp32. {CONFOUND}"),
     Experiment("PUTS", "Bounds of PUTS", tuple(
         Row(f"T_L {low}, T_U {high}", puts_flags(low, high)) for low in LOWS for high in HIGHS if low < high
     ), ("CLIP-I", "DINO", "CLIP-T", "attributes", "loss", "loss_all"), grid=True, breeds=4, paper_subjects=("dog6",),
@@ -362,45 +274,6 @@ EXPERIMENTS = (
         note="What the table Rate chose of 250 and of 500 steps, the last in its second round. The aim was the fewest steps "
              "whose attributes and CLIP-I, as means of all breeds, are neither below those of 1,000 steps at 1e-2. 500 steps "
              "at 4e-2 miss it by .003 of CLIP-I; the demo has them all the same, as they take half of the time."),
-    Experiment("TuningRates", "Learning rates of weight tuning", tuple(
-        Row(f"{system}, {factor:.2g} x", own, method, rate_of=system, rate_factor=factor, of_grid=True)
-        for system, (method, own, _) in SYSTEMS.items() for factor in GRID_FACTORS
-    ), ("attributes", *OBEYED, *DRIFT, "CLIP-I", "CLIP-T", "loss", "loss_all"), worlds=WITH_MINIATURE_ONLY, on_request=True,
-        chooses_rates=True,
-        note="On two spare breeds, on which nothing else is reported. The choice is by pictures: the shares of attributes, "
-             "scenes and accessories that are right, added up; the loss is no judge."),
-    Experiment("Tuning", "Weight tuning: captions and prior preservation", (
-        UNTUNED_NF4, UNTUNED_INT8,
-        *(tuned(system) for system in TUNERS),
-        *(tuned(system, f"{system}, captions", use_cc=True) for system in TUNERS),
-        *(tuned(system, f"{system}, prior preservation, {steps} steps", prior_preservation=True, num_class_images=64,
-                max_train_steps=steps)
-          for system, steps in (("DreamBooth", 400), ("DreamBooth", 800), ("QLoRA", 500), ("QLoRA", 1000))),
-    ), TUNING_COLUMNS, on_request=True, breeds=4,
-        plot=PictureGrid("tuning.png", {"untuned": "untuned, NF4"} | {system: system for system in TUNERS}, SHOWN),
-        note=f"Without captions every photograph has the prompt \"a photo of sks\" and its class. {CONFOUND}"),
-    Experiment("TuneQDM", "TuneQDM: scales, experts, bits, S1", (
-        UNTUNED_INT8, UNTUNED_INT4, *scale_rows(8), *scale_rows(4),
-        *(Row(f"8 bit, s_out and s_in, N = {experts}, {400 * experts} steps",
-              dict(experts=experts, max_train_steps=400 * experts), "tuneqdm", rate_of="PEQA") for experts in (2, 4)),
-        *(Row(f"8 bit, N = 1, s_in at its own rate {rate:g}", dict(experts=1, scale_in_learning_rate=rate), "tuneqdm",
-              rate_of="PEQA") for rate in (1e-4, 1e-3, 1e-2)),
-        *s1_rows(),
-    ), (*TUNING_COLUMNS, "travel", "trained"), on_request=True, breeds=4,
-        plot=PictureGrid("tuneqdm.png", {"untuned": "untuned, 8 bit", "PEQA": "8 bit, s_out, N = 1",
-                                         "N = 1": "8 bit, s_out and s_in, N = 1", "N = 4": "8 bit, s_out and s_in, N = 4",
-                                         "S1": "S1 [500, 900), interval", "4 bit, PEQA": "4 bit, s_out, N = 1"}, SHOWN),
-        note="One rate for all rows of the same bits, PEQA's, and equal steps, as published; N experts share them, so two rows "
-             "have as many steps for each expert as N = 1 has. Rate x steps / median scale says how far Adam can move a scale. "
-             "s_in at its own rate has no weight decay and is ours. S1's intervals, and where its scales serve, the sources do "
-             "not say: \"interval\" leaves the untuned scales outside."),
-    Experiment("KronA", "DiffuseKronA: factors and learning rates, beside LoRA", (
-        UNTUNED_NF4, *(factor_row(a1, 64) for a1 in (2, 4, 8, 16)), *(factor_row(a1, 16) for a1 in (2, 4)),
-        tuned("QLoRA", "LoRA r = 2"), *kron_rates("DiffuseKronA"), *kron_rates("QLoRA"),
-    ), (*TUNING_COLUMNS, "trained"), on_request=True, breeds=4,
-        plot=PictureGrid("krona.png", {"untuned": "untuned, NF4", "KronA (4, 64)": "KronA (4, 64)",
-                                       "KronA (4, 16)": "KronA (4, 16)", "LoRA": "LoRA r = 2"}, SHOWN),
-        note="LoRA r = 2 has as many numbers as (4, 64) in Stable Diffusion v1.5, and on the miniature between (4, 16) and "
-             "(2, 16). The four rates are the same ones for both systems, around KronA's."),
+    *TUNING_EXPERIMENTS,
 )  # fmt: skip
 BY_NAME = {experiment.name: experiment for experiment in EXPERIMENTS}

@@ -12,8 +12,9 @@ from statistics import mean
 
 from reproduction import runs
 from reproduction.declarations import OBEYED
-from reproduction.experiments import BY_NAME, GRID_FACTORS, SYSTEMS
+from reproduction.experiments import BY_NAME
 from reproduction.runs import Settings
+from reproduction.tuning_experiments import GRID_FACTORS, SYSTEMS
 from zoodip.files import read_json, write_json
 from zoodip.records import ROOT, environment
 

@@ -28,7 +28,8 @@ import numpy as np
 import train_zoodip
 from reproduction import stats
 from reproduction.declarations import Experiment, Row
-from reproduction.experiments import BY_NAME, SYSTEMS
+from reproduction.experiments import BY_NAME
+from reproduction.tuning_experiments import SYSTEMS
 from reproduction.worlds import World
 from trainers import diffusekrona, dreambooth, gauss_newton, gf_ti, qlora, textual_inversion, tuneqdm
 from zoodip.errors import InputError

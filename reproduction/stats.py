@@ -220,7 +220,7 @@ def judge(claim: Claim, rows: dict[str, Records], untrained: Records) -> Finding
     if score is None or (rule.margin is not None and not values_of(untrained, score)):
         return None
     mean, half_width, _ = differences[score]
-    margin = None
+    margin = rule.tolerance
     if rule.margin is not None:
         margin = rule.margin * abs(np.mean(values_of(b, score)) - np.mean(values_of(untrained, score)))
     of_rows = {row.label: row.published for row in BY_NAME[claim.experiment].rows}

@@ -53,7 +53,7 @@ class World:
     model: str
     width: int  # of a token; what the paper gives for 768 scales with it: tau, GF-TI's intrinsic dimension
     methods: dict[str, dict]  # flags of each method
-    start_rates: dict[str, float] = {}  # of `experiments.SYSTEMS`, where they are not the published ones: a grid's middle
+    start_rates: dict[str, float] = {}  # of `tuning_experiments.SYSTEMS`, where they are not the published ones: a grid's middle
     grid_subjects: tuple[str, ...] = ()  # on which rates are chosen
     subjects: tuple[str, ...]
     paper_subjects = False  # whether a table is of its `paper_subjects`, and not of the world's
