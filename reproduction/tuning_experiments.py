@@ -21,7 +21,7 @@ SYSTEMS: dict[str, tuple[str, dict, float]] = {
     "DiffuseKronA": ("diffusekrona", {}, 5e-4),
 }
 TUNERS = ("DreamBooth", "QLoRA", "PEQA", "TuneQDM", "DiffuseKronA")  # the systems of the paper's tables, and KronA
-GRID_FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)
+GRID_FACTORS = (1 / 3, 1.0, 3.0)
 
 
 def tuned(system: str, label: str = "", published: dict | None = None, **flags) -> Row:
