@@ -118,6 +118,6 @@ CLAIMS = (
     Claim("KronA (4, 16) beats LoRA r = 2", "KronA", "KronA (4, 16)", "LoRA r = 2"),
     Claim("LoRA varies more with the learning rate than KronA", "KronA", "QLoRA, spread over the four rates",
           "DiffuseKronA, spread over the four rates", LESS_SPREAD),
-    Claim("Prior preservation lowers DreamBooth's drift", "Tuning", "DreamBooth, prior preservation, 800 steps", "DreamBooth",
+    Claim("Prior preservation lowers DreamBooth's drift", "Prompts", "DreamBooth, prior preservation, 800 steps", "DreamBooth",
           LESS_DRIFT),
 )  # fmt: skip

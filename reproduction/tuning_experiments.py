@@ -108,16 +108,18 @@ TUNING_EXPERIMENTS = (
         chooses_rates=True,
         note="On two spare breeds, on which nothing else is reported. The choice is by pictures: the shares of attributes, "
              "scenes and accessories that are right, added up; the loss is no judge."),
-    Experiment("Tuning", "Weight tuning: captions and prior preservation", (
-        UNTUNED_NF4, UNTUNED_INT8,
-        *(tuned(system) for system in TUNERS),
-        *(tuned(system, f"{system}, captions", use_cc=True) for system in TUNERS),
+    Experiment("Tuning", "Weight tuning: the five systems", (
+        UNTUNED_NF4, UNTUNED_INT8, *(tuned(system) for system in TUNERS),
+    ), TUNING_COLUMNS, on_request=True,
+        plot=PictureGrid("tuning.png", {"untuned": "untuned, NF4"} | {system: system for system in TUNERS}, SHOWN),
+        note=f"Every photograph has the prompt \"a photo of sks\" and its class. {CONFOUND}"),
+    Experiment("Prompts", "Weight tuning: captions and prior preservation", (
+        *(row for system in TUNERS for row in (tuned(system), tuned(system, f"{system}, captions", use_cc=True))),
         *(tuned(system, f"{system}, prior preservation, {steps} steps", prior_preservation=True, num_class_images=64,
                 max_train_steps=steps)
           for system, steps in (("DreamBooth", 400), ("DreamBooth", 800), ("QLoRA", 500), ("QLoRA", 1000))),
     ), TUNING_COLUMNS, on_request=True, breeds=4,
-        plot=PictureGrid("tuning.png", {"untuned": "untuned, NF4"} | {system: system for system in TUNERS}, SHOWN),
-        note=f"Without captions every photograph has the prompt \"a photo of sks\" and its class. {CONFOUND}"),
+        note="Without captions every photograph has the prompt \"a photo of sks\" and its class."),
     Experiment("TuneQDM", "TuneQDM: what its paper claims of it", (
         UNTUNED_INT8, PEQA_8, N2_OUT_8, N1_8, N2_8, N4_8, OWN_8, s_in_row(1e-3), S1_OF_PUTS,
         UNTUNED_INT4, PEQA_4, N4_4, OWN_4,
