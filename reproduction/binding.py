@@ -80,7 +80,10 @@ class Job:
 
 
 def jobs_of(args: argparse.Namespace, tokens: Tokens) -> list[Job]:
-    """Every picture; the rows that matter first, some prompts of each set in turn, so that much can be said early."""
+    """Every picture; the rows that matter first, some prompts of each set in turn, so that much can be said early.
+
+    The other rows have the first seed alone: differences are paired by prompt, of which two seeds say little more than one.
+    """
     digest = model_digest(MODEL, None)[:12]
     learned = hashlib.sha256(b"".join(Path(file).read_bytes() for file in tokens.values() if Path(file).exists())).hexdigest()
     jobs: list[tuple[tuple[bool, int, int], Job]] = []
@@ -94,8 +97,9 @@ def jobs_of(args: argparse.Namespace, tokens: Tokens) -> list[Job]:
                     if row == "ceiling" and set_name == "S5":  # one creature has nothing to be mixed up with
                         continue
                     settings = settings_of(row, args.steps, args.guidance)
-                    job = Job(set_name, row, quantization, tuple(tasks[first : first + each]), tuple(args.seeds), settings,
-                              args.scheduler, weights)  # fmt: skip
+                    seeds = tuple(args.seeds if row in CORE else args.seeds[:1])
+                    job = Job(set_name, row, quantization, tuple(tasks[first : first + each]), seeds, settings, args.scheduler,
+                              weights)  # fmt: skip
                     jobs.append(((row not in CORE, k, number), job))
     return [job for _, job in sorted(jobs, key=lambda entry: entry[0])]  # which leaves the order of equals
 
@@ -300,7 +304,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rows", nargs="+", default=None, choices=list(SETTINGS), help="which methods; default: those of each table")
     add("--split", default="test", choices=["test", "development"], help="prompts to report, or to choose settings on")
     add("--prompts", type=int, default=TEST_PROMPTS, help="of each set, at most")
-    add("--seeds", type=int, nargs="+", default=[0, 1], help="a picture for each; the same noise in every row")
+    add("--seeds", type=int, nargs="+", default=[0, 1], help="a picture for each, the same noise in every row; rows that matter less: the first")
     add("--quantization", nargs="+", default=["none", "nf4"], choices=["none", "nf4"], help="of the model")
     add("--scheduler", default="ddim", choices=SCHEDULERS, help="of every row; DPM-Solver++ needs 15 steps")
     add("--steps", type=int, default=25, help="denoising steps")
