@@ -304,7 +304,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rows", nargs="+", default=None, choices=list(SETTINGS), help="which methods; default: those of each table")
     add("--split", default="test", choices=["test", "development"], help="prompts to report, or to choose settings on")
     add("--prompts", type=int, default=TEST_PROMPTS, help="of each set, at most")
-    add("--seeds", type=int, nargs="+", default=[0, 1], help="a picture for each, the same noise in every row; rows that matter less: the first")
+    add("--seeds", type=int, nargs="+", default=[0, 1], help="a picture for each; for rows that matter less the first")
     add("--quantization", nargs="+", default=["none", "nf4"], choices=["none", "nf4"], help="of the model")
     add("--scheduler", default="ddim", choices=SCHEDULERS, help="of every row; DPM-Solver++ needs 15 steps")
     add("--steps", type=int, default=25, help="denoising steps")

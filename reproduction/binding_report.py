@@ -151,7 +151,8 @@ def introduction(records: dict) -> str:
     return f"""# Binding on the miniature ({arguments["split"]} prompts)
 
 {arguments["steps"]} steps of {arguments["scheduler"].upper()}, guidance {arguments["guidance"]:g}, 64 pixels a creature,
-seeds {", ".join(map(str, arguments["seeds"]))} (tables of every row: the first), the same first noise in every row. The breeds' tokens were learned in 4 bits.
+seeds {", ".join(map(str, arguments["seeds"]))} (tables of every row: the first), the same first noise in every row. The breeds'
+tokens were learned in 4 bits.
 {records["device"]}, commit {records["commit"]}.
 
 The judges: the counter of creatures is right on {right} ({counter["fresh"]} renders that it has not seen), the

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import seeded
+from PIL import ImageOps
 
 from miniature.drawing import render
 from miniature.words import ACCESSORIES
-from reproduction import binding
-from reproduction.binding_judges import SIDE, counted_picture, load_counter, pair_specs, read_halves, score, train_counter
+from miniature.world import random_spec
+from reproduction import binding, binding_judges
+from reproduction.binding_judges import SIDE, counted_picture, load_counter, middles_of, read_halves, score, train_counter
 from reproduction.binding_report import Table, aims, cost_ratios, tables_of, verdict, write_report
 from reproduction.binding_rows import ROWS, SWEEP, ceiling_latents, join_windows, passes, rows_of, settings_of, split_windows
 from reproduction.binding_sets import SEED, SETS, Task, Wanted, tasks_of
@@ -112,16 +114,25 @@ def test_each_side_of_the_ceiling_is_its_own_groups(pipeline):
 # ----------------------------------------------------------------------------------------------------- judges and scores
 
 
-def test_pictures_to_count_on():
-    """A pair is the halves of two renders, without a seam; one creature less is the scene alone."""
-    for index in (2, 5):
-        picture, count = counted_picture(index)
-        assert count == 2 and picture.size == (SIDE, SIDE)
-        first, second = pair_specs(np.random.default_rng([SEED, index]))
-        assert first.scene == second.scene and first.seed == second.seed
-    empty, none = counted_picture(3)
-    spec = replace(pair_specs(np.random.default_rng([SEED, 3]))[0], x=-2.0)
-    assert none == 0 and np.array_equal(empty, render(spec, SIDE)) and counted_picture(4)[1] == 1
+@pytest.mark.parametrize("middles, counts", [
+    ([], {0}), ([32, 96], {1}), ([20, 44], {0, 2}), ([20, 44, 60], {0, 2}), ([58], {0, 1}),
+])  # fmt: skip
+def test_pictures_to_count_on(middles, counts, monkeypatch):
+    """A half counts the creatures whose middle is in it, 2 for more; without any it shows the scene alone."""
+    monkeypatch.setattr(binding_judges, "middles_of", lambda rng, count: middles)
+    drawn = {index: counted_picture(index) for index in range(12)}
+    assert {count for _, count in drawn.values()} == counts
+    for index, (picture, count) in drawn.items():
+        scene = render(replace(random_spec(np.random.default_rng([SEED, index]), held_out=True), x=-2.0), SIDE)
+        alone = any(np.array_equal(picture, side) for side in (scene, ImageOps.mirror(scene)))
+        assert picture.size == (SIDE, SIDE) and not (alone and count) and (alone or middles)
+
+
+def test_creatures_stand_apart_and_off_the_middle():
+    for seed in range(50):
+        found = middles_of(np.random.default_rng(seed), 4)
+        gaps = np.diff(sorted(found))
+        assert len(found) == 4 and gaps.min() >= 20 and min(abs(middle - SIDE) for middle in found) > 3
 
 
 def halves(*colours: str, accessory=("nothing", "nothing"), chances=(0.0, 0.0), count=(1, 1), **more) -> list[dict]:
