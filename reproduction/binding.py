@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from miniature.critters import held_out_breeds
-from reproduction import runs, tables, workers
+from reproduction import plans, runs, tables, workers
 from reproduction.binding_judges import SIDE, load_counter, read_halves, train_counter
 from reproduction.binding_report import write_report
 from reproduction.binding_rows import CORE, SETTINGS, ceiling_latents, passes, rows_of, settings_of
@@ -241,7 +241,7 @@ def print_plan(args: argparse.Namespace, jobs: Sequence[Job], learners: tuple[ru
     for (set_name, quantization), (pictures, waiting, time_left) in hours.items():
         print(f"{set_name}, {quantization}: {pictures} pictures, {waiting} to draw, {time_left:.2f} hours")
     settings, learning = learners
-    tokens = sum(runs.estimated_seconds(job, settings) for job in learning.values() if not job.done(settings)) / 3600
+    tokens = sum(plans.estimated_seconds(job, settings) for job in learning.values() if not job.done(settings)) / 3600
     total = tokens + sum(entry[2] for entry in hours.values())
     pictures = sum(int(entry[0]) for entry in hours.values())
     print(f"tokens: {tokens:.2f} hours; in all {pictures} pictures, {total:.1f} hours of one process at this moment's speed, "

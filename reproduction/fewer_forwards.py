@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from miniature.critters import held_out_breeds, spare_breeds
-from reproduction import runs, workers
+from reproduction import plans, runs, workers
 from reproduction.fewer_forwards_forms import (
     BETWEEN,
     BUDGETS,
@@ -274,10 +274,10 @@ def estimated_seconds(job: Job, settings: Settings) -> float:
     if job.done(settings):
         return 0.0
     if not isinstance(job, FormJob):
-        return runs.estimated_seconds(job, settings)
+        return plans.estimated_seconds(job, settings)
     pictures = len(set(job.points) & set(BUDGETS)) * settings.images * len(settings.prompts(job.spec["subject"]))
     judged = len(job.points) * (settings.eval_samples + 4) + pictures * settings.inference_steps * 2
-    learned = runs.estimated_seconds(Job({key: value for key, value in job.spec.items() if key != "after"}, set()), settings)
+    learned = plans.estimated_seconds(Job({key: value for key, value in job.spec.items() if key != "after"}, set()), settings)
     return learned + judged * settings.world.seconds_per_forward
 
 

@@ -1,4 +1,4 @@
-"""Draws the plots that `experiments.py` declares, from what `runs.collect` gives of their tables."""
+"""Draws the plots that `experiments.py` declares, from what `plans.collect` gives of their tables."""
 
 from __future__ import annotations
 

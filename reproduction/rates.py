@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from reproduction import runs
+from reproduction import plans
 from reproduction.declarations import OBEYED
 from reproduction.experiments import BY_NAME
 from reproduction.runs import Settings
@@ -38,8 +38,8 @@ def choose_rates(settings: Settings) -> dict | None:
     """What the file holds: each cell of the grid, and for each system the rate of the highest sum of `CRITERION`, the mean over
     its runs. A choice at the grid's edge is named: the grid should be widened. None where runs are missing."""
     experiment = BY_NAME["TuningRates"]
-    rows, cells, chosen, at_edge = runs.collect(experiment, settings), [], {}, []
-    expected = len(runs.subjects_of(experiment, settings)) * len(runs.seeds_of(experiment, settings))
+    rows, cells, chosen, at_edge = plans.collect(experiment, settings), [], {}, []
+    expected = len(plans.subjects_of(experiment, settings)) * len(plans.seeds_of(experiment, settings))
     for row in experiment.rows:
         records = list(rows[row.label].values())
         if len(records) < expected or not all(name in record for record in records for name in CRITERION[:1]):
@@ -53,7 +53,7 @@ def choose_rates(settings: Settings) -> dict | None:
         chosen[system] = best["learning_rate"]
         at_edge += [system] if best["factor"] in (min(GRID_FACTORS), max(GRID_FACTORS)) else []
     return dict(chosen=chosen, by=f"the sum of {', '.join(CRITERION)}", at_edge=at_edge, model=settings.model_id,
-                subjects=list(runs.subjects_of(experiment, settings)), cells=cells, **environment())  # fmt: skip
+                subjects=list(plans.subjects_of(experiment, settings)), cells=cells, **environment())  # fmt: skip
 
 
 def write_rates(settings: Settings, path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from reproduction import plots, runs
+from reproduction import archives, plans, plots, runs
 from reproduction.claims import CLAIMS
 from reproduction.declarations import CLAIM_COLUMNS, COLUMNS, Experiment, Row
 from reproduction.experiments import BY_NAME, CLASS_WORD, EXPERIMENTS
@@ -295,7 +295,8 @@ def introduction(names: list[str], settings: Settings, jobs: list[Job], done: in
     text = [
         f"{done} of {len(jobs)} runs, {hours:.1f} hours of training in all (summed over processes that ran side by side). "
         f"Made by `{command_of(names, settings)}`, {where['device']}, commit {', '.join(commits)}; {versions}. Tokens, curves "
-        f"and scores of every run are in `{runs.ARCHIVE}`; `--report_only` makes this report from it, `--redraw` the pictures.",
+        f"and scores of every run are in `{archives.ARCHIVE}`; `--report_only` makes this report from it, `--redraw` the "
+        "pictures.",
         "± is the half width of a 95 % interval (Student's t over subjects, each the mean of its seeds; of a single subject over "
         "its seeds, and then of that subject alone). Differences between rows are paired. Subjects: "
         f'{", ".join(subjects)}; the column "runs" says how many runs a row has. Scores are on {settings.images} pictures a '
@@ -335,7 +336,7 @@ def section_of(experiment: Experiment, collect: plots.Collect, settings: Setting
 def write_report(names: list[str], jobs: list[Job], settings: Settings, folder: Path) -> None:
     """All of a report, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    collect = lru_cache(lambda name: runs.collect(BY_NAME[name], settings))
+    collect = lru_cache(lambda name: plans.collect(BY_NAME[name], settings))
     done = sum(job.done(settings) for job in jobs)
     untrained = collect("1")[CLASS_WORD.label] if any(claim.rule.margin for claim in CLAIMS) else {}
     claims = [claim for claim in CLAIMS if claim.experiment in names]
@@ -357,7 +358,7 @@ def write_report(names: list[str], jobs: list[Job], settings: Settings, folder: 
     everything = {name: {label: list(map(figures_of, records.values())) for label, records in collect(name).items()}
                   for name in names}  # fmt: skip
     write_atomically(folder / "results.json", (json.dumps(everything) + "\n").encode())
-    runs.pack_runs(jobs, settings, folder / runs.ARCHIVE)
+    archives.pack_runs(jobs, settings, folder / archives.ARCHIVE)
     print(f"{folder / 'RESULTS.md'}, RESULTS.html: {done} of {len(jobs)} runs done")
 
 

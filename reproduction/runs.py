@@ -11,29 +11,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
-import lzma
-import re
-import tarfile
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from statistics import stdev
 from types import ModuleType
 
-import numpy as np
-
 import train_zoodip
-from reproduction import stats
-from reproduction.declarations import Experiment, Row
-from reproduction.experiments import BY_NAME
+from reproduction.declarations import Row
 from reproduction.tuning_experiments import SYSTEMS
 from reproduction.worlds import World
 from trainers import diffusekrona, dreambooth, gauss_newton, gf_ti, qlora, textual_inversion, tuneqdm
-from zoodip.errors import InputError
-from zoodip.files import write_atomically
 
 # Each a module with `parse_args(argv)`, `main(args) -> exit code` and the files of a `zoodip.run.Run`.
 METHODS = {"zoodip": train_zoodip, "ti": textual_inversion, "gf_ti": gf_ti, "gauss_newton": gauss_newton,
@@ -47,10 +35,7 @@ LEARNED = {dreambooth: "unet", qlora: "pytorch_lora_weights.safetensors", tuneqd
 
 SNAPSHOTS = 8  # tokens of a run that the learning curve shows, beside the first
 QUICK_SPEEDUP = 4  # --quick has so many times fewer steps
-COST_ROUNDS = 5  # runs that measure cost: one of every row, then the next of every row
 ALONG_SEEDS = (1000, 0)  # of the pictures of snapshots: the first choose the best, the second are scored
-ARCHIVE = "runs.tar.xz"  # in the folder of a report: token, curve and scores of each of its runs; tuned weights are too large
-ARCHIVED = re.compile(r"[0-9a-f]{12}/(?:(?:spec|result|scores-[0-9a-f]{12})\.json|learned_embeds(?:-steps-[0-9]+)?\.safetensors)")
 
 
 @dataclass
@@ -212,92 +197,6 @@ class Job:
                 or (redraw and not pictures_path(folder, settings, kind).exists())]  # fmt: skip
 
 
-def subjects_of(experiment: Experiment, settings: Settings) -> tuple[str, ...]:
-    world = settings.world
-    if experiment.chooses_rates:
-        return settings.subjects or world.grid_subjects
-    subjects = settings.subjects or (experiment.paper_subjects if world.paper_subjects else world.subjects[: experiment.breeds])
-    return subjects[:1] if experiment.kind == "cost" or (experiment.grid and settings.quick) else subjects
-
-
-def seeds_of(experiment: Experiment, settings: Settings) -> tuple[int, ...]:
-    """Of runs that measure cost the rounds. Where there are only one or two subjects, seeds have to show what chance does."""
-    if experiment.kind == "cost":
-        return cost_rounds(settings)
-    grid = experiment.grid or experiment.chooses_rates
-    if settings.seeds:
-        return settings.seeds[:1] if grid else settings.seeds
-    few = len(subjects_of(experiment, settings)) <= 2 and not grid
-    return settings.world.seeds[: max(experiment.seeds, 3 if few else 1)]
-
-
-def cost_rounds(settings: Settings) -> tuple[int, ...]:
-    return tuple(range(1 if settings.quick or settings.dry_steps else COST_ROUNDS))
-
-
-def jobs_of(experiment: Experiment, row: Row, settings: Settings) -> list[Job]:
-    """The runs of a row."""
-    if row.spread_of:
-        return []
-    fixed = row.method in (*UNTRAINED, *RENDERED)  # nothing is drawn before the first step
-    seeds = seeds_of(experiment, settings)[: 1 if fixed else None]
-    kinds = {experiment.kind} & {"scores", "inter"}
-    if not fixed and not tunes_weights(row.method) and (experiment.along or row.at == "best"):
-        kinds |= {"along"}
-    if row.at == "best":
-        kinds = {"along", "best"}
-    flags = row.flags | settings.rate(row)
-    return [
-        Job(make_spec(settings, row.method, subject, seed, flags, experiment.kind == "cost", row.variation), kinds.copy())
-        for subject in subjects_of(experiment, settings)
-        for seed in seeds
-    ]
-
-
-def cost_jobs(experiment: Experiment, row: Row, settings: Settings) -> list[Job]:
-    """The runs that measure a row's speed and memory; they depend on neither subject nor seed."""
-    if not experiment.with_cost or row.method in UNTRAINED:
-        return []
-    subject, flags = subjects_of(experiment, settings)[0], row.flags | settings.rate(row)
-    return [Job(make_spec(settings, row.method, subject, turn, flags, cost=True), set()) for turn in cost_rounds(settings)]
-
-
-def plan(experiments: Iterable[Experiment], settings: Settings) -> list[Job]:
-    """The runs of these tables, each once with all evaluations that any of them wants."""
-    jobs = {}
-    for experiment in experiments:
-        for row in experiment.rows:
-            for job in jobs_of(experiment, row, settings) + cost_jobs(experiment, row, settings):
-                jobs.setdefault(digest(job.spec), Job(job.spec, set())).kinds.update(job.kinds)
-    return list(jobs.values())
-
-
-def estimated_seconds(job: Job, settings: Settings) -> float:
-    """A guess from the world's measured speed; loading and judging included roughly."""
-    world, spec = settings.world, job.spec
-    if spec["method"] in RENDERED:
-        return 15.0
-    args = spec_args(spec, settings)
-    steps, calls, forwards = 0, 1, 3  # of gradients: a backward pass is two forwards
-    if spec["method"] not in UNTRAINED:
-        steps = args.max_train_steps
-    if hasattr(args, "population"):
-        calls, forwards = args.population if args.mode == "published" else 1, args.population
-    elif hasattr(args, "estimator"):
-        forwards = train_zoodip.ESTIMATORS[args.estimator].num_candidates(args.n)
-    elif hasattr(args, "directions"):
-        forwards = args.directions + 1
-    seconds = 10 + steps * (calls * world.seconds_per_step + forwards * args.train_batch_size * world.seconds_per_forward)
-    if spec.get("cost"):
-        return seconds + 15
-    judged = (SNAPSHOTS + 2) * settings.eval_samples
-    for kind in job.kinds:
-        pictures = evaluation(settings, kind)["images"] * (len(settings.prompts(spec["subject"], kind)) if kind != "inter" else 1)
-        pictures *= len(ALONG_SEEDS) * (SNAPSHOTS + 1) if kind == "along" else 1
-        judged += pictures * settings.inference_steps * (3 if kind == "scores" and tunes_weights(spec["method"]) else 2)
-    return seconds + judged * world.seconds_per_forward
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What is done
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,80 +245,3 @@ def best_step(curve: list[dict]) -> int:
     """The step whose pictures, of those that choose, are most like the subject; of equals the first. Without CLIP the last."""
     scored = [point for point in curve if "choosing" in point]
     return max(scored, key=lambda point: point["choosing"])["step"] if scored else curve[-1]["step"]
-
-
-def collect(experiment: Experiment, settings: Settings) -> dict[str, stats.Records]:
-    """{row label: {(subject, seed): record}} of the runs that are done, and of the controls."""
-    found = {}
-    for row in experiment.rows:
-        records = {}
-        for job in jobs_of(experiment, row, settings):
-            record = read_run(job.spec, settings, row.at)
-            if record is not None:
-                if experiment.kind != "cost":
-                    record.pop("steps_per_second", None)  # of a run beside others
-                if not record.get("removed"):  # no refresh of a subspace, so no share
-                    record.pop("removed", None)
-                records[job.spec["subject"], job.spec["seed"]] = record | stats.derived(record, settings.world.scaled(128))
-        costs = [cost for job in cost_jobs(experiment, row, settings) if (cost := read_run(job.spec, settings)) is not None]
-        for name in ("steps_per_second", "peak_memory_gb"):
-            if costs:
-                median = float(np.median([cost[name] for cost in costs]))
-                records = {run: record | {name: median} for run, record in records.items()}
-        found[row.label] = records
-    for row in experiment.rows:
-        if row.spread_of:
-            found[row.label] = spread([found[label] for label in row.spread_of], experiment.columns)
-    stats.add_equal_budgets(found)
-    if experiment.gap is not None:
-        start, end = (found.get(label, {}) for label in experiment.gap)
-        stats.add_gaps(found.values(), start, end)
-    if "likeness" in experiment.columns:
-        scale = BY_NAME["Scale"]
-        if settings.world.name in scale.worlds:
-            stats.add_likeness(found, *collect(scale, settings).values())
-    if experiment.stops is not None:
-        found |= stats.stopped(found[experiment.stops])
-    for control in experiment.controls:
-        tau, dim = control.size or (settings.world.scaled(128), settings.world.width)
-        removed = stats.control_removed(control.kind, tau, 1e-3, dim, 30)
-        found[control.label] = {(stats.NO_SUBJECT, 0): stats.derived(dict(removed=removed), tau)}
-    return found
-
-
-def spread(rows: list[stats.Records], scores: Iterable[str]) -> stats.Records:
-    """The standard deviation of each score over rows, of every run that all of them have."""
-    records: stats.Records = {}
-    for run in set.intersection(*(set(records) for records in rows)):
-        values = {score: [records[run][score] for records in rows if score in records[run]] for score in scores}
-        records[run] = {score: stdev(some) for score, some in values.items() if len(some) == len(rows)}
-    return records
-
-
-def pack_runs(jobs: list[Job], settings: Settings, path: Path) -> None:
-    """All that tables are made of, of the jobs that are done, in one compressed file. The same runs give the same bytes."""
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w") as archive:
-        for job in sorted(jobs, key=lambda job: digest(job.spec)):
-            folder, of_snapshot = settings.folder(job.spec), "learned_embeds-steps-"
-            for file in sorted(folder.glob("*")):
-                if file.name.startswith(of_snapshot) and "along" not in job.kinds:
-                    continue  # no picture is of it
-                if (folder / "result.json").exists() and ARCHIVED.fullmatch(name := f"{folder.name}/{file.name}"):
-                    entry = tarfile.TarInfo(name)
-                    entry.size = file.stat().st_size
-                    archive.addfile(entry, io.BytesIO(file.read_bytes()))
-    write_atomically(path, lzma.compress(content.getvalue()))
-
-
-def unpack_runs(path: Path, output: Path) -> None:
-    """The runs of `pack_runs` into <output>/runs, where a file is not there yet. Raises InputError."""
-    try:
-        with tarfile.open(fileobj=io.BytesIO(lzma.decompress(path.read_bytes()))) as archive:
-            for entry in archive:
-                target = output / "runs" / entry.name
-                if ARCHIVED.fullmatch(entry.name) and entry.isfile() and not target.exists():  # nothing else is written
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomically(target, archive.extractfile(entry).read())
-    except (tarfile.TarError, lzma.LZMAError, OSError) as error:
-        raise InputError(f"{path}: is no whole archive of runs ({error}); restore or remove it") from error

@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import train_zoodip
-from reproduction import rates, report, runs, workers
+from reproduction import archives, plans, rates, report, runs, workers
 from reproduction.experiments import BY_NAME
 from reproduction.runs import Job, Settings
 from reproduction.scores import load_scorer
@@ -60,8 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--report",
         type=Path,
         default=None,
-        help=f"folder for RESULTS.md and .html, results.json, plots, sheets and {runs.ARCHIVE}, whose runs are taken from there; "
-        "default: --output",
+        help=f"folder for RESULTS.md and .html, results.json, plots, sheets and {archives.ARCHIVE}, whose runs are taken from "
+        "there; default: --output",
     )
     add("--rates", type=Path, default=rates.FILE, help="learning rates of weight tuning, as --tables TuningRates chose them")
     add("--jobs", type=int, default=1, help="runs at once")
@@ -144,7 +144,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
 
 def print_plan(jobs: list[Job], args: argparse.Namespace, settings: Settings) -> None:
     """Every run with its seconds; then the hours of every table, a run counted in the first that asks for it."""
-    seconds = {runs.digest(job.spec): 0.0 if job.done(settings) else runs.estimated_seconds(job, settings) for job in jobs}
+    seconds = {runs.digest(job.spec): 0.0 if job.done(settings) else plans.estimated_seconds(job, settings) for job in jobs}
     for job in jobs:
         spec, duration = job.spec, seconds[runs.digest(job.spec)]
         flags = " ".join([*(f"--{name} {value}" for name, value in spec["flags"].items()), *spec.get("variation", [])])
@@ -154,7 +154,7 @@ def print_plan(jobs: list[Job], args: argparse.Namespace, settings: Settings) ->
     shared = {runs.digest(job.spec): hours[runs.digest(job.spec)] / (1 if job.spec.get("cost") else args.jobs) for job in jobs}
     lines, counted = [], set()
     for name in args.tables:
-        asked = {runs.digest(job.spec) for job in runs.plan([BY_NAME[name]], settings)}
+        asked = {runs.digest(job.spec) for job in plans.plan([BY_NAME[name]], settings)}
         new, counted = asked - counted, counted | asked
         lines.append([BY_NAME[name].heading, len(asked), f"{sum(map(hours.__getitem__, asked)):.1f}", len(new),
                       f"{sum(map(shared.__getitem__, new)):.1f}"])  # fmt: skip
@@ -167,10 +167,10 @@ def print_plan(jobs: list[Job], args: argparse.Namespace, settings: Settings) ->
 def main(args: argparse.Namespace) -> None:
     take_shard_of_launcher(args)
     settings = make_settings(args)
-    jobs = runs.plan((BY_NAME[name] for name in args.tables), settings)
+    jobs = plans.plan((BY_NAME[name] for name in args.tables), settings)
     folder = args.report or settings.output
-    if not args.dry_run and (folder / runs.ARCHIVE).exists():
-        runs.unpack_runs(folder / runs.ARCHIVE, settings.output)
+    if not args.dry_run and (folder / archives.ARCHIVE).exists():
+        archives.unpack_runs(folder / archives.ARCHIVE, settings.output)
     if args.dry_run:
         print_plan(jobs, args, settings)
         return

@@ -30,8 +30,10 @@ from safetensors.torch import load_file, save
 
 import train_zoodip
 from reproduction import (
+    archives,
     evaluate,
     judging,
+    plans,
     plots,
     prompts,
     rates,
@@ -350,7 +352,7 @@ def settings_of(tmp_path, *flags: str) -> runs.Settings:
 
 
 def plan_of(settings: runs.Settings, *names: str) -> list[runs.Job]:
-    return runs.plan([BY_NAME[name] for name in names or report.default_names(settings)], settings)
+    return plans.plan([BY_NAME[name] for name in names or report.default_names(settings)], settings)
 
 
 @pytest.mark.parametrize("flags", [(), ("--quick",), ("--dry_steps", "2"), ("--world", "sd15"),
@@ -367,7 +369,7 @@ def test_every_run_of_every_table_has_valid_arguments(tmp_path, flags):
     )
     for job in jobs:
         assert json.loads(json.dumps(job.spec)) == job.spec
-        assert runs.estimated_seconds(job, settings) > 0
+        assert plans.estimated_seconds(job, settings) > 0
         if job.spec["method"] in runs.RENDERED:
             continue
         args = runs.spec_args(job.spec, settings)
@@ -386,27 +388,31 @@ def test_the_full_miniature_plan(tmp_path):
     specs = [job.spec for job in plan_of(settings) if runs.tunes_weights(job.spec["method"]) and "cost" not in job.spec]
     steps = {spec["method"]: spec["flags"]["max_train_steps"] for spec in specs}
     assert steps == {"dreambooth": 400, "qlora": 500, "tuneqdm": 400, "diffusekrona": 500}  # as published
-    assert sum(runs.estimated_seconds(job, settings) for job in plan_of(settings)) < 23 * 3600
+    assert sum(plans.estimated_seconds(job, settings) for job in plan_of(settings)) < 23 * 3600
     for claim in CLAIMS:
         experiment = BY_NAME[claim.experiment]
-        four = experiment.grid or experiment.on_request
-        assert len(runs.subjects_of(experiment, settings)) == (4 if four else 12)
+        four = experiment.grid or experiment.name == "Prompts"
+        assert len(plans.subjects_of(experiment, settings)) == (4 if four else 12)
     default = {name: {runs.digest(job.spec) for row in BY_NAME[name].rows if row.label == label
-                      for job in runs.jobs_of(BY_NAME[name], row, settings)}
+                      for job in plans.jobs_of(BY_NAME[name], row, settings)}
                for name, label in (("1", "ZOODiP"), ("1", "ZOODiP, at its best step"), ("3", "SG and PUTS"), ("5", "PUTS"),
                                    ("Habits", "learning rate 1e-2 (the script)"), ("S4", "RGE"), ("S5", "mu = 1e-3"),
                                    ("S6", "n = 2"), ("S8", "NF4"), ("S9", "ZOODiP"), ("Gap", "ZOODiP"))}  # fmt: skip
     assert len(set(map(frozenset, default.values()))) == 1
     assert [settings.world.scaled(tau) for tau in TAUS] == [11, 21, 43, 85, 171]
-    of_paper = {row.label: runs.jobs_of(BY_NAME["1"], row, settings)[0].spec["flags"] for row in BY_NAME["1"].rows}
+    of_paper = {row.label: plans.jobs_of(BY_NAME["1"], row, settings)[0].spec["flags"] for row in BY_NAME["1"].rows}
     assert of_paper["TI, as published"]["max_train_steps"] == 167  # 5,000 of 30,000
     assert of_paper["TI, as published"]["mixed_precision"] == "fp32"  # on a GPU too
     sd15 = settings_of(tmp_path, "--world", "sd15")
-    flags = runs.jobs_of(BY_NAME["1"], BY_NAME["1"].rows[1], sd15)[0].spec["flags"]
+    flags = plans.jobs_of(BY_NAME["1"], BY_NAME["1"].rows[1], sd15)[0].spec["flags"]
     assert flags["max_train_steps"] == 5000
-    assert runs.subjects_of(BY_NAME["S6"], sd15) == ("dog6", "shiny_sneaker") and runs.seeds_of(BY_NAME["S6"], sd15) == (0, 1, 2)
-    assert runs.subjects_of(BY_NAME["PUTS"], sd15) == ("dog6",) and runs.seeds_of(BY_NAME["PUTS"], sd15) == (0,)
-    assert runs.seeds_of(BY_NAME["1"], sd15) == (0,)
+    assert plans.subjects_of(BY_NAME["S6"], sd15) == ("dog6", "shiny_sneaker") and plans.seeds_of(BY_NAME["S6"], sd15) == (
+        0,
+        1,
+        2,
+    )
+    assert plans.subjects_of(BY_NAME["PUTS"], sd15) == ("dog6",) and plans.seeds_of(BY_NAME["PUTS"], sd15) == (0,)
+    assert plans.seeds_of(BY_NAME["1"], sd15) == (0,)
 
 
 def test_the_plan_says_how_long_each_table_takes(tmp_path, capsys):
@@ -415,7 +421,7 @@ def test_the_plan_says_how_long_each_table_takes(tmp_path, capsys):
     tables.main(args)
     lines = capsys.readouterr().out.splitlines()
     settings = settings_of(tmp_path)
-    seconds = [runs.estimated_seconds(job, settings) for job in plan_of(settings, "3", "5")]
+    seconds = [plans.estimated_seconds(job, settings) for job in plan_of(settings, "3", "5")]
     assert f"about {sum(seconds) / 3600:.1f} hours of one process" in lines[-1]
     assert f"{sum(seconds) / 7200:.1f} with --jobs 2" in lines[-1]
     table_3, table_5 = (next(line.split("|") for line in lines if line.startswith(f"| Table {name}")) for name in "35")
@@ -495,11 +501,11 @@ def test_a_table_prints_differences_from_the_row_it_names(tmp_path):
     settings = settings_of(tmp_path, "--tables", "Demo", "--subjects", "furmix", "meppor", "--seeds", "0")
     demo = BY_NAME["Demo"]
     for row, levels in zip(demo.rows[1:3], ((0.4, 0.6), (0.42, 0.64)), strict=True):
-        for level, job in zip(levels, runs.jobs_of(demo, row, settings), strict=True):
+        for level, job in zip(levels, plans.jobs_of(demo, row, settings), strict=True):
             fake_run(
                 settings, job.spec, forwards=30, loss=0.02, loss_all=0.1, commit="0123456789-dirty", scores={"CLIP-I": level}
             )
-    rows = runs.collect(demo, settings)
+    rows = plans.collect(demo, settings)
     (line,) = report.differences_from(demo.against, demo, rows)
     assert line.startswith(f"{demo.rows[2].label}: CLIP-I +.030 ± .127, ")  # 12.706 x .01, of two
     jobs = plan_of(settings, "Demo")
@@ -515,7 +521,7 @@ def test_rates_are_chosen_by_pictures_and_read_from_their_file(tmp_path, capsys)
     grid, path = BY_NAME["TuningRates"], tmp_path / "rates.json"
     best = {system: GRID_FACTORS[k % len(GRID_FACTORS)] for k, system in enumerate(SYSTEMS)}
     for row in grid.rows:
-        for job in runs.jobs_of(grid, row, settings):
+        for job in plans.jobs_of(grid, row, settings):
             assert job.spec["subject"] in settings.world.grid_subjects
             right = 0.7 if row.rate_factor == best[row.rate_of] else 0.6
             worst = {"attributes": right, "scene": 0.9, "accessory": 0.5, "drift": 0.2}
@@ -532,10 +538,10 @@ def test_rates_are_chosen_by_pictures_and_read_from_their_file(tmp_path, capsys)
     later = settings_of(tmp_path, "--tables", "1", "--rates", str(path), "--subjects", "furmix", "ronfo")
     assert later.rates == notes["chosen"]
     rows = {row.label: row for row in BY_NAME["1"].rows}
-    (job, *_) = runs.jobs_of(BY_NAME["1"], rows["QLoRA"], later)
+    (job, *_) = plans.jobs_of(BY_NAME["1"], rows["QLoRA"], later)
     assert job.spec["flags"]["learning_rate"] == notes["chosen"]["QLoRA"]
     assert not set(settings.world.subjects) & set(settings.world.grid_subjects)
-    published = runs.jobs_of(BY_NAME["1"], rows["QLoRA, published rate"], later)
+    published = plans.jobs_of(BY_NAME["1"], rows["QLoRA, published rate"], later)
     assert {job.spec["subject"] for job in published} == {"furmix", "ronfo"}
     assert published[0].spec["flags"]["learning_rate"] == 1e-4
     assert later.rate(grid.rows[GRID_FACTORS.index(1)]) == {"learning_rate": start["DreamBooth"]}  # the grid stays where it is
@@ -544,7 +550,7 @@ def test_rates_are_chosen_by_pictures_and_read_from_their_file(tmp_path, capsys)
     assert settings_of(tmp_path, "--tables", "1", "--rates", str(path)).rates == {}
     assert "of other weights" in capsys.readouterr().err
     (settings.folder(job.spec) / "result.json").unlink(missing_ok=True)
-    (job, *_) = runs.jobs_of(grid, grid.rows[0], settings)
+    (job, *_) = plans.jobs_of(grid, grid.rows[0], settings)
     (settings.folder(job.spec) / "result.json").unlink()
     rates.write_rates(settings, tmp_path / "none.json")
     assert not (tmp_path / "none.json").exists() and "none is chosen" in capsys.readouterr().err
@@ -555,14 +561,14 @@ def test_the_spread_of_rows_is_theirs_run_by_run(tmp_path):
     settings = settings_of(tmp_path, "--tables", "KronA", "--subjects", "furmix", "meppor", "vaxmo")
     experiment = BY_NAME["KronA"]
     for row in sorted(experiment.rows, key=lambda row: "KronA's rate" not in row.label):  # which share runs with the others
-        for job in runs.jobs_of(experiment, row, settings):
+        for job in plans.jobs_of(experiment, row, settings):
             if settings.folder(job.spec).exists():
                 continue
             wide = 0.1 if row.method == "qlora" else 0.01
             shift = {"furmix": 0, "meppor": 1, "vaxmo": 2}[job.spec["subject"]] / 1000
             score = 0.5 + (wide + shift) * row.rate_factor if row.rate_of == "DiffuseKronA" else 0.5
             fake_run(settings, job.spec, forwards=400, loss=0.1, scores={"CLIP-I": score})
-    rows = runs.collect(experiment, settings)
+    rows = plans.collect(experiment, settings)
     spread = rows["QLoRA, spread over the four rates"]
     assert {run[0] for run in spread} == {"furmix", "meppor", "vaxmo"}
     assert spread["meppor", 0]["CLIP-I"] == pytest.approx(np.std([0.101 * f for f in (0.2, 0.4, 1.0, 2.0)], ddof=1))
@@ -753,7 +759,7 @@ def fake_table_s4(settings) -> None:
     """Two subjects x two seeds a row, with known figures."""
     level = {"RGE": 0.50, "SPSA": 0.45, "one-point": 0.52, "one-point, the sign as printed": 0.1}
     for row in BY_NAME["S4"].rows:
-        for k, job in enumerate(runs.jobs_of(BY_NAME["S4"], row, settings)):
+        for k, job in enumerate(plans.jobs_of(BY_NAME["S4"], row, settings)):
             forwards = 40 if row.label == "SPSA" else 30
             wobble = 0.002 * k if row.label == "RGE" else 0
             fake_run(settings, job.spec, forwards=forwards, loss=.02, loss_all=.1,
@@ -768,7 +774,7 @@ def test_a_table_and_its_claims_from_files(tmp_path):
     """Means, the interval of the paired difference, equal forwards, published figures, one line of plain English."""
     settings = settings_of(tmp_path, "--subjects", "furmix", "meppor", "--seeds", "0", "1")
     fake_table_s4(settings)
-    rows = runs.collect(BY_NAME["S4"], settings)
+    rows = plans.collect(BY_NAME["S4"], settings)
     assert [record["loss_at"] for record in rows["SPSA"].values()] == pytest.approx([0.025] * 4)  # of 40 forwards the first 30
     assert [record["loss_path"] for record in rows["SPSA"].values()] == pytest.approx([(0.04 + 0.025) / 2] * 4)
     finding = stats.judge(RGE_CLAIM, rows, {})
@@ -831,13 +837,13 @@ def test_a_report_is_made_again_from_what_it_keeps(tmp_path):
     for name in ("a", "b"):
         report.write_report(["S4"], jobs, settings, tmp_path / name)
     kept = {path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()}
-    assert {path.name for path in kept} == {"RESULTS.md", "RESULTS.html", "results.json", runs.ARCHIVE, "curves.png"}
+    assert {path.name for path in kept} == {"RESULTS.md", "RESULTS.html", "results.json", archives.ARCHIVE, "curves.png"}
     before = {path: (tmp_path / "a" / path).read_bytes() for path in kept}
     assert before == {path: (tmp_path / "b" / path).read_bytes() for path in kept}
     argv = ["--tables", "S4", "--subjects", "furmix", "meppor", "--seeds", "0", "1", "--report_only", "--output",
             str(tmp_path / "second"), "--report", str(tmp_path / "a")]  # fmt: skip
     assert len(json.loads(before[Path("results.json")])["S4"]["RGE"]) == 4
-    for path in kept - {Path(runs.ARCHIVE)}:
+    for path in kept - {Path(archives.ARCHIVE)}:
         (tmp_path / "a" / path).unlink()
     tables.main(tables.parse_args(argv))
     assert before == {path: (tmp_path / "a" / path).read_bytes() for path in kept}
@@ -845,9 +851,9 @@ def test_a_report_is_made_again_from_what_it_keeps(tmp_path):
         for name in ("../evil", "/tmp/evil", "0123456789ab/evil.json", "0123456789ab/result.json/../../evil",
                      "0123456789ab/learned_embeds-steps-../evil.safetensors"):  # fmt: skip
             archive.addfile(tarfile.TarInfo(name), io.BytesIO())
-    runs.unpack_runs(tmp_path / "evil.tar.xz", tmp_path / "third")
+    archives.unpack_runs(tmp_path / "evil.tar.xz", tmp_path / "third")
     assert not (tmp_path / "third").exists() and not list(tmp_path.rglob("evil*json"))
-    (tmp_path / "a" / runs.ARCHIVE).write_bytes(before[Path(runs.ARCHIVE)][:-40])
+    (tmp_path / "a" / archives.ARCHIVE).write_bytes(before[Path(archives.ARCHIVE)][:-40])
     with pytest.raises(InputError, match="no whole archive of runs"):
         tables.main(tables.parse_args(argv))
 
@@ -896,7 +902,7 @@ def test_both_pages_say_the_same(tmp_path):
 def test_a_missing_score_is_made_up_for_later(tmp_path):
     """DINO was not to be had, so its scores are missing; once it is, the run is scored again, and not before."""
     settings = settings_of(tmp_path, "--dino", "somewhere/dino")
-    job = runs.jobs_of(BY_NAME["5"], BY_NAME["5"].rows[0], settings)[0]
+    job = plans.jobs_of(BY_NAME["5"], BY_NAME["5"].rows[0], settings)[0]
     fake_run(settings, job.spec, forwards=3, loss=0.1, scores={"CLIP-I": 0.5})
     settings.missing = {"somewhere/dino"}
     assert job.done(settings)
@@ -1101,7 +1107,7 @@ def test_true_pictures_are_the_scale(tmp_path):
     settings.world.prepare(["furmix"])
     found = {}
     for row in BY_NAME["Scale"].rows:
-        (job,) = runs.jobs_of(BY_NAME["Scale"], row, settings)
+        (job,) = plans.jobs_of(BY_NAME["Scale"], row, settings)
         workers.do(job, settings)
         assert job.done(settings)
         found[row.method] = runs.read_run(job.spec, settings)

@@ -1,0 +1,45 @@
+"""All that a report's tables are made of, in one compressed file beside it."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import re
+import tarfile
+from pathlib import Path
+
+from reproduction.runs import Job, Settings, digest
+from zoodip.errors import InputError
+from zoodip.files import write_atomically
+
+ARCHIVE = "runs.tar.xz"  # in the folder of a report: token, curve and scores of each of its runs; tuned weights are too large
+ARCHIVED = re.compile(r"[0-9a-f]{12}/(?:(?:spec|result|scores-[0-9a-f]{12})\.json|learned_embeds(?:-steps-[0-9]+)?\.safetensors)")
+
+
+def pack_runs(jobs: list[Job], settings: Settings, path: Path) -> None:
+    """All that tables are made of, of the jobs that are done, in one compressed file. The same runs give the same bytes."""
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for job in sorted(jobs, key=lambda job: digest(job.spec)):
+            folder, of_snapshot = settings.folder(job.spec), "learned_embeds-steps-"
+            for file in sorted(folder.glob("*")):
+                if file.name.startswith(of_snapshot) and "along" not in job.kinds:
+                    continue  # no picture is of it
+                if (folder / "result.json").exists() and ARCHIVED.fullmatch(name := f"{folder.name}/{file.name}"):
+                    entry = tarfile.TarInfo(name)
+                    entry.size = file.stat().st_size
+                    archive.addfile(entry, io.BytesIO(file.read_bytes()))
+    write_atomically(path, lzma.compress(content.getvalue()))
+
+
+def unpack_runs(path: Path, output: Path) -> None:
+    """The runs of `pack_runs` into <output>/runs, where a file is not there yet. Raises InputError."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(lzma.decompress(path.read_bytes()))) as archive:
+            for entry in archive:
+                target = output / "runs" / entry.name
+                if ARCHIVED.fullmatch(entry.name) and entry.isfile() and not target.exists():  # nothing else is written
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(target, archive.extractfile(entry).read())
+    except (tarfile.TarError, lzma.LZMAError, OSError) as error:
+        raise InputError(f"{path}: is no whole archive of runs ({error}); restore or remove it") from error
