@@ -51,7 +51,7 @@ def choose_rates(settings: Settings) -> dict | None:
     for system in SYSTEMS:
         best = max((cell for cell in cells if cell["system"] == system), key=lambda cell: cell["sum"])
         chosen[system] = best["learning_rate"]
-        at_edge += [system] if best["factor"] in (min(GRID_FACTORS), max(GRID_FACTORS)) else []
+        at_edge += [system] if best["factor"] in (min(GRID_FACTORS[system]), max(GRID_FACTORS[system])) else []
     return dict(chosen=chosen, by=f"the sum of {', '.join(CRITERION)}", at_edge=at_edge, model=settings.model_id,
                 subjects=list(plans.subjects_of(experiment, settings)), cells=cells, **environment())  # fmt: skip
 

@@ -519,7 +519,7 @@ def test_rates_are_chosen_by_pictures_and_read_from_their_file(tmp_path, capsys)
     its rates, but for those of the grid and at published rates. The grid's subjects are none that is reported on."""
     settings = settings_of(tmp_path, "--tables", "TuningRates")
     grid, path = BY_NAME["TuningRates"], tmp_path / "rates.json"
-    best = {system: GRID_FACTORS[k % len(GRID_FACTORS)] for k, system in enumerate(SYSTEMS)}
+    best = {system: GRID_FACTORS[system][k % 3] for k, system in enumerate(SYSTEMS)}
     for row in grid.rows:
         for job in plans.jobs_of(grid, row, settings):
             assert job.spec["subject"] in settings.world.grid_subjects
@@ -530,9 +530,10 @@ def test_rates_are_chosen_by_pictures_and_read_from_their_file(tmp_path, capsys)
     said, notes = capsys.readouterr(), json.loads(path.read_text())
     start = settings.world.start_rates
     assert notes["chosen"] == {system: float(f"{start[system] * factor:.3g}") for system, factor in best.items()}
-    edges = GRID_FACTORS[0], GRID_FACTORS[-1]
-    assert set(notes["at_edge"]) == {system for system, factor in best.items() if factor in edges} and "widened" in said.err
-    assert len(notes["cells"]) == len(SYSTEMS) * len(GRID_FACTORS) and notes["cells"][0]["sum"] == pytest.approx(0.7 + 0.9 + 0.5)
+    at_edge = {system for system, factor in best.items() if factor in (GRID_FACTORS[system][0], GRID_FACTORS[system][-1])}
+    assert set(notes["at_edge"]) == at_edge and "widened" in said.err
+    assert len(notes["cells"]) == sum(map(len, GRID_FACTORS.values()))
+    assert notes["cells"][0]["sum"] == pytest.approx(0.7 + 0.9 + 0.5)
     assert notes["subjects"] == list(settings.world.grid_subjects) and notes["model"] == settings.model_id
 
     later = settings_of(tmp_path, "--tables", "1", "--rates", str(path), "--subjects", "furmix", "ronfo")
@@ -544,7 +545,9 @@ def test_rates_are_chosen_by_pictures_and_read_from_their_file(tmp_path, capsys)
     published = plans.jobs_of(BY_NAME["1"], rows["QLoRA, published rate"], later)
     assert {job.spec["subject"] for job in published} == {"furmix", "ronfo"}
     assert published[0].spec["flags"]["learning_rate"] == 1e-4
-    assert later.rate(grid.rows[GRID_FACTORS.index(1)]) == {"learning_rate": start["DreamBooth"]}  # the grid stays where it is
+    assert later.rate(grid.rows[GRID_FACTORS["DreamBooth"].index(1)]) == {
+        "learning_rate": start["DreamBooth"]
+    }  # the grid stays where it is
 
     path.write_text(json.dumps(notes | dict(model="another")))
     assert settings_of(tmp_path, "--tables", "1", "--rates", str(path)).rates == {}
