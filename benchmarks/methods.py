@@ -17,7 +17,8 @@ from train_zoodip import ZOAdam, candidate_losses
 from trainers import gauss_newton
 from zoodip.diffusion import Batch, draw_batch, load_model, load_scheduler, read_inputs, uniform_timesteps
 from zoodip.files import read_json
-from zoodip.model import load_frozen, native_resolution
+from zoodip.folder import native_resolution
+from zoodip.model import load_frozen
 from zoodip.prompts import load_tokenizer
 from zoodip.quantize import DTYPES, pack_weight, quantized_layer
 from zoodip.subject import find_images, open_image, to_square

@@ -12,7 +12,8 @@ from miniature.drawing import render
 from miniature.words import CLASS_NOUN
 from miniature.world import SceneSpec
 from zoodip.diffusion import Batch, FrozenModel, encode_images, load_scheduler, noise_batch
-from zoodip.model import load_text_encoder, load_unet, load_vae_encoder, native_resolution
+from zoodip.folder import native_resolution
+from zoodip.model import load_text_encoder, load_unet, load_vae_encoder
 from zoodip.prompts import Prompts, build_prompts, initial_token, initializer_ids, read_embedding_rows
 from zoodip.quantize import DTYPES
 

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zoodip.model import WEIGHT_NAMES, build_model
+from zoodip.folder import WEIGHT_NAMES
+from zoodip.model import build_model
 
 CHECK_PROMPT, CHECK_IDS = "a photo of a dog", [320, 1125, 539, 320, 1929]
 

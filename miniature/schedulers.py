@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler,
 from miniature.classifier import load_classifier
 from miniature.measures import generate, judge
 from miniature.prompts import whole_description_prompts
-from zoodip.model import model_digest
+from zoodip.folder import model_digest
 from zoodip.records import environment, table, write_between
 
 HERE = Path(__file__).resolve().parent

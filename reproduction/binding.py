@@ -44,7 +44,8 @@ from zoodip.binding_drawing import decode, draw_bound
 from zoodip.binding_settings import Settings
 from zoodip.errors import InputError, run_script
 from zoodip.files import write_atomically, write_image, write_json
-from zoodip.model import SCHEDULERS, build_scheduler, load_pipeline, model_digest
+from zoodip.folder import model_digest
+from zoodip.model import SCHEDULERS, build_scheduler, load_pipeline
 from zoodip.pictures import picture_sheet
 from zoodip.records import ROOT, environment, plain_arguments
 

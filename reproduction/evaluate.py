@@ -47,7 +47,8 @@ from zoodip.arguments import OneLineArgumentParser, flags_for, settings_of
 from zoodip.diffusion import FrozenModel, settle_flags
 from zoodip.errors import InputError, run_script
 from zoodip.files import write_atomically, write_image, write_json
-from zoodip.model import SCHEDULERS, find_model_folder, load_text_encoder, load_unet
+from zoodip.folder import find_model_folder
+from zoodip.model import SCHEDULERS, load_text_encoder, load_unet
 from zoodip.pictures import Drawer
 from zoodip.prompts import read_embedding
 from zoodip.quantize import DTYPES

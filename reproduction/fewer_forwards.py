@@ -50,7 +50,7 @@ from zoodip.arguments import OneLineArgumentParser
 from zoodip.diffusion import Batch, FrozenModel, load_scheduler
 from zoodip.errors import InputError, run_script
 from zoodip.files import write_atomically, write_json
-from zoodip.model import find_model_folder, model_digest
+from zoodip.folder import find_model_folder, model_digest
 from zoodip.prompts import Prompts
 from zoodip.records import ROOT, environment
 

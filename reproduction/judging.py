@@ -32,7 +32,8 @@ from reproduction.scores import (
 from zoodip.arguments import NUM_TRAIN_TIMESTEPS, flags_for
 from zoodip.diffusion import Batch, FrozenModel, Inputs, evaluation_batches, load_model, merge_batches, read_inputs, settle_flags
 from zoodip.files import write_image, write_json
-from zoodip.model import load_unet, native_resolution
+from zoodip.folder import native_resolution
+from zoodip.model import load_unet
 from zoodip.pictures import Drawer
 from zoodip.prompts import read_embedding
 from zoodip.quantize import DTYPES, AffineLayer, default_precision, frozen_format

@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from zoodip.files import write_image
-from zoodip.model import model_digest
+from zoodip.folder import model_digest
 from zoodip.pictures import Drawer, picture_sheet
 from zoodip.prompts import build_prompts, load_tokenizer
 from zoodip.subject import open_image

@@ -33,7 +33,7 @@ from reproduction.scores import load_scorer
 from reproduction.worlds import WORLDS
 from zoodip.arguments import OneLineArgumentParser
 from zoodip.errors import InputError, run_script
-from zoodip.model import find_model_folder, model_digest
+from zoodip.folder import find_model_folder, model_digest
 from zoodip.records import table
 
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",

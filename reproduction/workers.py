@@ -33,7 +33,7 @@ from zoodip.checkpoints import checkpoint_step, list_checkpoints
 from zoodip.diffusion import load_scheduler, settle_flags
 from zoodip.errors import InputError, prepare_environment, quiet_libraries
 from zoodip.files import write_json
-from zoodip.model import find_model_folder
+from zoodip.folder import find_model_folder
 from zoodip.prompts import initial_token, initializer_ids, load_tokenizer, read_embedding_rows, save_embedding
 from zoodip.records import ROOT
 

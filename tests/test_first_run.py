@@ -225,7 +225,7 @@ def test_pictures_on_the_way_that_were_stopped_are_drawn_on_resuming(tiny_model,
 
 def published(*variants: str) -> list[str]:
     """The files of a model on a hub, its weights in these variants."""
-    from zoodip.model import WEIGHT_NAMES
+    from zoodip.folder import WEIGHT_NAMES
 
     names = ["model_index.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json"]
     for component, stem in WEIGHT_NAMES.items():
@@ -238,7 +238,7 @@ def test_of_a_hub_model_the_half_precision_files_are_taken(monkeypatch, tmp_path
     """It used to download 4.3 GB in fp32 to pack them in 4 bits. Who names a variant gets that."""
     import huggingface_hub
 
-    from zoodip.model import hub_variant
+    from zoodip.folder import hub_variant
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, revision=None: published(*variants))
     assert hub_variant("someone/sd") == chosen
@@ -249,7 +249,7 @@ def test_half_precision_files_in_the_cache_are_found_without_network(monkeypatch
     import huggingface_hub
     from huggingface_hub import constants
 
-    from zoodip.model import hub_variant
+    from zoodip.folder import hub_variant
 
     def offline(self, name, revision=None):
         raise ConnectionError("no network")

@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save
 from watching import Watch
 
 from zoodip.checkpoints import state_digest
-from zoodip.model import WEIGHT_NAMES
+from zoodip.folder import WEIGHT_NAMES
 from zoodip.records import peak_memory_gb
 
 RUN = dict(max_train_steps=2, checkpointing_steps=1, eval_steps=0, num_eval_samples=1)

@@ -16,7 +16,8 @@ from tiny import PARTS, assert_same, from_pretrained, load, rewrite, weights_of
 from torch import nn
 
 from zoodip.errors import InputError
-from zoodip.model import WEIGHT_NAMES, download_model, find_model_folder, load_pipeline, settle_threads
+from zoodip.folder import WEIGHT_NAMES, download_model, find_model_folder
+from zoodip.model import load_pipeline, settle_threads
 from zoodip.prompts import build_prompts, encode_prompts, load_tokenizer, read_embedding_rows
 from zoodip.quantize import QuantizedLayer
 

@@ -1255,7 +1255,8 @@ def test_a_run_that_fails_is_told_with_its_log(tiny_settings):
 def test_tokens_that_nothing_is_learned_for(tmp_path):
     """The class word's embedding, and a description's with one vector for each word: a prompt with it is encoded as the prompt
     with the words written out."""
-    from zoodip.model import load_text_encoder, native_resolution
+    from zoodip.folder import native_resolution
+    from zoodip.model import load_text_encoder
     from zoodip.prompts import build_prompts, encode_prompts, load_tokenizer
 
     settings, theta = settings_of(tmp_path), {}

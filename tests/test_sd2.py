@@ -14,7 +14,8 @@ from conftest import arguments, make_model, run_cli
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from zoodip.model import load_text_encoder, native_resolution
+from zoodip.folder import native_resolution
+from zoodip.model import load_text_encoder
 from zoodip.prompts import build_prompts, encode_prompts, load_tokenizer
 
 

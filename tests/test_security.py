@@ -23,7 +23,7 @@ from PIL import Image, PngImagePlugin
 from safetensors import safe_open
 
 from zoodip.errors import InputError
-from zoodip.model import WEIGHT_NAMES, find_weights
+from zoodip.folder import WEIGHT_NAMES, find_weights
 from zoodip.prompts import file_stem
 
 RUN = dict(max_train_steps=2, checkpointing_steps=1, eval_steps=0, num_eval_samples=1)

@@ -17,7 +17,8 @@ from conftest import MINIATURE, arguments, run_cli
 from safetensors.torch import load_file, save_file
 
 from zoodip.errors import InputError
-from zoodip.model import WEIGHT_NAMES, find_model_folder, load_frozen, load_pipeline
+from zoodip.folder import WEIGHT_NAMES, find_model_folder
+from zoodip.model import load_frozen, load_pipeline
 from zoodip.single_file import StandIn, converted
 
 # ----------------------------------------------------------------------------------------------------- the names, backwards

@@ -13,7 +13,8 @@ from torch import nn
 
 from train_zoodip import denoising_losses
 from zoodip.diffusion import Batch, FrozenModel, noise_batch
-from zoodip.model import WEIGHT_NAMES, load_frozen, load_text_encoder
+from zoodip.folder import WEIGHT_NAMES
+from zoodip.model import load_frozen, load_text_encoder
 from zoodip.prompts import build_prompts, load_tokenizer
 
 PARTS = ["unet", "vae", "text_encoder"]

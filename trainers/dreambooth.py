@@ -49,7 +49,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from zoodip.model import find_model_folder
+from zoodip.folder import find_model_folder
 from zoodip.quantize import DTYPES
 from zoodip.tuned_files import save_other_folders, save_unet
 from zoodip.tuned_layers import Parameters, Shapes

@@ -102,7 +102,7 @@ from zoodip.diffusion import (
     timestep_sampler,
     uniform_timesteps,
 )
-from zoodip.model import config_number
+from zoodip.folder import config_number
 from zoodip.outputs import TokenOutputs
 from zoodip.prompts import read_embedding_rows
 from zoodip.run import Run, due, make_accelerator

@@ -134,7 +134,8 @@ def read_prompts(folder: Path, words: dict[str, int], flags: dict, methods: Iter
 
 def main(flags: dict) -> None:
     """Pictures PROMPT-METHOD-SEED.png, a sheet and binding.json in --output. Raises InputError."""
-    from zoodip.model import find_model_folder, load_pipeline
+    from zoodip.folder import find_model_folder
+    from zoodip.model import load_pipeline
 
     methods, output = settings_of_flags(flags), flags["output"]
     folder = find_model_folder(flags["model"])

@@ -14,16 +14,8 @@ from tqdm import tqdm
 
 from zoodip.arguments import NUM_TRAIN_TIMESTEPS, is_embedding_file
 from zoodip.errors import DamagedModel, InputError, damaged_model
-from zoodip.model import (
-    choose_quantization,
-    find_model_folder,
-    hub_variant,
-    load_text_encoder,
-    load_unet,
-    load_vae_encoder,
-    model_digest,
-    native_resolution,
-)
+from zoodip.folder import choose_quantization, find_model_folder, hub_variant, model_digest, native_resolution
+from zoodip.model import load_text_encoder, load_unet, load_vae_encoder
 from zoodip.prompts import Prompts, build_prompts, encode_prompts, load_tokenizer, starting_token, warn_of_an_ordinary_word
 from zoodip.quantize import DTYPES, default_precision
 from zoodip.subject import Subject, load_subject, open_image, to_square

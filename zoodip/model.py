@@ -1,29 +1,19 @@
-"""A Stable Diffusion folder: found, checked, and read tensor by tensor into frozen, quantised modules."""
+"""Frozen, quantised modules of a Stable Diffusion folder, read tensor by tensor; and pipelines of them."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from zoodip.errors import DamagedModel, InputError, damaged_model
-from zoodip.files import not_safetensors, read_json, read_tensors
+from zoodip.files import read_json
+from zoodip.folder import WEIGHT_NAMES, choose_quantization, component_tensors, find_model_folder, hub_variant
 from zoodip.quantize import pack_weight, quantized_layer
-from zoodip.single_file import (
-    KINDS,
-    checkpoint_kind,
-    folder_of_single_file,
-    published_configuration,
-    read_single_file,
-    single_file_of,
-)
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -33,203 +23,9 @@ if TYPE_CHECKING:  # diffusers and transformers take seconds to import
     from transformers import CLIPTextModel, CLIPTokenizer
 
 MAX_LAYERS = 100  # in a row; a damaged configuration that promises more would keep us building for hours
-WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-PACKED_NAME = "packed"  # of weights that --save_quantized wrote: under the usual names others would load them, as noise
-NEEDED = ["model_index.json", "tokenizer", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in WEIGHT_NAMES)]
 SMALL_UNET = 100_000_000  # parameters: the miniature has 11 million, Stable Diffusion v1.5 860
 SCHEDULERS = {"pndm": "PNDMScheduler", "ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
 VAE_ENCODER, VAE_DECODER = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.")  # names of parameters begin so
-
-
-# ----------------------------------------------------------------------------------------------------- the folder
-
-
-def find_model_folder(
-    name: str, revision: str | None = None, variant: str | None = None, model_config: str | None = None
-) -> Path:
-    """The local folder of a model, downloaded from the hub if need be, or one that stands for a single file, with the
-    configurations of `model_config`. Raises InputError that says how to get it."""
-    folder = Path(name)
-    if folder.is_file():
-        folder = open_single_file(folder, model_config)
-    if not folder.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
-            raise InputError(
-                f"--pretrained_model_name_or_path: there is no folder or file {name!r}; give a folder in diffusers format (with "
-                "model_index.json), a .safetensors checkpoint, or a hub name"
-            )
-        folder = download_model(name, revision, variant)
-    for needed in NEEDED:
-        if not (folder / needed).exists():
-            raise InputError(
-                f"{folder}: {needed} is missing; a Stable Diffusion folder in diffusers format holds "
-                "model_index.json, tokenizer, scheduler, text_encoder, unet and vae"
-            )
-    for component in WEIGHT_NAMES:
-        find_weights(folder, component, variant)
-    if (folder / "text_encoder_2").exists():
-        raise InputError(f"{folder}: has two text encoders (SDXL); give a Stable Diffusion 1.x or 2.x")
-    channels = read_json(folder / "unet" / "config.json").get("in_channels", 4)
-    if channels != read_json(folder / "vae" / "config.json").get("latent_channels", 4):
-        raise InputError(
-            f"{folder}: the UNet takes {channels} channels (an inpainting or depth model?); give a plain "
-            "text-to-image Stable Diffusion"
-        )
-    return folder
-
-
-def open_single_file(file: Path, model_config: str | None) -> Path:
-    """A folder that stands for a checkpoint in one file. Configurations and tokenizer, 2 MB, are those of the folder or hub name
-    `model_config`, or of the published model of the file's kind. Raises InputError."""
-    kind, tensors = checkpoint_kind(file)
-    source = Path(model_config or published_configuration(kind))
-    if not source.is_dir():
-        try:
-            source = download_model(str(source), None, None, weights=False)
-        except InputError as error:
-            raise InputError(
-                f"{file}: a single file has neither configuration nor tokenizer; give a {KINDS[kind]} in diffusers format, of "
-                f"which no weights are needed, as --model_config ({error})"
-            ) from None
-    for needed in NEEDED:
-        if not (source / needed).exists():
-            raise InputError(f"--model_config {source}: {needed} is missing; give a folder in diffusers format")
-    return folder_of_single_file(file, tensors, source)
-
-
-def hub_variant(name: str, revision: str | None = None) -> str | None:
-    """The variant to take of a hub model where the user names none: fp16, half the download, where all its weights have it."""
-    if Path(name).exists():
-        return None
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    wanted = [f"{component}/{stem}.fp16.safetensors" for component, stem in WEIGHT_NAMES.items()]
-    try:
-        if all(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in wanted):
-            return "fp16"
-        return "fp16" if set(wanted) <= set(HfApi().list_repo_files(name, revision=revision)) else None
-    except Exception:  # network, authorisation, spelling: said by whoever downloads
-        return None
-
-
-def download_model(name: str, revision: str | None, variant: str | None, weights: bool = True) -> Path:
-    """The folder of a hub model in the local cache: configurations, tokenizer, weights of `variant`. Raises InputError."""
-    from huggingface_hub import snapshot_download
-
-    suffix = f".{variant}" if variant else ""
-    patterns = ["model_index.json", "tokenizer/*", "scheduler/*"]
-    for component, stem in WEIGHT_NAMES.items():
-        patterns.append(f"{component}/config.json")
-        if not weights:
-            continue
-        patterns += [
-            f"{component}/{PACKED_NAME}*",
-            f"{component}/{stem}{suffix}.safetensors",
-            f"{component}/{stem}{suffix}-*-of-*.safetensors",
-            f"{component}/{stem}.safetensors.index{suffix}.json",
-        ]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # network, authorisation, spelling: many classes, one remedy
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"--pretrained_model_name_or_path: {name!r} is neither a folder here nor to be had from the hub ({reason}); "
-            f"where there is network run `hf download {name} --local-dir sd-model`, copy that folder here, give its path"
-        ) from None
-
-
-def find_weights(folder: Path, component: str, variant: str | None) -> list[Path]:
-    """The safetensors file, or shards, of a component of the model. Raises InputError; a pickle is never an answer."""
-    single_file = single_file_of(folder, component)
-    if single_file is not None:
-        return [single_file]
-    stem = WEIGHT_NAMES[component] + (f".{variant}" if variant else "")
-    whole = folder / component / f"{stem}.safetensors"
-    index = folder / component / f"{WEIGHT_NAMES[component]}.safetensors.index{f'.{variant}' if variant else ''}.json"
-    if whole.is_file():
-        return [whole]
-    packed_index = folder / component / f"{PACKED_NAME}.safetensors.index.json"
-    if packed_index.is_file() and not variant:
-        index = packed_index
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
-        shards = [folder / component / Path(name).name for name in sorted(names)]
-        missing = [path.name for path in shards if not path.is_file()]
-        if shards and not missing:
-            return shards
-        raise DamagedModel(folder / component, f"the shards {', '.join(missing)} are missing")
-    found = sorted(path.name for path in (folder / component).glob("*") if path.suffix in (".safetensors", ".bin", ".ckpt"))
-    remedy = (
-        "only safetensors is read, never a pickle: save the model with save_pretrained(safe_serialization=True)"
-        if found and not any(name.endswith(".safetensors") for name in found)
-        else "set or drop --variant"
-        if found
-        else "download the folder again"
-    )
-    raise InputError(f"{folder / component}: {stem}.safetensors is missing (found: {', '.join(found) or 'nothing'}); {remedy}")
-
-
-def component_tensors(folder: Path, component: str, variant: str | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of all that a component's weight files hold, one at a time. Raises InputError."""
-    if single_file_of(folder, component) is not None:
-        return read_single_file(folder, component)
-    return read_tensors(find_weights(folder, component, variant))
-
-
-def packed_as(folder: Path, variant: str | None) -> str | None:
-    """The quantization in which --save_quantized packed a folder's weights; None where they are not packed."""
-    for path in find_weights(folder, "unet", variant):
-        try:
-            with safe_open(path, framework="pt") as handle:
-                names = list(handle.keys())
-        except (SafetensorError, OSError) as error:
-            raise not_safetensors(path, error) from error
-        for name in names:
-            if name.endswith((".weight.nf4", ".weight.int8")):
-                return name.rpartition(".")[2]
-    return None
-
-
-def choose_quantization(folder: Path, variant: str | None, wanted: str | None) -> str:
-    """--quantization, or by default what the folder is packed in, or nf4. Raises InputError where flag and folder disagree."""
-    packed = packed_as(folder, variant)
-    if wanted and packed and wanted != packed:
-        raise InputError(
-            f"--quantization {wanted}: the weights in {folder} are packed as {packed}; leave the flag out, or give "
-            "the model that they were made from"
-        )
-    return wanted or packed or "nf4"
-
-
-def model_digest(folder: Path, variant: str | None) -> str:
-    """SHA-256 over size, beginning and end of the weight files: enough to tell a retrained model, and quick."""
-    digest = hashlib.sha256()
-    for path in [path for component in WEIGHT_NAMES for path in find_weights(folder, component, variant)]:
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 20))
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read() + str(size).encode())
-    return digest.hexdigest()
-
-
-def config_number(path: Path, key: str, default: int) -> int:
-    """A count in a configuration of the model folder. Raises DamagedModel where it is none."""
-    value = read_json(path).get(key, default)
-    if type(value) is not int or value < 1:
-        raise DamagedModel(path, f"{key} must be a positive whole number, got {value!r}")
-    return value
-
-
-def native_resolution(folder: Path) -> int:
-    """Side in pixels of the images that the model was made for. Raises DamagedModel."""
-    channels = read_json(folder / "vae" / "config.json").get("block_out_channels", [0] * 4)
-    levels = len(channels) if isinstance(channels, list) else 1  # what is no list is refused at loading
-    return config_number(folder / "unet" / "config.json", "sample_size", 64) * 2 ** (levels - 1)
-
-
-# ----------------------------------------------------------------------------------------------------- the modules
 
 
 def load_frozen(

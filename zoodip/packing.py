@@ -13,20 +13,8 @@ from tqdm import tqdm
 
 from zoodip.errors import UNFINISHED, InputError
 from zoodip.files import read_json, serialize, write_atomically, write_json
-from zoodip.model import (
-    PACKED_NAME,
-    VAE_ENCODER,
-    WEIGHT_NAMES,
-    build_model,
-    check_parameter,
-    choose_quantization,
-    component_tensors,
-    find_model_folder,
-    hub_variant,
-    is_quantized,
-    modern_name,
-    module_of,
-)
+from zoodip.folder import PACKED_NAME, WEIGHT_NAMES, choose_quantization, component_tensors, find_model_folder, hub_variant
+from zoodip.model import VAE_ENCODER, build_model, check_parameter, is_quantized, modern_name, module_of
 from zoodip.quantize import pack_weight
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from zoodip.arguments import is_embedding_file
 from zoodip.errors import DamagedModel, InputError, damaged_model
 from zoodip.files import not_safetensors, serialize, why_unreadable, write_atomically
-from zoodip.model import config_number, find_weights
+from zoodip.folder import config_number, find_weights
 from zoodip.records import package_versions
 
 if TYPE_CHECKING:  # transformers takes seconds to import

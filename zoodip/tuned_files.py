@@ -23,15 +23,8 @@ from torch import nn
 
 from zoodip.errors import InputError
 from zoodip.files import read_json, why_unreadable, write_json, write_tensors
-from zoodip.model import (
-    WEIGHT_NAMES,
-    assemble_pipeline,
-    component_tensors,
-    find_model_folder,
-    hub_variant,
-    load_frozen,
-    model_digest,
-)
+from zoodip.folder import WEIGHT_NAMES, component_tensors, find_model_folder, hub_variant, model_digest
+from zoodip.model import assemble_pipeline, load_frozen
 from zoodip.prompts import load_tokenizer
 from zoodip.quantize import frozen_format
 from zoodip.tuned_layers import (

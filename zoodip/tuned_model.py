@@ -14,7 +14,8 @@ import torch
 from zoodip.arguments import NUM_TRAIN_TIMESTEPS
 from zoodip.diffusion import Batch, Data, encode_images, evaluation_batches, load_scheduler
 from zoodip.errors import DamagedModel, damaged_model
-from zoodip.model import find_model_folder, hub_variant, load_text_encoder, load_unet, load_vae_encoder, model_digest
+from zoodip.folder import find_model_folder, hub_variant, model_digest
+from zoodip.model import load_text_encoder, load_unet, load_vae_encoder
 from zoodip.pictures import Drawer
 from zoodip.prior import PriorPictures
 from zoodip.prompts import Prompts, build_prompts, encode_prompts, load_tokenizer

@@ -26,7 +26,8 @@ from tqdm import tqdm
 from zoodip.arguments import flags_for, settings_of
 from zoodip.diffusion import Batch, Data, TimestepSampler, draw_batch, evaluation_batches, merge_batches, timestep_sampler
 from zoodip.errors import Interrupted
-from zoodip.model import build_model, native_resolution
+from zoodip.folder import native_resolution
+from zoodip.model import build_model
 from zoodip.pictures import Drawer, picture_sheet
 from zoodip.prior import PriorPictures
 from zoodip.quantize import default_precision, frozen_format
