@@ -13,7 +13,8 @@ import torch
 from conftest import arguments, run_cli, seeded
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import load
+from test_single_file import single_file
+from tiny import PARTS, assert_same, from_pretrained, load
 
 import trainers.diffusekrona
 import trainers.dreambooth
@@ -243,6 +244,17 @@ def test_dreambooth_writes_what_it_read(tiny_model, subject, tmp_path):
     tuning.outputs.save(tmp_path, 0, final=True)
     read, written = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (tiny_model, tmp_path))
     assert read.keys() == written.keys() and all(torch.equal(read[key], written[key]) for key in read)
+
+
+def test_dreambooth_saves_with_the_base_that_it_read(hub_model, tiny_model, subject, tmp_path):
+    """Of a hub model the variant that was found, of a single file its --model_config: nothing is looked up a second time."""
+    file = single_file(tiny_model, tmp_path / "tiny.safetensors")
+    bases = {"folder": (tiny_model, {}), "hub": (hub_model, {}), "file": (file, dict(model_config=tiny_model))}
+    for name, (base, more) in bases.items():
+        argv = command(base, subject, tmp_path / name, max_train_steps=1, save_pipeline=True, **more)
+        assert run_cli(argv, trainers.dreambooth) == 0
+        for part in PARTS:
+            assert_same(from_pretrained(tmp_path / name, part), load(tmp_path / "folder", part))
 
 
 @each(*(name for name in SYSTEMS if name != "dreambooth"))  # which is a whole UNet

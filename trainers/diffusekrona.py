@@ -62,6 +62,7 @@ from torch import nn
 
 from zoodip.tuned_files import merged_unet, save_lokr, save_unet
 from zoodip.tuned_layers import Parameters, Shapes, add_kronecker, kronecker_shapes
+from zoodip.tuned_model import TuningInputs
 from zoodip.weight_tuning import System, prepare
 
 
@@ -80,7 +81,9 @@ class DiffuseKronA(System):
     def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
         return add_kronecker(unet, self.a1, self.a2, generator)
 
-    def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
+    def save(
+        self, folder: Path, inputs: TuningInputs, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str
+    ) -> Path:
         return save_lokr(folder, parameters, header, suffix)
 
 

@@ -58,6 +58,7 @@ from torch import nn
 from zoodip.prompts import file_stem
 from zoodip.tuned_files import save_lora
 from zoodip.tuned_layers import Parameters, Shapes, add_lora, lora_shapes
+from zoodip.tuned_model import TuningInputs
 from zoodip.weight_tuning import System, prepare
 
 
@@ -75,7 +76,9 @@ class QLoRA(System):
     def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
         return add_lora(unet, self.rank, generator)
 
-    def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
+    def save(
+        self, folder: Path, inputs: TuningInputs, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str
+    ) -> Path:
         return save_lora(folder, unet, self.stem, header, suffix)
 
 

@@ -95,6 +95,7 @@ from torch import nn
 from zoodip.diffusion import uniform_timesteps
 from zoodip.tuned_files import save_scales
 from zoodip.tuned_layers import Experts, Parameters, Shapes, add_scales, scale_shapes
+from zoodip.tuned_model import TuningInputs
 from zoodip.weight_tuning import System, prepare
 
 
@@ -137,7 +138,9 @@ class TuneQDM(System):
     def group(self, timestep: int) -> int | None:
         return self.experts.of(timestep)
 
-    def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
+    def save(
+        self, folder: Path, inputs: TuningInputs, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str
+    ) -> Path:
         return save_scales(folder / f"tuned_scales{suffix}.safetensors", parameters, header)
 
 

@@ -68,8 +68,13 @@ class System:
         """Timesteps of different groups cannot share a forward."""
         return None
 
-    def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
-        """Write what is learned, in names that end in `suffix` -> the file or folder to tell of. Raises InputError."""
+    def save(
+        self, folder: Path, inputs: TuningInputs, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str
+    ) -> Path:
+        """Write what is learned, in names that end in `suffix` -> the file or folder to tell of. Raises InputError.
+
+        inputs: of the run, with the base model's folder and variant as they were found.
+        """
         raise NotImplementedError
 
 
@@ -255,7 +260,7 @@ class TunedOutputs:
     def save(self, folder: Path, step: int, final: bool) -> None:
         """What is learned as it stands. Raises InputError."""
         suffix = "" if final else f"-steps-{step}"
-        self.saved = self.system.save(folder, self.model.unet, self.tuner.parameters, self.header(step), suffix)
+        self.saved = self.system.save(folder, self.inputs, self.model.unet, self.tuner.parameters, self.header(step), suffix)
 
 
 # ----------------------------------------------------------------------------------------------------- the whole
