@@ -407,6 +407,14 @@ def test_class_pictures_are_drawn_once(tiny_model, subject, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("given", "experts"), [
+    (dict(), 4), (dict(train_interval=(500, 900)), 1), (dict(experts=2), 2), (dict(train_interval=(500, 900), experts=1), 1),
+])  # fmt: skip
+def test_the_number_of_experts(given, experts):
+    """S1 has one set of scales: who gives only its interval means that. The number is settled, and so recorded."""
+    assert trainers.tuneqdm.parse_args(command(Path("x"), Path("y"), Path("z"), **given)).experts == experts
+
+
 def test_captions_in_words():
     assert in_words("a photo of {}", "sks", "dog") == "a photo of sks dog"
     assert in_words("a {} dog in the snow", "sks", "dog") == "a sks dog in the snow"  # not "sks dog dog"
