@@ -8,9 +8,11 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import arguments, run_cli, seeded
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_single_file import single_file
@@ -400,6 +402,24 @@ def test_class_pictures_are_drawn_once(tiny_model, subject, tmp_path, capsys):
     capsys.readouterr()
     assert run_cli(command(tiny_model, subject, tmp_path / "c", **{**prior, "class_word": "cat"}), trainers.qlora) == 2
     assert "--class_data_dir" in (error := capsys.readouterr().err) and "a photo of dog" in error and error.count("\n") == 1
+
+
+def test_a_class_picture_is_the_untuned_model_s(tiny_model, subject, tmp_path):
+    """As the libraries' pipeline draws the class word alone in 50 steps, guided by 7.5; a record says how it was drawn."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    prior = dict(prior_preservation=True, num_class_images=1, max_train_steps=1)
+    assert run_cli(command(tiny_model, subject, tmp_path, **prior), trainers.qlora) == 0
+    record = json.loads((tmp_path / "class_images" / "class_pictures.json").read_text())
+    drawn = {name: record[name] for name in ("prompt", "steps", "scheduler", "guidance")}
+    assert drawn == dict(prompt="a photo of dog", steps="50", scheduler="dpmsolver++", guidance="7.5")
+    pipeline = load_pipeline(str(tiny_model), "nf4")
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    size = dict(height=16, width=16)
+    expected = pipeline("a photo of dog", num_inference_steps=50, guidance_scale=7.5, generator=seeded(0), **size).images[0]
+    found = Image.open(tmp_path / "class_images" / "class-0000.png")
+    assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).max() <= 2  # of 255: prompts encoded in another batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
