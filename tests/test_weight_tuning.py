@@ -27,6 +27,7 @@ from trainers.dreambooth import DreamBooth
 from trainers.qlora import QLoRA
 from trainers.tuneqdm import TuneQDM
 from zoodip.arguments import flags_for
+from zoodip.checkpoints import read_checkpoint
 from zoodip.diffusion import Batch, noise_batch
 from zoodip.errors import InputError
 from zoodip.model import load_pipeline
@@ -282,11 +283,15 @@ def test_damaged_files_are_refused(content, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tuneqdm", "qlora", "dreambooth"])
-def test_resumed_equals_uninterrupted(name, tiny_model, subject, tmp_path):
+PRIOR = dict(prior_preservation=True, num_class_images=2)
+
+
+@pytest.mark.parametrize(("name", "more"), [("tuneqdm", {}), ("qlora", {}), ("dreambooth", {}), ("qlora", PRIOR)],
+                         ids=["tuneqdm", "qlora", "dreambooth", "prior"])  # fmt: skip
+def test_resumed_equals_uninterrupted(name, more, tiny_model, subject, tmp_path):
     """Bit for bit, and in the files' bytes: values, both moments, step counts of each expert, generator."""
     module, _, own, file = SYSTEMS[name]
-    every = dict(checkpointing_steps=2, checkpoints_total_limit=0, eval_steps=2, num_eval_samples=1)
+    every = dict(checkpointing_steps=2, checkpoints_total_limit=0, eval_steps=2, num_eval_samples=1, **more)
     argv = {out: command(tiny_model, subject, tmp_path / out, **own, **every) for out in "ab"}
     assert run_cli(argv["a"], module) == 0
     stopped = [*argv["b"]]
@@ -296,6 +301,27 @@ def test_resumed_equals_uninterrupted(name, tiny_model, subject, tmp_path):
     file = f"{file}/diffusion_pytorch_model.safetensors" if name == "dreambooth" else file
     for left in (file, "training_log.csv", "checkpoint-4.safetensors"):
         assert (tmp_path / "a" / left).read_bytes() == (tmp_path / "b" / left).read_bytes(), left
+
+
+def test_a_run_is_not_resumed_on_other_class_pictures(tiny_model, subject, tmp_path, capsys):
+    """Nor where one is gone: its loss would go on as another's."""
+    argv = command(tiny_model, subject, tmp_path, checkpointing_steps=4, **PRIOR)
+    assert run_cli(argv, trainers.qlora) == 0
+    argv += ["--resume_from_checkpoint", "latest"]
+    assert run_cli(argv, trainers.qlora) == 0
+    first, second = sorted((tmp_path / "class_images").glob("*.png"))
+    for change in (lambda: first.write_bytes(second.read_bytes()), lambda: first.unlink()):
+        change()
+        capsys.readouterr()
+        assert run_cli(argv, trainers.qlora) == 2
+        assert "the class pictures have changed" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_checkpoints_without_a_prior_know_of_none(tiny_model, subject, tmp_path):
+    """So that those of earlier versions are resumed."""
+    assert run_cli(command(tiny_model, subject, tmp_path, checkpointing_steps=4), trainers.qlora) == 0
+    header, _ = read_checkpoint(tmp_path / "checkpoint-4.safetensors")
+    assert header["fingerprint"].keys() == {"images or captions", "model weights"}
 
 
 def test_ctrl_c_saves(tiny_model, subject, tmp_path, monkeypatch, capsys):
@@ -402,6 +428,8 @@ def test_class_pictures_are_drawn_once(tiny_model, subject, tmp_path, capsys):
     capsys.readouterr()
     assert run_cli(command(tiny_model, subject, tmp_path / "c", **{**prior, "class_word": "cat"}), trainers.qlora) == 2
     assert "--class_data_dir" in (error := capsys.readouterr().err) and "a photo of dog" in error and error.count("\n") == 1
+    assert run_cli(command(tiny_model, subject, tmp_path / "d", bits=4, **prior), trainers.tuneqdm) == 2  # NF4 is not int4
+    assert "quantization was 'nf4', is 'affine4'" in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
 def test_a_class_picture_is_the_untuned_model_s(tiny_model, subject, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from zoodip.errors import InputError
 from zoodip.files import read_json, serialize, write_atomically, write_image, write_json
 from zoodip.pictures import Drawer
-from zoodip.subject import IMAGE_SUFFIXES, find_images
+from zoodip.subject import is_image_name
 
 STEPS, GUIDANCE, SCHEDULER = 50, 7.5, "dpmsolver++"  # of a picture: more steps than a preview's, as training is on it
 
@@ -40,8 +41,15 @@ class PriorPictures:
 
     def paths(self) -> list[Path]:
         """The pictures there are, in name order, at most `count`."""
-        found = [path for path in self.folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES] if self.folder.is_dir() else []
-        return find_images(self.folder)[: self.count] if found else []
+        return sorted((path for path in self.folder.glob("*") if is_image_name(path)), key=lambda path: path.name)[: self.count]
+
+    def digest(self) -> str:
+        """SHA-256 of the pictures there are."""
+        digest = hashlib.sha256()
+        for path in self.paths():
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def missing(self) -> int:
         return self.count - len(self.paths())

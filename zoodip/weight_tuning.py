@@ -301,17 +301,18 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     flags["mixed_precision"] = flags["mixed_precision"] or default_precision(device)
     flags["resolution"] = flags["resolution"] or native_resolution(inputs.folder)
     settings = {"method": system.name, **settings_of(flags, setting_names)}
-    prior = prior_pictures(inputs, frozen_format(system.quantization), flags) if flags["prior_preservation"] else None
+    prior = prior_pictures(inputs, system.quantization, flags) if flags["prior_preservation"] else None
 
     generator = torch.Generator().manual_seed(flags["seed"])
     scale = LOSS_SCALE if flags["mixed_precision"] == "fp16" else 1.0
     tuner = WeightTuner(system, system.shapes(build_model(inputs.folder, "unet")), flags["learning_rate"], scale)
-    run = Run(tuner, generator, accelerator, settings, inputs.fingerprint(), **flags_for(Run, flags))
+    run = Run(tuner, generator, accelerator, settings, fingerprint(inputs, prior), **flags_for(Run, flags))
     run.resume(flags["resume_from_checkpoint"])
     run.claim()
     model, data, class_data = load_tuned_model(
         inputs, system.quantization, system.trains_unet, prior, device, **flags_for(load_tuned_model, flags)
     )
+    run.fingerprint = fingerprint(inputs, prior)  # with the class pictures that have been drawn
     tuner.start(system.install(model.unet, torch.Generator().manual_seed(flags["seed"])))
     if flags["gradient_checkpointing"]:
         model.unet.enable_gradient_checkpointing()
@@ -319,6 +320,11 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     sample = system.sample or timestep_sampler(data, **flags_for(timestep_sampler, flags))
     batch_size, prior_weight = flags["train_batch_size"], flags["prior_loss_weight"]
     return Tuning(run, outputs, tuner, model, data, class_data, sample, generator, batch_size, prior_weight)
+
+
+def fingerprint(inputs: TuningInputs, prior: PriorPictures | None) -> dict[str, str]:
+    """{what: SHA-256}: a run is resumed only on the same."""
+    return inputs.fingerprint() | ({} if prior is None else {"class pictures": prior.digest()})
 
 
 def prior_pictures(inputs: TuningInputs, quantization: str, flags: dict) -> PriorPictures:
