@@ -31,7 +31,7 @@ from zoodip.checkpoints import read_checkpoint
 from zoodip.diffusion import Batch, noise_batch
 from zoodip.errors import InputError
 from zoodip.model import load_pipeline
-from zoodip.tuned_files import load_tuned_pipeline, merged_unet, read_tuned
+from zoodip.tuned_files import load_tuned_pipeline, merged_unet, read_tuned, save_other_folders, save_unet
 from zoodip.tuned_layers import KroneckerLayer
 from zoodip.tuned_model import in_words
 from zoodip.weight_tuning import Tuning, prepare
@@ -227,6 +227,38 @@ def test_merged_equals_unmerged(trained, tiny_model):
     unet.load_state_dict(merged_unet(tuned))
     expected = predict(tuned, 300)
     assert (predict(unet, 300) - expected).abs().max() <= 1e-5 * expected.abs().max()  # fp32, other sums
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float16, 2e-3)], ids=["fp32", "fp16"])
+def test_the_merged_unet_is_the_tuned_one(dtype, near, tiny_model, subject, tmp_path, monkeypatch):
+    """diffusers' own loader gives the unmerged prediction, up to the order of sums, and in fp16, as shipped, its rounding."""
+    from diffusers import UNet2DConditionModel
+
+    monkeypatch.setattr(trainers.diffusekrona, "EXPORT_DTYPE", dtype)
+    argv = command(tiny_model, subject, tmp_path / "out", a1=2, a2=4, base="none", export_merged=tmp_path / "merged")
+    assert run_cli(argv, trainers.diffusekrona) == 0
+    merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet")
+    unmerged = load_tuned_pipeline(str(tiny_model), tmp_path / "out" / "pytorch_lokr_weights.safetensors").unet
+    for timestep in (100, 600):
+        expected = predict(unmerged, timestep)
+        off, size = (predict(merged, timestep) - expected).abs().max(), expected.abs().max()
+        assert off <= near * size  # 1e-6 and, of 11 bits, 9e-4 here
+        assert (predict(load(tiny_model, "unet"), timestep) - expected).abs().max() > 10 * near * size  # the product matters
+
+
+def test_a_folder_that_cannot_be_exported_to(copy, subject, tmp_path, capsys):
+    """Said in one line before a model is loaded or a folder made, not after the run."""
+    (tmp_path / "file").touch()
+    for target, fault in ((tmp_path / "file" / "merged", "cannot be made"), (copy, "is the base model's own folder")):
+        argv = command(copy, subject, tmp_path / "out", a1=2, a2=4, base="none", export_merged=target)
+        assert run_cli(argv, trainers.diffusekrona) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: --export_merged") and fault in error and error.count("\n") == 1, error
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="cannot be written"):  # where it ceases to be writable during the run
+        save_unet(tmp_path / "file" / "unet", {}, copy, torch.float16, {})
+    with pytest.raises(InputError, match="cannot be written"):
+        save_other_folders(tmp_path / "file", copy, None)
 
 
 @each("dreambooth")

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from zoodip.checkpoints import can_follow, checkpoint_step, list_checkpoints, read_checkpoint, write_checkpoint
 from zoodip.errors import BrokenCheckpoint, InputError, Interrupted, notice
-from zoodip.files import lock_folder, write_atomically, write_image, write_json
+from zoodip.files import lock_folder, prove_folder, write_atomically, write_image, write_json
 from zoodip.records import environment, peak_memory_gb
 
 TRACKER = "zoodip"  # the project in W&B, and TensorBoard's folder in the output folder
@@ -221,17 +221,7 @@ class Run:
     def claim(self) -> None:
         """Make the output folder, prove that it takes a file, lock it, remove what a killed run left half. Raises InputError."""
         if self.is_main:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(
-                    f"--output_dir {str(self.folder)!r} cannot be made ({error.strerror}); choose another"
-                ) from error
-            try:
-                write_atomically(self.folder / ".probe", bytes(4 << 20))  # the size of the largest checkpoints
-            except InputError as error:
-                raise InputError(f"--output_dir {error}") from error
-            (self.folder / ".probe").unlink(missing_ok=True)  # another run may be probing too
+            prove_folder(self.folder, "output_dir")
             self.lock = lock_folder(self.folder)
             try:
                 for leftover in self.folder.glob(".*.tmp"):

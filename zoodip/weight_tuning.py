@@ -52,6 +52,9 @@ class System:
     files: tuple[str, ...]  # patterns of the files that it leaves
     sample: TimestepSampler | None = None  # of its own timesteps; None: what --timestep_sampling says
 
+    def claim(self, inputs: TuningInputs) -> None:
+        """Prove that what is written outside the run's folder can be. Raises InputError."""
+
     def shapes(self, unet: nn.Module) -> Shapes:
         """The trained tensors, from the architecture alone. Raises InputError where the flags do not fit it."""
         raise NotImplementedError
@@ -308,6 +311,7 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     tuner = WeightTuner(system, system.shapes(build_model(inputs.folder, "unet")), flags["learning_rate"], scale)
     run = Run(tuner, generator, accelerator, settings, fingerprint(inputs, prior), **flags_for(Run, flags))
     run.resume(flags["resume_from_checkpoint"])
+    system.claim(inputs)
     run.claim()
     model, data, class_data = load_tuned_model(
         inputs, system.quantization, system.trains_unet, prior, device, **flags_for(load_tuned_model, flags)
