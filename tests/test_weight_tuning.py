@@ -128,6 +128,8 @@ def test_what_is_left(trained):
     path = folder / SYSTEMS[name][3]
     with safe_open(path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path, framework="pt") as handle:
         header = handle.metadata()
+        packed = {"peqa": "4-bit integers", "tuneqdm": "8-bit integers", "s1": "8-bit integers", "qlora": "NF4", "krona": "NF4"}
+        assert packed.get(name, "") in header.get("zoodip.note", "") and (name in packed) == ("zoodip.note" in header)
         assert header["format"] == "pt" and json.loads(header["zoodip.settings"])["learning_rate"] == 1e-2
         assert {str(handle.get_tensor(key).dtype) for key in handle.keys()} == {"torch.float32"}
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     pass
 
 LOSS_SCALE = 1024.0  # where activations are fp16: a power of two, which keeps their gradients from vanishing
+PACKED = {"nf4": "NF4", "affine8": "8-bit integers", "affine4": "4-bit integers"}  # bases, in words
 WEIGHT_DECAY, MAX_GRADIENT_NORM = 1e-2, 1.0  # of the reference scripts
 
 
@@ -249,7 +250,7 @@ class TunedOutputs:
 
     def header(self, step: int) -> dict[str, str]:
         """Of every file that is left. The same run gives the same header."""
-        return {
+        header = {
             "format": "pt",
             "zoodip.method": self.system.name,
             "zoodip.base_model": str(self.settings["pretrained_model_name_or_path"]),
@@ -259,6 +260,12 @@ class TunedOutputs:
             "zoodip.settings": json.dumps(self.settings, sort_keys=True),
             "zoodip.versions": json.dumps(package_versions(), sort_keys=True),
         }
+        if self.system.quantization in PACKED:
+            header["zoodip.note"] = (
+                f"learned on weights packed as {PACKED[self.system.quantization]}: on 16-bit weights it is only near to what was "
+                "trained, and merged and packed again it is another model, so do not"
+            )
+        return header
 
     def save(self, folder: Path, step: int, final: bool) -> None:
         """What is learned as it stands. Raises InputError."""
