@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_single_file import single_file
 from tiny import PARTS, assert_same, from_pretrained, load
 
+import train_zoodip
 import trainers.diffusekrona
 import trainers.dreambooth
 import trainers.qlora
@@ -495,6 +496,14 @@ def test_a_class_picture_is_the_untuned_model_s(tiny_model, subject, tmp_path):
 def test_the_number_of_experts(given, experts):
     """S1 has one set of scales: who gives only its interval means that. The number is settled, and so recorded."""
     assert trainers.tuneqdm.parse_args(command(Path("x"), Path("y"), Path("z"), **given)).experts == experts
+
+
+@pytest.mark.parametrize("module", [trainers.tuneqdm, trainers.qlora, trainers.diffusekrona, trainers.dreambooth])
+def test_help_speaks_of_the_pictures_that_are_drawn(module):
+    """A weight-tuning script leaves no before_after.png, and learns no new word."""
+    text = " ".join(module.build_parser().format_help().split())
+    assert "validation-0.png" in text and "before_after" not in text and "new word" not in text and "initial word" not in text
+    assert "before_after.png" in " ".join(train_zoodip.build_parser().format_help().split())
 
 
 def test_captions_in_words():
