@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -34,9 +33,6 @@ from zoodip.records import package_versions
 from zoodip.run import Run, make_accelerator
 from zoodip.tuned_layers import Parameters, Shapes
 from zoodip.tuned_model import TunedModel, TuningInputs, load_tuned_model, read_tuning_inputs
-
-if TYPE_CHECKING:
-    pass
 
 LOSS_SCALE = 1024.0  # where activations are fp16: a power of two, which keeps their gradients from vanishing
 PACKED = {"nf4": "NF4", "affine8": "8-bit integers", "affine4": "4-bit integers"}  # bases, in words
