@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ from zoodip.arguments import flags_for
 from zoodip.checkpoints import read_checkpoint
 from zoodip.diffusion import Batch, noise_batch
 from zoodip.errors import InputError
-from zoodip.model import load_pipeline
+from zoodip.model import build_model, load_pipeline
 from zoodip.tuned_files import load_tuned_pipeline, merged_unet, read_tuned, save_other_folders, save_unet
 from zoodip.tuned_layers import KroneckerLayer
 from zoodip.tuned_model import in_words
@@ -384,6 +386,25 @@ def test_previews_before_and_after(tiny_model, subject, tmp_path):
     assert {"validation-0.png", "validation-4.png", "pytorch_lora_weights-steps-2.safetensors", "sks-steps-2.safetensors"} <= left
     assert run_cli(argv, trainers.qlora) == 0  # an earlier run's results are set aside
     assert {path.name for path in (tmp_path / "previous-1").iterdir()} == left - {".lock"}
+
+
+def test_a_disk_too_small_for_what_is_left_is_refused(tiny_model, subject, tmp_path, monkeypatch, capsys):
+    """Before a model is loaded: DreamBooth's files are gigabytes, and the disk was found full when they were written."""
+    unet = 4 * sum(parameter.numel() for parameter in build_model(tiny_model, "unet").parameters())
+
+    def run(free: int, **flags) -> tuple[int, str]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+        argv = command(tiny_model, subject, tmp_path / "out", save_precision="fp32", **flags)
+        return run_cli(argv, trainers.dreambooth), capsys.readouterr().err
+
+    checkpoint = 3 * unet  # weights and two moments
+    for free, flags in ((unet - 1, {}), (2 * unet, dict(save_steps=2)), (3 * unet, dict(checkpointing_steps=2))):
+        code, error = run(free, **flags)
+        assert code == 2 and error.startswith("error: --output_dir") and "GB free" in error and error.count("\n") == 1, error
+    assert list((tmp_path / "out").iterdir()) == []
+    code, error = run(unet, max_train_steps=1)  # one is written only when interrupted
+    assert code == 0 and f"could not save its checkpoint of {checkpoint / 1e9:.3g} GB" in error
+    assert "could not save" not in run(5 * unet, max_train_steps=1)[1]
 
 
 def test_only_the_expert_of_the_timestep_moves(tiny_model, subject, tmp_path):

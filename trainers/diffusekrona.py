@@ -61,6 +61,7 @@ import torch
 from torch import nn
 
 from zoodip.files import prove_folder
+from zoodip.model import build_model
 from zoodip.tuned_files import merged_unet, save_lokr, save_unet
 from zoodip.tuned_layers import Parameters, Shapes, add_kronecker, kronecker_shapes
 from zoodip.tuned_model import TuningInputs
@@ -84,7 +85,8 @@ class DiffuseKronA(System):
             return
         if self.export.resolve() == (inputs.folder / "unet").resolve():
             raise InputError(f"--export_merged {str(self.export.parent)!r} is the base model's own folder; choose another")
-        prove_folder(self.export, "export_merged")
+        parameters = sum(parameter.numel() for parameter in build_model(inputs.folder, "unet").parameters())
+        prove_folder(self.export, "export_merged", EXPORT_DTYPE.itemsize * parameters)
 
     def shapes(self, unet: nn.Module) -> Shapes:
         return kronecker_shapes(unet, self.a1, self.a2)

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -145,17 +146,20 @@ def not_safetensors(path: Path, error: Exception) -> InputError:
     return InputError(f"{path}: is not a whole safetensors file ({error}); download it again")
 
 
-def prove_folder(folder: Path, flag: str) -> None:
-    """Make the folder that a flag names, and prove that it takes a file. Raises InputError."""
+def prove_folder(folder: Path, flag: str, size: int) -> None:
+    """Make the folder that a flag names, and prove that it takes a file and has room for `size` bytes. Raises InputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--{flag} {str(folder)!r} cannot be made ({error.strerror}); choose another") from error
     try:
-        write_atomically(folder / ".probe", bytes(4 << 20))  # the size of the largest checkpoints
+        write_atomically(folder / ".probe", bytes(4 << 20))  # a quota shows only where one writes
     except InputError as error:
         raise InputError(f"--{flag} {error}") from error
     (folder / ".probe").unlink(missing_ok=True)  # another run may be probing too
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise InputError(f"--{flag} {str(folder)!r} has {free / 1e9:.3g} GB free, for at least {size / 1e9:.3g} GB that the run "
+                         "writes there; free some space, or choose another")  # fmt: skip
 
 
 def lock_folder(folder: Path) -> FileLock:

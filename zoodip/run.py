@@ -218,10 +218,19 @@ class Run:
         )
         return header, {**tensors, "generator": self.generator.get_state()}
 
-    def claim(self) -> None:
-        """Make the output folder, prove that it takes a file, lock it, remove what a killed run left half. Raises InputError."""
+    def claim(self, saved: int = 0) -> None:
+        """Make the output folder, prove that it takes the run's files, lock it, remove what a killed run left half.
+
+        saved: bytes of what is learned, where that is much. Raises InputError.
+        """
         if self.is_main:
-            prove_folder(self.folder, "output_dir")
+            checkpoint = sum(tensor.nbytes for tensor in self.state()[1].values())
+            copies = self.max_train_steps // self.save_steps - self.progress.step // self.save_steps if self.save_steps else 0
+            regular = checkpoint if self.checkpointing_steps else 0
+            prove_folder(self.folder, "output_dir", saved * (copies + 1) + regular)
+            if (free := shutil.disk_usage(self.folder).free) < checkpoint:
+                notice(f"{self.folder}: has {free / 1e9:.3g} GB free; interrupted, the run could not save its checkpoint of "
+                       f"{checkpoint / 1e9:.3g} GB")  # fmt: skip
             self.lock = lock_folder(self.folder)
             try:
                 for leftover in self.folder.glob(".*.tmp"):

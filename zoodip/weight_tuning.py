@@ -31,7 +31,7 @@ from zoodip.prior import PriorPictures
 from zoodip.quantize import default_precision, frozen_format
 from zoodip.records import package_versions
 from zoodip.run import Run, make_accelerator
-from zoodip.tuned_layers import Parameters, Shapes
+from zoodip.tuned_layers import Parameters, Shapes, numbers
 from zoodip.tuned_model import TunedModel, TuningInputs, load_tuned_model, read_tuning_inputs
 
 LOSS_SCALE = 1024.0  # where activations are fp16: a power of two, which keeps their gradients from vanishing
@@ -51,6 +51,10 @@ class System:
 
     def claim(self, inputs: TuningInputs) -> None:
         """Prove that what is written outside the run's folder can be. Raises InputError."""
+
+    def saved_bytes(self, shapes: Shapes) -> int:
+        """At least so many are in the files of `save`."""
+        return torch.float32.itemsize * numbers(shapes)
 
     def shapes(self, unet: nn.Module) -> Shapes:
         """The trained tensors, from the architecture alone. Raises InputError where the flags do not fit it."""
@@ -315,7 +319,7 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     run = Run(tuner, generator, accelerator, settings, fingerprint(inputs, prior), **flags_for(Run, flags))
     run.resume(flags["resume_from_checkpoint"])
     system.claim(inputs)
-    run.claim()
+    run.claim(system.saved_bytes(tuner.shapes))
     model, data, class_data = load_tuned_model(
         inputs, system.quantization, system.trains_unet, prior, device, **flags_for(load_tuned_model, flags)
     )
