@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -306,6 +307,21 @@ def test_a_file_of_other_weights_is_refused(trained, copy):
     path.write_bytes(bytes(content))
     with pytest.raises(InputError, match="was learned on other weights"):
         load_tuned_pipeline(str(copy), folder / SYSTEMS[name][3])
+
+
+@each("qlora")
+def test_without_peft_the_error_names_it(trained, tiny_model, subject, tmp_path, monkeypatch, capsys):
+    """It comes with the extra "tuning": said before a model is loaded, by all that need it."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for module, flags in ((trainers.qlora, {}), (trainers.diffusekrona, dict(a1=4, a2=4))):
+        capsys.readouterr()
+        assert run_cli(command(tiny_model, subject, tmp_path / "out", **flags), module) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and "peft" in error and "[tuning]" in error and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="needs the package peft"):
+        load_tuned_pipeline(str(tiny_model), trained[1] / "pytorch_lora_weights.safetensors")
+    assert run_cli(command(tiny_model, subject, tmp_path / "out", a1=2, a2=4), trainers.diffusekrona) == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a pickle", b"\x10" + bytes(30)], ids=["empty", "pickle", "noise"])

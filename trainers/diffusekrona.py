@@ -20,7 +20,7 @@ import sys
 
 from zoodip import arguments
 from zoodip.arguments import flags_for, require, require_at_least_one
-from zoodip.errors import InputError, prepare_process, run_script
+from zoodip.errors import InputError, prepare_process, require_peft, run_script
 
 METHOD_SETTINGS = "a1 a2 base".split()
 SETTINGS = [*arguments.TUNING_SETTINGS, *METHOD_SETTINGS]
@@ -77,6 +77,10 @@ class DiffuseKronA(System):
     files = ("pytorch_lokr_weights*.safetensors", "peft_adapter*")
 
     def __init__(self, *, a1: int = 4, a2: int = 64, base: str = "nf4", export_merged: str | None = None):
+        if a1 == a2:
+            require_peft(
+                "DiffuseKronA with --a1 equal to --a2, which leaves an adapter of peft's too,"
+            )  # not after the last step
         self.a1, self.a2, self.quantization = a1, a2, base
         self.export = None if export_merged is None else Path(export_merged) / "unet"
 

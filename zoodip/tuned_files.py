@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from zoodip.errors import InputError
+from zoodip.errors import InputError, require_peft
 from zoodip.files import read_json, why_unreadable, write_json, write_tensors, writing
 from zoodip.model import (
     WEIGHT_NAMES,
@@ -226,6 +226,7 @@ class TunedFile:
         return kronecker_shapes(unet, a1, a2), add, lambda name: self.tensors[lycoris_name(name)]
 
     def lora(self, unet: nn.Module) -> Reading:
+        require_peft(f"{self.path}, a LoRA,")
         rank = len(next(tensor for name, tensor in self.tensors.items() if "lora.down" in name))
 
         def find(name: str) -> torch.Tensor:
