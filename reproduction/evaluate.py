@@ -47,7 +47,7 @@ from zoodip.arguments import OneLineArgumentParser, flags_for, settings_of
 from zoodip.diffusion import FrozenModel, settle_flags
 from zoodip.errors import InputError, run_script
 from zoodip.files import write_atomically, write_image, write_json
-from zoodip.folder import find_model_folder
+from zoodip.folder import find_model_folder, hub_variant
 from zoodip.model import SCHEDULERS, load_text_encoder, load_unet
 from zoodip.pictures import Drawer
 from zoodip.prompts import read_embedding
@@ -136,8 +136,10 @@ def load_drawer(
     tuned: Path | None = None,
 ) -> Drawer:
     """A drawer with the model of train_zoodip.py's `flags`, whose open defaults are filled in. Raises InputError."""
-    folder = find_model_folder(flags.pretrained_model_name_or_path, flags.revision, flags.variant)
-    vars(flags).update(settle_flags(folder, flags.variant, device, **flags_for(settle_flags, vars(flags))))
+    name, revision = flags.pretrained_model_name_or_path, flags.revision
+    variant = flags.variant or hub_variant(name, revision)  # as in training: another variant has another digest
+    folder = find_model_folder(name, revision, variant, flags.model_config)
+    vars(flags).update(settle_flags(folder, variant, device, **flags_for(settle_flags, vars(flags))))
     dtype = DTYPES[flags.mixed_precision]
     if tuned is None:
         options = (flags.variant, flags.quantization, dtype, device)

@@ -188,6 +188,28 @@ def copy(tiny_model, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
+@pytest.fixture
+def hub_model(copy, monkeypatch) -> str:
+    """The name of the tiny model on a hub that has its weights in half-precision files alone, as *.fp16.safetensors."""
+    import huggingface_hub
+
+    import zoodip.model
+    from zoodip.errors import InputError
+
+    for component, stem in zoodip.model.WEIGHT_NAMES.items():
+        (copy / component / f"{stem}.safetensors").rename(copy / component / f"{stem}.fp16.safetensors")
+    names = [str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()]
+
+    def download(name: str, revision: str | None, variant: str | None, weights: bool = True) -> Path:
+        if variant != "fp16":
+            raise InputError(f"{name}: the full weights were asked for, got variant {variant}")
+        return copy
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, revision=None: names)
+    monkeypatch.setattr(zoodip.model, "download_model", download)
+    return "someone/tiny"
+
+
 @pytest.fixture(scope="module", params=[1, 3], ids=["1-vector", "3-vectors"])
 def tiny(request, tiny_model):
     from tiny import Tiny

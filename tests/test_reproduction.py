@@ -27,6 +27,7 @@ import torch
 from conftest import MINIATURE, arguments, run_cli, seeded
 from PIL import Image
 from safetensors.torch import load_file, save
+from test_single_file import single_file
 
 import train_zoodip
 from reproduction import (
@@ -266,20 +267,24 @@ def test_evaluate_command(tiny_model, subject, tmp_path, capsys):
     assert Image.open(tmp_path / "out" / "dog6.png").width > 200
 
 
-@pytest.mark.parametrize("method", ["qlora", "dreambooth"])
-def test_evaluate_command_of_tuned_weights(tiny_model, subject, tmp_path, method):
-    """Of a run's file or folder alone: with its own words, on weights as they were in training."""
+@pytest.mark.parametrize(("method", "base"), [("qlora", "folder"), ("dreambooth", "folder"), ("qlora", "hub"), ("qlora", "file")])
+def test_evaluate_command_of_tuned_weights(tiny_model, hub_model, subject, tmp_path, method, base):
+    """Of a run's file or folder alone: with its own words, on weights as they were in training, found as training finds them."""
+    model, more = {"folder": str(tiny_model), "hub": hub_model}.get(base), {}
+    if base == "file":
+        model, more = str(single_file(tiny_model, tmp_path / "tiny.safetensors")), dict(model_config=str(tiny_model))
     tuning = dict(class_word="dog", initializer_token=None, tau=None, nu=None, mu=None, max_train_steps=1, eval_steps=0)
-    assert run_cli(arguments(tiny_model, subject, tmp_path / "run", identifier="zwx", **tuning), runs.METHODS[method]) == 0
+    tuning |= dict(identifier="zwx", **more)
+    assert run_cli(arguments(model, subject, tmp_path / "run", **tuning), runs.METHODS[method]) == 0
     (tmp_path / "prompts.txt").write_text("a photo of {}\n")
     tuned = tmp_path / "run" if method == "dreambooth" else tmp_path / "run" / "pytorch_lora_weights.safetensors"
     argv = ["--tuned", str(tuned), "--references", str(subject), "--class_word", "dog", "--images", "1", "--inference_steps", "2",
             "--prompts", str(tmp_path / "prompts.txt"), "--resolution", "16", "--output", str(tmp_path / "out"), "--cpu",
-            "--pretrained_model_name_or_path", str(tiny_model)]  # fmt: skip
+            "--pretrained_model_name_or_path", model, *[f"--{name}={value}" for name, value in more.items()]]  # fmt: skip
     evaluate.main(evaluate.parse_args(argv), load=lambda name, device: LineScorer())
     assert set(json.loads((tmp_path / "out" / "scores.json").read_text())["mean"]) == {"CLIP-T", "CLIP-I", "DINO"}
     (picture,) = (tmp_path / "out" / "dog6").glob("*.png")
-    pipeline = load_tuned_pipeline(str(tiny_model), tuned)
+    pipeline = load_tuned_pipeline(model, tuned, **more)
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.Generator().manual_seed(0)
     expected = pipeline("a photo of zwx dog", num_inference_steps=2, height=16, width=16, generator=noise).images[0]

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import arguments, run_cli, seeded
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import load
+from test_single_file import single_file
+from tiny import PARTS, assert_same, from_pretrained, load
 
+import train_zoodip
 import trainers.diffusekrona
 import trainers.dreambooth
 import trainers.qlora
@@ -24,10 +31,11 @@ from trainers.dreambooth import DreamBooth
 from trainers.qlora import QLoRA
 from trainers.tuneqdm import TuneQDM
 from zoodip.arguments import flags_for
+from zoodip.checkpoints import read_checkpoint
 from zoodip.diffusion import Batch, noise_batch
 from zoodip.errors import InputError
-from zoodip.model import load_pipeline
-from zoodip.tuned_files import load_tuned_pipeline, merged_unet, read_tuned
+from zoodip.model import build_model, load_pipeline
+from zoodip.tuned_files import load_tuned_pipeline, merged_unet, read_tuned, save_other_folders, save_unet
 from zoodip.tuned_layers import KroneckerLayer
 from zoodip.tuned_model import in_words
 from zoodip.weight_tuning import Tuning, prepare
@@ -124,6 +132,8 @@ def test_what_is_left(trained):
     path = folder / SYSTEMS[name][3]
     with safe_open(path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path, framework="pt") as handle:
         header = handle.metadata()
+        packed = {"peqa": "4-bit integers", "tuneqdm": "8-bit integers", "s1": "8-bit integers", "qlora": "NF4", "krona": "NF4"}
+        assert packed.get(name, "") in header.get("zoodip.note", "") and (name in packed) == ("zoodip.note" in header)
         assert header["format"] == "pt" and json.loads(header["zoodip.settings"])["learning_rate"] == 1e-2
         assert {str(handle.get_tensor(key).dtype) for key in handle.keys()} == {"torch.float32"}
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
@@ -225,6 +235,38 @@ def test_merged_equals_unmerged(trained, tiny_model):
     assert (predict(unet, 300) - expected).abs().max() <= 1e-5 * expected.abs().max()  # fp32, other sums
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float16, 2e-3)], ids=["fp32", "fp16"])
+def test_the_merged_unet_is_the_tuned_one(dtype, near, tiny_model, subject, tmp_path, monkeypatch):
+    """diffusers' own loader gives the unmerged prediction, up to the order of sums, and in fp16, as shipped, its rounding."""
+    from diffusers import UNet2DConditionModel
+
+    monkeypatch.setattr(trainers.diffusekrona, "EXPORT_DTYPE", dtype)
+    argv = command(tiny_model, subject, tmp_path / "out", a1=2, a2=4, base="none", export_merged=tmp_path / "merged")
+    assert run_cli(argv, trainers.diffusekrona) == 0
+    merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet")
+    unmerged = load_tuned_pipeline(str(tiny_model), tmp_path / "out" / "pytorch_lokr_weights.safetensors").unet
+    for timestep in (100, 600):
+        expected = predict(unmerged, timestep)
+        off, size = (predict(merged, timestep) - expected).abs().max(), expected.abs().max()
+        assert off <= near * size  # 1e-6 and, of 11 bits, 9e-4 here
+        assert (predict(load(tiny_model, "unet"), timestep) - expected).abs().max() > 10 * near * size  # the product matters
+
+
+def test_a_folder_that_cannot_be_exported_to(copy, subject, tmp_path, capsys):
+    """Said in one line before a model is loaded or a folder made, not after the run."""
+    (tmp_path / "file").touch()
+    for target, fault in ((tmp_path / "file" / "merged", "cannot be made"), (copy, "is the base model's own folder")):
+        argv = command(copy, subject, tmp_path / "out", a1=2, a2=4, base="none", export_merged=target)
+        assert run_cli(argv, trainers.diffusekrona) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: --export_merged") and fault in error and error.count("\n") == 1, error
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="cannot be written"):  # where it ceases to be writable during the run
+        save_unet(tmp_path / "file" / "unet", {}, copy, torch.float16, {})
+    with pytest.raises(InputError, match="cannot be written"):
+        save_other_folders(tmp_path / "file", copy, None)
+
+
 @each("dreambooth")
 def test_dreambooth_leaves_a_model(trained, tiny_model):
     _, folder, tuning = trained
@@ -245,6 +287,17 @@ def test_dreambooth_writes_what_it_read(tiny_model, subject, tmp_path):
     assert read.keys() == written.keys() and all(torch.equal(read[key], written[key]) for key in read)
 
 
+def test_dreambooth_saves_with_the_base_that_it_read(hub_model, tiny_model, subject, tmp_path):
+    """Of a hub model the variant that was found, of a single file its --model_config: nothing is looked up a second time."""
+    file = single_file(tiny_model, tmp_path / "tiny.safetensors")
+    bases = {"folder": (tiny_model, {}), "hub": (hub_model, {}), "file": (file, dict(model_config=tiny_model))}
+    for name, (base, more) in bases.items():
+        argv = command(base, subject, tmp_path / name, max_train_steps=1, save_pipeline=True, **more)
+        assert run_cli(argv, trainers.dreambooth) == 0
+        for part in PARTS:
+            assert_same(from_pretrained(tmp_path / name, part), load(tmp_path / "folder", part))
+
+
 @each(*(name for name in SYSTEMS if name != "dreambooth"))  # which is a whole UNet
 def test_a_file_of_other_weights_is_refused(trained, copy):
     name, folder, _ = trained
@@ -254,6 +307,21 @@ def test_a_file_of_other_weights_is_refused(trained, copy):
     path.write_bytes(bytes(content))
     with pytest.raises(InputError, match="was learned on other weights"):
         load_tuned_pipeline(str(copy), folder / SYSTEMS[name][3])
+
+
+@each("qlora")
+def test_without_peft_the_error_names_it(trained, tiny_model, subject, tmp_path, monkeypatch, capsys):
+    """It comes with the extra "tuning": said before a model is loaded, by all that need it."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for module, flags in ((trainers.qlora, {}), (trainers.diffusekrona, dict(a1=4, a2=4))):
+        capsys.readouterr()
+        assert run_cli(command(tiny_model, subject, tmp_path / "out", **flags), module) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and "peft" in error and "[tuning]" in error and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="needs the package peft"):
+        load_tuned_pipeline(str(tiny_model), trained[1] / "pytorch_lora_weights.safetensors")
+    assert run_cli(command(tiny_model, subject, tmp_path / "out", a1=2, a2=4), trainers.diffusekrona) == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a pickle", b"\x10" + bytes(30)], ids=["empty", "pickle", "noise"])
@@ -268,11 +336,15 @@ def test_damaged_files_are_refused(content, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tuneqdm", "qlora", "dreambooth"])
-def test_resumed_equals_uninterrupted(name, tiny_model, subject, tmp_path):
+PRIOR = dict(prior_preservation=True, num_class_images=2)
+
+
+@pytest.mark.parametrize(("name", "more"), [("tuneqdm", {}), ("qlora", {}), ("dreambooth", {}), ("qlora", PRIOR)],
+                         ids=["tuneqdm", "qlora", "dreambooth", "prior"])  # fmt: skip
+def test_resumed_equals_uninterrupted(name, more, tiny_model, subject, tmp_path):
     """Bit for bit, and in the files' bytes: values, both moments, step counts of each expert, generator."""
     module, _, own, file = SYSTEMS[name]
-    every = dict(checkpointing_steps=2, checkpoints_total_limit=0, eval_steps=2, num_eval_samples=1)
+    every = dict(checkpointing_steps=2, checkpoints_total_limit=0, eval_steps=2, num_eval_samples=1, **more)
     argv = {out: command(tiny_model, subject, tmp_path / out, **own, **every) for out in "ab"}
     assert run_cli(argv["a"], module) == 0
     stopped = [*argv["b"]]
@@ -282,6 +354,27 @@ def test_resumed_equals_uninterrupted(name, tiny_model, subject, tmp_path):
     file = f"{file}/diffusion_pytorch_model.safetensors" if name == "dreambooth" else file
     for left in (file, "training_log.csv", "checkpoint-4.safetensors"):
         assert (tmp_path / "a" / left).read_bytes() == (tmp_path / "b" / left).read_bytes(), left
+
+
+def test_a_run_is_not_resumed_on_other_class_pictures(tiny_model, subject, tmp_path, capsys):
+    """Nor where one is gone: its loss would go on as another's."""
+    argv = command(tiny_model, subject, tmp_path, checkpointing_steps=4, **PRIOR)
+    assert run_cli(argv, trainers.qlora) == 0
+    argv += ["--resume_from_checkpoint", "latest"]
+    assert run_cli(argv, trainers.qlora) == 0
+    first, second = sorted((tmp_path / "class_images").glob("*.png"))
+    for change in (lambda: first.write_bytes(second.read_bytes()), lambda: first.unlink()):
+        change()
+        capsys.readouterr()
+        assert run_cli(argv, trainers.qlora) == 2
+        assert "the class pictures have changed" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_checkpoints_without_a_prior_know_of_none(tiny_model, subject, tmp_path):
+    """So that those of earlier versions are resumed."""
+    assert run_cli(command(tiny_model, subject, tmp_path, checkpointing_steps=4), trainers.qlora) == 0
+    header, _ = read_checkpoint(tmp_path / "checkpoint-4.safetensors")
+    assert header["fingerprint"].keys() == {"images or captions", "model weights"}
 
 
 def test_ctrl_c_saves(tiny_model, subject, tmp_path, monkeypatch, capsys):
@@ -309,6 +402,25 @@ def test_previews_before_and_after(tiny_model, subject, tmp_path):
     assert {"validation-0.png", "validation-4.png", "pytorch_lora_weights-steps-2.safetensors", "sks-steps-2.safetensors"} <= left
     assert run_cli(argv, trainers.qlora) == 0  # an earlier run's results are set aside
     assert {path.name for path in (tmp_path / "previous-1").iterdir()} == left - {".lock"}
+
+
+def test_a_disk_too_small_for_what_is_left_is_refused(tiny_model, subject, tmp_path, monkeypatch, capsys):
+    """Before a model is loaded: DreamBooth's files are gigabytes, and the disk was found full when they were written."""
+    unet = 4 * sum(parameter.numel() for parameter in build_model(tiny_model, "unet").parameters())
+
+    def run(free: int, **flags) -> tuple[int, str]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+        argv = command(tiny_model, subject, tmp_path / "out", save_precision="fp32", **flags)
+        return run_cli(argv, trainers.dreambooth), capsys.readouterr().err
+
+    checkpoint = 3 * unet  # weights and two moments
+    for free, flags in ((unet - 1, {}), (2 * unet, dict(save_steps=2)), (3 * unet, dict(checkpointing_steps=2))):
+        code, error = run(free, **flags)
+        assert code == 2 and error.startswith("error: --output_dir") and "GB free" in error and error.count("\n") == 1, error
+    assert list((tmp_path / "out").iterdir()) == []
+    code, error = run(unet, max_train_steps=1)  # one is written only when interrupted
+    assert code == 0 and f"could not save its checkpoint of {checkpoint / 1e9:.3g} GB" in error
+    assert "could not save" not in run(5 * unet, max_train_steps=1)[1]
 
 
 def test_only_the_expert_of_the_timestep_moves(tiny_model, subject, tmp_path):
@@ -388,11 +500,47 @@ def test_class_pictures_are_drawn_once(tiny_model, subject, tmp_path, capsys):
     capsys.readouterr()
     assert run_cli(command(tiny_model, subject, tmp_path / "c", **{**prior, "class_word": "cat"}), trainers.qlora) == 2
     assert "--class_data_dir" in (error := capsys.readouterr().err) and "a photo of dog" in error and error.count("\n") == 1
+    assert run_cli(command(tiny_model, subject, tmp_path / "d", bits=4, **prior), trainers.tuneqdm) == 2  # NF4 is not int4
+    assert "quantization was 'nf4', is 'affine4'" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_a_class_picture_is_the_untuned_model_s(tiny_model, subject, tmp_path):
+    """As the libraries' pipeline draws the class word alone in 50 steps, guided by 7.5; a record says how it was drawn."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    prior = dict(prior_preservation=True, num_class_images=1, max_train_steps=1)
+    assert run_cli(command(tiny_model, subject, tmp_path, **prior), trainers.qlora) == 0
+    record = json.loads((tmp_path / "class_images" / "class_pictures.json").read_text())
+    drawn = {name: record[name] for name in ("prompt", "steps", "scheduler", "guidance")}
+    assert drawn == dict(prompt="a photo of dog", steps="50", scheduler="dpmsolver++", guidance="7.5")
+    pipeline = load_pipeline(str(tiny_model), "nf4")
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    size = dict(height=16, width=16)
+    expected = pipeline("a photo of dog", num_inference_steps=50, guidance_scale=7.5, generator=seeded(0), **size).images[0]
+    found = Image.open(tmp_path / "class_images" / "class-0000.png")
+    assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).max() <= 2  # of 255: prompts encoded in another batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Words and flags
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "experts"), [
+    (dict(), 4), (dict(train_interval=(500, 900)), 1), (dict(experts=2), 2), (dict(train_interval=(500, 900), experts=1), 1),
+])  # fmt: skip
+def test_the_number_of_experts(given, experts):
+    """S1 has one set of scales: who gives only its interval means that. The number is settled, and so recorded."""
+    assert trainers.tuneqdm.parse_args(command(Path("x"), Path("y"), Path("z"), **given)).experts == experts
+
+
+@pytest.mark.parametrize("module", [trainers.tuneqdm, trainers.qlora, trainers.diffusekrona, trainers.dreambooth])
+def test_help_speaks_of_the_pictures_that_are_drawn(module):
+    """A weight-tuning script leaves no before_after.png, and learns no new word."""
+    text = " ".join(module.build_parser().format_help().split())
+    assert "validation-0.png" in text and "before_after" not in text and "new word" not in text and "initial word" not in text
+    assert "before_after.png" in " ".join(train_zoodip.build_parser().format_help().split())
 
 
 def test_captions_in_words():

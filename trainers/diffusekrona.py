@@ -20,7 +20,7 @@ import sys
 
 from zoodip import arguments
 from zoodip.arguments import flags_for, require, require_at_least_one
-from zoodip.errors import prepare_process, run_script
+from zoodip.errors import InputError, prepare_process, require_peft, run_script
 
 METHOD_SETTINGS = "a1 a2 base".split()
 SETTINGS = [*arguments.TUNING_SETTINGS, *METHOD_SETTINGS]
@@ -60,9 +60,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from zoodip.files import prove_folder
+from zoodip.model import build_model
 from zoodip.tuned_files import merged_unet, save_lokr, save_unet
 from zoodip.tuned_layers import Parameters, Shapes, add_kronecker, kronecker_shapes
+from zoodip.tuned_model import TuningInputs
 from zoodip.weight_tuning import System, prepare
+
+EXPORT_DTYPE = torch.float16  # of the merged UNet, as other tools have theirs
 
 
 class DiffuseKronA(System):
@@ -71,8 +76,21 @@ class DiffuseKronA(System):
     name = "DiffuseKronA"
     files = ("pytorch_lokr_weights*.safetensors", "peft_adapter*")
 
-    def __init__(self, *, a1: int = 4, a2: int = 64, base: str = "nf4"):
+    def __init__(self, *, a1: int = 4, a2: int = 64, base: str = "nf4", export_merged: str | None = None):
+        if a1 == a2:
+            require_peft(
+                "DiffuseKronA with --a1 equal to --a2, which leaves an adapter of peft's too,"
+            )  # not after the last step
         self.a1, self.a2, self.quantization = a1, a2, base
+        self.export = None if export_merged is None else Path(export_merged) / "unet"
+
+    def claim(self, inputs: TuningInputs) -> None:
+        if self.export is None:
+            return
+        if self.export.resolve() == (inputs.folder / "unet").resolve():
+            raise InputError(f"--export_merged {str(self.export.parent)!r} is the base model's own folder; choose another")
+        parameters = sum(parameter.numel() for parameter in build_model(inputs.folder, "unet").parameters())
+        prove_folder(self.export, "export_merged", EXPORT_DTYPE.itemsize * parameters)
 
     def shapes(self, unet: nn.Module) -> Shapes:
         return kronecker_shapes(unet, self.a1, self.a2)
@@ -80,21 +98,24 @@ class DiffuseKronA(System):
     def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
         return add_kronecker(unet, self.a1, self.a2, generator)
 
-    def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
+    def save(
+        self, folder: Path, inputs: TuningInputs, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str
+    ) -> Path:
         return save_lokr(folder, parameters, header, suffix)
 
 
 def main(args: argparse.Namespace) -> int:
     """Check, load, train, save. Returns the exit code: 0, or 128 + signal where interrupted (and saved). Raises InputError."""
     flags = vars(args)
-    tuning = prepare(DiffuseKronA(**flags_for(DiffuseKronA, flags)), flags, SETTINGS)
+    system = DiffuseKronA(**flags_for(DiffuseKronA, flags))
+    tuning = prepare(system, flags, SETTINGS)
     with tuning.run as run:
         for _ in run.steps(tuning.outputs):
             run.note(*tuning.step())
-    if args.export_merged is not None:
-        target, outputs = Path(args.export_merged) / "unet", tuning.outputs
-        save_unet(target, merged_unet(tuning.model.unet), outputs.inputs.folder, torch.float16, outputs.header(run.progress.step))
-        print(f"{target}: the UNet with the products added, fp16")
+    if system.export is not None:
+        outputs, merged = tuning.outputs, merged_unet(tuning.model.unet)
+        save_unet(system.export, merged, outputs.inputs.folder, EXPORT_DTYPE, outputs.header(run.progress.step))
+        print(f"{system.export}: the UNet with the products added, fp16")
     return run.finish()
 
 

@@ -49,10 +49,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from zoodip.folder import find_model_folder
 from zoodip.quantize import DTYPES
 from zoodip.tuned_files import save_other_folders, save_unet
-from zoodip.tuned_layers import Parameters, Shapes
+from zoodip.tuned_layers import Parameters, Shapes, numbers
+from zoodip.tuned_model import TuningInputs
 from zoodip.weight_tuning import System, prepare
 
 
@@ -62,29 +62,24 @@ class DreamBooth(System):
     name, quantization, trains_unet = "DreamBooth", "none", True
     files = ("unet*", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json")
 
-    def __init__(
-        self,
-        *,
-        pretrained_model_name_or_path: str,
-        revision: str | None = None,
-        variant: str | None = None,
-        save_precision: str = "fp16",
-        save_pipeline: bool = False,
-    ):
-        self.base = pretrained_model_name_or_path, revision, variant
+    def __init__(self, *, save_precision: str = "fp16", save_pipeline: bool = False):
         self.dtype, self.save_pipeline = DTYPES[save_precision], save_pipeline
 
     def shapes(self, unet: nn.Module) -> Shapes:
         return {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
 
+    def saved_bytes(self, shapes: Shapes) -> int:
+        return self.dtype.itemsize * numbers(shapes)
+
     def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
         return dict(unet.requires_grad_(True).named_parameters())
 
-    def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
-        base = find_model_folder(*self.base)
-        path = save_unet(folder / f"unet{suffix}", dict(parameters), base, self.dtype, header)
+    def save(
+        self, folder: Path, inputs: TuningInputs, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str
+    ) -> Path:
+        path = save_unet(folder / f"unet{suffix}", dict(parameters), inputs.folder, self.dtype, header)
         if self.save_pipeline and not suffix:
-            save_other_folders(folder, base, self.base[2])
+            save_other_folders(folder, inputs.folder, inputs.variant)
         return path
 
 

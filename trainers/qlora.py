@@ -19,7 +19,7 @@ import sys
 
 from zoodip import arguments
 from zoodip.arguments import flags_for, require_at_least_one
-from zoodip.errors import prepare_process, run_script
+from zoodip.errors import prepare_process, require_peft, run_script
 
 METHOD_SETTINGS = "rank base".split()
 SETTINGS = [*arguments.TUNING_SETTINGS, *METHOD_SETTINGS]
@@ -58,6 +58,7 @@ from torch import nn
 from zoodip.prompts import file_stem
 from zoodip.tuned_files import save_lora
 from zoodip.tuned_layers import Parameters, Shapes, add_lora, lora_shapes
+from zoodip.tuned_model import TuningInputs
 from zoodip.weight_tuning import System, prepare
 
 
@@ -65,6 +66,7 @@ class QLoRA(System):
     """Low-rank updates of the attention projections."""
 
     def __init__(self, *, rank: int = 2, base: str = "nf4", identifier: str = "sks"):
+        require_peft("QLoRA")  # before a model is loaded
         self.rank, self.quantization, self.stem = rank, base, file_stem(identifier)
         self.name = "QLoRA" if base == "nf4" else "LoRA"
         self.files = ("pytorch_lora_weights*.safetensors", f"{self.stem}.safetensors", f"{self.stem}-steps-*.safetensors")
@@ -75,7 +77,9 @@ class QLoRA(System):
     def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
         return add_lora(unet, self.rank, generator)
 
-    def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
+    def save(
+        self, folder: Path, inputs: TuningInputs, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str
+    ) -> Path:
         return save_lora(folder, unet, self.stem, header, suffix)
 
 

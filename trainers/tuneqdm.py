@@ -35,7 +35,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Learn a subject by training the scales of a Stable Diffusion in 8- or 4-bit integers.")
     add = arguments.add_tuning_flags(parser, learning_rate=3e-6, max_train_steps=400)
     add("--bits", type=int, default=8, choices=[8, 4], help="of an integer. A rate for 8 bits is 17 times as large for 4")
-    add("--experts", type=int, default=4, help="sets of scales, each for its share of the timesteps")
+    add(
+        "--experts",
+        type=int,
+        default=None,
+        help="sets of scales, each for its share of the timesteps; default: 4, and 1 with --train_interval",
+    )
     add("--no_scale_in", action="store_true", help="train no scales of input channels: PEQA")
     add(
         "--scale_in_learning_rate",
@@ -63,14 +68,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
-    return arguments.parse(build_parser(), check_flags, argv)
+    args = arguments.parse(build_parser(), check_flags, argv)
+    if args.experts is None:  # settled here, so that records and checkpoints hold the number
+        args.experts = 4 if args.train_interval is None else 1
+    return args
 
 
 def check_flags(flags: dict) -> None:
     """Refuse what can be refused without opening a file. Raises InputError."""
     arguments.check_tuning_flags(flags)
-    most = NUM_TRAIN_TIMESTEPS
-    require(flags, "experts", 1 <= flags["experts"] <= most, f"must be at least 1 and at most {most}")
+    most, experts = NUM_TRAIN_TIMESTEPS, flags["experts"]
+    require(flags, "experts", experts is None or 1 <= experts <= most, f"must be at least 1 and at most {most}")
     if flags["scale_in_learning_rate"] is not None:
         require_positive(flags, "scale_in_learning_rate", "1e-3")
         require(flags, "scale_in_learning_rate", not flags["no_scale_in"], "has nothing to train with --no_scale_in")
@@ -78,8 +86,7 @@ def check_flags(flags: dict) -> None:
         low, high = flags["train_interval"]
         require(flags, "train_interval", 0 <= low < high <= most, f"must be LOW < HIGH within [0, {most}]")
         require(flags, "train_interval", flags["timestep_sampling"] == "uniform", "goes with --timestep_sampling uniform alone")
-        if flags["experts"] != 1:
-            require(flags, "experts", False, "must be 1 with --train_interval (S1 has one set of scales)")
+        require(flags, "experts", experts in (None, 1), "must be 1 with --train_interval (S1 has one set of scales)")
 
 
 # torch takes a second to import: --help and wrong arguments are answered before.
@@ -95,6 +102,7 @@ from torch import nn
 from zoodip.diffusion import uniform_timesteps
 from zoodip.tuned_files import save_scales
 from zoodip.tuned_layers import Experts, Parameters, Shapes, add_scales, scale_shapes
+from zoodip.tuned_model import TuningInputs
 from zoodip.weight_tuning import System, prepare
 
 
@@ -137,7 +145,9 @@ class TuneQDM(System):
     def group(self, timestep: int) -> int | None:
         return self.experts.of(timestep)
 
-    def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
+    def save(
+        self, folder: Path, inputs: TuningInputs, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str
+    ) -> Path:
         return save_scales(folder / f"tuned_scales{suffix}.safetensors", parameters, header)
 
 

@@ -30,6 +30,19 @@ OPTIONAL_SETTINGS = {"model_config": None}  # such flags that are recorded where
 
 CANDIDATES = "candidates per UNet forward; default: all at once. Less needs less memory and changes only rounding"
 
+# What a run draws, in the words of its help: of one that learns a token, and of one that tunes weights.
+TOKEN_PICTURES = dict(
+    final_picture="at the end draw before_after.png: the initial word above the learned one, from the same noise",
+    validation_prompt="prompt with the new word (or {}) for the pictures; without it before_after.png shows 'a photo of a {}'",
+    validation_steps="steps between pictures of the prompt; 0: only at the end",
+)
+TUNING_PICTURES = dict(
+    final_picture="draw validation-0.png before training and validation-N.png after all N steps, from the same noise; with a "
+    "--validation_prompt both are drawn in any case",
+    validation_prompt="prompt with the identifier (or {}: identifier and class) for the pictures; without it 'a photo of {}'",
+    validation_steps="steps between further pictures of the prompt; 0: only before training and at the end",
+)
+
 TUNING_SETTINGS = (
     "pretrained_model_name_or_path revision variant mixed_precision identifier class_word instance_prompt use_cc resolution "
     "center_crop prior_preservation prior_loss_weight num_class_images learning_rate train_batch_size seed timestep_sampling "
@@ -174,7 +187,7 @@ def add_tuning_flags(
     add_step_flags(add, candidates=None)
     add("--gradient_checkpointing", action="store_true", help="keep few activations and compute the others again: less memory")
     add_timestep_flags(add, "uniform")
-    add_run_flags(parser)
+    add_run_flags(parser, TUNING_PICTURES)
     return add
 
 
@@ -205,7 +218,8 @@ def add_timestep_flags(add: Callable[..., argparse.Action], default: str) -> Non
     )
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
+def add_run_flags(parser: argparse.ArgumentParser, pictures: dict[str, str] = TOKEN_PICTURES) -> None:
+    """Output, checkpoints, evaluation and pictures, whose help is `pictures`."""
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="results", help="folder for what is learned, checkpoints, curves and pictures")
     add("--save_steps", type=int, default=1000, help="steps between copies of what is learned, NAME-steps-N; 0: only at the end")
@@ -219,18 +233,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--resume_from_checkpoint", default=None, metavar="PATH_OR_latest", help="checkpoint file to continue from")
     add("--eval_steps", type=int, default=250, help="steps between evaluations of the fixed set; 0: never")
     add("--num_eval_samples", type=int, default=16, help="(image, timestep, noise) triples in the fixed evaluation set")
-    add(
-        "--final_picture",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="at the end draw before_after.png: the initial word above the learned one, from the same noise",
-    )
-    add(
-        "--validation_prompt",
-        default=None,
-        help="prompt with the new word (or {}) for the pictures; without it before_after.png shows 'a photo of a {}'",
-    )
-    add("--validation_steps", type=int, default=0, help="steps between pictures of the prompt; 0: only at the end")
+    add("--final_picture", action=argparse.BooleanOptionalAction, default=True, help=pictures["final_picture"])
+    add("--validation_prompt", default=None, help=pictures["validation_prompt"])
+    add("--validation_steps", type=int, default=0, help=pictures["validation_steps"])
     add("--num_validation_images", type=int, default=4, help="pictures in a row")
     add("--validation_guidance", type=float, default=7.5, help="classifier-free guidance scale of the pictures")
     add("--report_to", default="none", choices=["none", "tensorboard", "wandb"], help="experiment tracker")
@@ -378,7 +383,7 @@ def check_run_flags(flags: dict, word: str) -> None:
     require(flags, "validation_guidance", 1 <= flags["validation_guidance"] < math.inf, "must be at least 1 (no guidance)")
     prompt = flags["validation_prompt"]
     if prompt is not None:
-        require(flags, "validation_prompt", word in prompt or "{}" in prompt, f"must contain the token {word} or {{}}")
+        require(flags, "validation_prompt", word in prompt or "{}" in prompt, f"must contain {word} or {{}}")
     require(flags, "validation_steps", flags["validation_steps"] == 0 or prompt is not None, "needs a --validation_prompt")
 
 

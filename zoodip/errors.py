@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -34,6 +35,12 @@ class BrokenCheckpoint(InputError):
 
 class Interrupted(Exception):
     """The user stops something that can be left out, such as a picture."""
+
+
+def require_peft(what: str) -> None:
+    """Raises InputError where peft, which only some files and trainers need, is not installed."""
+    if find_spec("peft") is None:
+        raise InputError(f'{what} needs the package peft, which is not installed; run pip install -e ".[tuning]"')
 
 
 def out_of_memory(error: Exception) -> bool:

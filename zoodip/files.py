@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,20 +19,30 @@ from safetensors import SafetensorError, safe_open
 from zoodip.errors import DamagedModel, InputError
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within: what the system has against writing to `path` becomes an InputError."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another folder"
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); {remedy}") from error
+
+
 def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     """Write under a temporary name, then rename: `path` is the old file or the whole new one. Raises InputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines([content] if isinstance(content, bytes) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # on a file system that has become read-only this fails too
-            temporary.unlink(missing_ok=True)
-        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another folder"
-        raise InputError(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.writelines([content] if isinstance(content, bytes) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):  # on a file system that has become read-only this fails too
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_image(path: Path, image: Image.Image) -> None:
@@ -133,6 +144,22 @@ def not_safetensors(path: Path, error: Exception) -> InputError:
             "save_pretrained(safe_serialization=True)"
         )
     return InputError(f"{path}: is not a whole safetensors file ({error}); download it again")
+
+
+def prove_folder(folder: Path, flag: str, size: int) -> None:
+    """Make the folder that a flag names, and prove that it takes a file and has room for `size` bytes. Raises InputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--{flag} {str(folder)!r} cannot be made ({error.strerror}); choose another") from error
+    try:
+        write_atomically(folder / ".probe", bytes(4 << 20))  # a quota shows only where one writes
+    except InputError as error:
+        raise InputError(f"--{flag} {error}") from error
+    (folder / ".probe").unlink(missing_ok=True)  # another run may be probing too
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise InputError(f"--{flag} {str(folder)!r} has {free / 1e9:.3g} GB free, for at least {size / 1e9:.3g} GB that the run "
+                         "writes there; free some space, or choose another")  # fmt: skip
 
 
 def lock_folder(folder: Path) -> FileLock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,31 +14,42 @@ from tqdm import tqdm
 from zoodip.errors import InputError
 from zoodip.files import read_json, serialize, write_atomically, write_image, write_json
 from zoodip.pictures import Drawer
-from zoodip.subject import IMAGE_SUFFIXES, find_images
+from zoodip.subject import is_image_name
+
+STEPS, GUIDANCE, SCHEDULER = 50, 7.5, "dpmsolver++"  # of a picture: more steps than a preview's, as training is on it
 
 
 class PriorPictures:
     """Pictures of a class in a folder, drawn where there are too few of them, and their latents (DreamBooth, Sec. 4.2).
 
-    made_by: {what: value} that the pictures depend on. Where some were drawn, class_pictures.json holds it, and pictures
-    drawn by another model or for another prompt are refused. Photographs that the user puts there are taken as they are.
+    made_by: {what: value} that the pictures depend on. Where some were drawn, class_pictures.json holds it and how they were
+    drawn, and pictures of another model, prompt or number of steps are refused. Photographs of the user's are taken as they are.
     """
 
     def __init__(self, folder: Path, count: int, made_by: dict[str, str]):
         """Raises InputError where the folder's pictures are of another model."""
-        self.folder, self.count, self.made_by = folder, count, made_by
+        self.folder, self.count = folder, count
+        self.made_by = made_by | dict(steps=str(STEPS), guidance=str(GUIDANCE), scheduler=SCHEDULER)
         self.record, self.encoded = folder / "class_pictures.json", folder / "class_latents.safetensors"
         if self.record.is_file():
-            different = [f"{name} was {value!r}, is {made_by[name]!r}" for name, value in read_json(self.record).items()
-                         if name in made_by and value != made_by[name]]  # fmt: skip
+            record = read_json(self.record)
+            different = [f"{name} was {record[name]!r}, is {value!r}" if name in record else f"{name} is not recorded"
+                         for name, value in self.made_by.items() if record.get(name) != value]  # fmt: skip
             if different:
                 raise InputError(f"--class_data_dir {str(folder)!r}: its pictures were drawn otherwise ({'; '.join(different)}); "
                                  "choose another folder, or remove this one")  # fmt: skip
 
     def paths(self) -> list[Path]:
         """The pictures there are, in name order, at most `count`."""
-        found = [path for path in self.folder.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES] if self.folder.is_dir() else []
-        return find_images(self.folder)[: self.count] if found else []
+        return sorted((path for path in self.folder.glob("*") if is_image_name(path)), key=lambda path: path.name)[: self.count]
+
+    def digest(self) -> str:
+        """SHA-256 of the pictures there are."""
+        digest = hashlib.sha256()
+        for path in self.paths():
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def missing(self) -> int:
         return self.count - len(self.paths())

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from zoodip.checkpoints import can_follow, checkpoint_step, list_checkpoints, read_checkpoint, write_checkpoint
 from zoodip.errors import BrokenCheckpoint, InputError, Interrupted, notice
-from zoodip.files import lock_folder, write_atomically, write_image, write_json
+from zoodip.files import lock_folder, prove_folder, write_atomically, write_image, write_json
 from zoodip.records import environment, peak_memory_gb
 
 TRACKER = "zoodip"  # the project in W&B, and TensorBoard's folder in the output folder
@@ -218,20 +218,19 @@ class Run:
         )
         return header, {**tensors, "generator": self.generator.get_state()}
 
-    def claim(self) -> None:
-        """Make the output folder, prove that it takes a file, lock it, remove what a killed run left half. Raises InputError."""
+    def claim(self, saved: int = 0) -> None:
+        """Make the output folder, prove that it takes the run's files, lock it, remove what a killed run left half.
+
+        saved: bytes of what is learned, where that is much. Raises InputError.
+        """
         if self.is_main:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(
-                    f"--output_dir {str(self.folder)!r} cannot be made ({error.strerror}); choose another"
-                ) from error
-            try:
-                write_atomically(self.folder / ".probe", bytes(4 << 20))  # the size of the largest checkpoints
-            except InputError as error:
-                raise InputError(f"--output_dir {error}") from error
-            (self.folder / ".probe").unlink(missing_ok=True)  # another run may be probing too
+            checkpoint = sum(tensor.nbytes for tensor in self.state()[1].values())
+            copies = self.max_train_steps // self.save_steps - self.progress.step // self.save_steps if self.save_steps else 0
+            regular = checkpoint if self.checkpointing_steps else 0
+            prove_folder(self.folder, "output_dir", saved * (copies + 1) + regular)
+            if (free := shutil.disk_usage(self.folder).free) < checkpoint:
+                notice(f"{self.folder}: has {free / 1e9:.3g} GB free; interrupted, the run could not save its checkpoint of "
+                       f"{checkpoint / 1e9:.3g} GB")  # fmt: skip
             self.lock = lock_folder(self.folder)
             try:
                 for leftover in self.folder.glob(".*.tmp"):

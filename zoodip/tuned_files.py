@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from zoodip.errors import InputError
-from zoodip.files import read_json, why_unreadable, write_json, write_tensors
+from zoodip.errors import InputError, require_peft
+from zoodip.files import read_json, why_unreadable, write_json, write_tensors, writing
 from zoodip.folder import WEIGHT_NAMES, component_tensors, find_model_folder, hub_variant, model_digest
 from zoodip.model import assemble_pipeline, load_frozen
 from zoodip.prompts import load_tokenizer
@@ -92,7 +92,8 @@ def save_peft_lokr(folder: Path, parameters: Parameters, factor: int, header: di
     """peft's LoKr adapter. Its rank is so large that it keeps both factors whole, and alpha equal to it: a scale of 1."""
     from peft import LoKrConfig
 
-    folder.mkdir(exist_ok=True)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     rank = max(max(parameter.shape) for name, parameter in parameters.items() if name.endswith("lokr_w2"))
     targets = [name.removesuffix(".lokr_w1") for name in parameters if name.endswith(".lokr_w1")]
     config = LoKrConfig(r=rank, alpha=rank, decompose_factor=factor, target_modules=targets).to_dict()
@@ -103,9 +104,10 @@ def save_peft_lokr(folder: Path, parameters: Parameters, factor: int, header: di
 
 
 def save_unet(folder: Path, tensors: Tensors, base: Path, dtype: torch.dtype, header: dict[str, str]) -> Path:
-    """A UNet in diffusers' format, in `dtype`, with the configuration of the model folder `base`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(base / "unet" / "config.json", folder)
+    """A UNet in diffusers' format, in `dtype`, with the configuration of the model folder `base`. Raises InputError."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(base / "unet" / "config.json", folder)
     write_tensors(
         folder / f"{WEIGHT_NAMES['unet']}.safetensors", {name: t.detach().to(dtype) for name, t in tensors.items()}, header
     )
@@ -113,12 +115,17 @@ def save_unet(folder: Path, tensors: Tensors, base: Path, dtype: torch.dtype, he
 
 
 def save_other_folders(target: Path, base: Path, variant: str | None) -> None:
-    """What makes a folder with unet/ a whole model for from_pretrained: tokenizer, scheduler, text encoder and VAE of `base`."""
-    for other in ("tokenizer", "scheduler"):
-        shutil.copytree(base / other, target / other, dirs_exist_ok=True)
+    """What makes a folder with unet/ a whole model for from_pretrained: tokenizer, scheduler, text encoder and VAE of `base`.
+
+    Raises InputError.
+    """
+    with writing(target):
+        for other in ("tokenizer", "scheduler"):
+            shutil.copytree(base / other, target / other, dirs_exist_ok=True)
+        for component in ("text_encoder", "vae"):
+            (target / component).mkdir(exist_ok=True)
+            shutil.copy(base / component / "config.json", target / component)
     for component in ("text_encoder", "vae"):
-        (target / component).mkdir(exist_ok=True)
-        shutil.copy(base / component / "config.json", target / component)
         tensors = dict(component_tensors(base, component, variant))
         write_tensors(target / component / f"{WEIGHT_NAMES[component]}.safetensors", tensors, {"format": "pt"})
     model_index = read_json(base / "model_index.json") | {"requires_safety_checker": False}
@@ -212,6 +219,7 @@ class TunedFile:
         return kronecker_shapes(unet, a1, a2), add, lambda name: self.tensors[lycoris_name(name)]
 
     def lora(self, unet: nn.Module) -> Reading:
+        require_peft(f"{self.path}, a LoRA,")
         rank = len(next(tensor for name, tensor in self.tensors.items() if "lora.down" in name))
 
         def find(name: str) -> torch.Tensor:

@@ -27,6 +27,11 @@ Shapes = dict[str, tuple[int, ...]]
 Parameters = dict[str, nn.Parameter]
 
 
+def numbers(shapes: Shapes) -> int:
+    """How many there are in tensors of these shapes."""
+    return sum(map(math.prod, shapes.values()))
+
+
 def weight_shape(layer: nn.Module) -> tuple[int, ...]:
     """(O, I) of a Linear, (O, I, height, width) of a Conv2d, packed or not."""
     if isinstance(layer, QuantizedLayer):

@@ -17,7 +17,7 @@ from zoodip.errors import DamagedModel, damaged_model
 from zoodip.folder import find_model_folder, hub_variant, model_digest
 from zoodip.model import load_text_encoder, load_unet, load_vae_encoder
 from zoodip.pictures import Drawer
-from zoodip.prior import PriorPictures
+from zoodip.prior import GUIDANCE, SCHEDULER, STEPS, PriorPictures
 from zoodip.prompts import Prompts, build_prompts, encode_prompts, load_tokenizer
 from zoodip.quantize import DTYPES, frozen_format
 from zoodip.subject import Subject, load_subject
@@ -156,7 +156,8 @@ def load_tuned_model(
     class_data = None
     if prior is not None:
         if prior.missing():
-            prior.draw(Drawer(model, folder, variant, others, resolution), states[[inputs.class_row, inputs.empty_row]])
+            drawer = Drawer(model, folder, variant, others, resolution, STEPS, GUIDANCE, scheduler=SCHEDULER)
+            prior.draw(drawer, states[[inputs.class_row, inputs.empty_row]])
         class_latents = prior.latents(lambda paths: encode_photographs(inputs, paths, device, resolution, center_crop))
         class_data = Data(class_latents, [[inputs.class_row]] * len(class_latents), data.prompts, data.scheduler)
     tune_malloc(32 << 20, 256 << 20)  # while stepping, activations are better kept at hand

@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -33,13 +32,11 @@ from zoodip.prior import PriorPictures
 from zoodip.quantize import default_precision, frozen_format
 from zoodip.records import package_versions
 from zoodip.run import Run, make_accelerator
-from zoodip.tuned_layers import Parameters, Shapes
+from zoodip.tuned_layers import Parameters, Shapes, numbers
 from zoodip.tuned_model import TunedModel, TuningInputs, load_tuned_model, read_tuning_inputs
 
-if TYPE_CHECKING:
-    pass
-
 LOSS_SCALE = 1024.0  # where activations are fp16: a power of two, which keeps their gradients from vanishing
+PACKED = {"nf4": "NF4", "affine8": "8-bit integers", "affine4": "4-bit integers"}  # bases, in words
 WEIGHT_DECAY, MAX_GRADIENT_NORM = 1e-2, 1.0  # of the reference scripts
 
 
@@ -52,6 +49,13 @@ class System:
     remedy = "a smaller --learning_rate"  # what to try where the loss runs away
     files: tuple[str, ...]  # patterns of the files that it leaves
     sample: TimestepSampler | None = None  # of its own timesteps; None: what --timestep_sampling says
+
+    def claim(self, inputs: TuningInputs) -> None:
+        """Prove that what is written outside the run's folder can be. Raises InputError."""
+
+    def saved_bytes(self, shapes: Shapes) -> int:
+        """At least so many are in the files of `save`."""
+        return torch.float32.itemsize * numbers(shapes)
 
     def shapes(self, unet: nn.Module) -> Shapes:
         """The trained tensors, from the architecture alone. Raises InputError where the flags do not fit it."""
@@ -69,8 +73,13 @@ class System:
         """Timesteps of different groups cannot share a forward."""
         return None
 
-    def save(self, folder: Path, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
-        """Write what is learned, in names that end in `suffix` -> the file or folder to tell of. Raises InputError."""
+    def save(
+        self, folder: Path, inputs: TuningInputs, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str
+    ) -> Path:
+        """Write what is learned, in names that end in `suffix` -> the file or folder to tell of. Raises InputError.
+
+        inputs: of the run, with the base model's folder and variant as they were found.
+        """
         raise NotImplementedError
 
 
@@ -242,7 +251,7 @@ class TunedOutputs:
 
     def header(self, step: int) -> dict[str, str]:
         """Of every file that is left. The same run gives the same header."""
-        return {
+        header = {
             "format": "pt",
             "zoodip.method": self.system.name,
             "zoodip.base_model": str(self.settings["pretrained_model_name_or_path"]),
@@ -252,11 +261,17 @@ class TunedOutputs:
             "zoodip.settings": json.dumps(self.settings, sort_keys=True),
             "zoodip.versions": json.dumps(package_versions(), sort_keys=True),
         }
+        if self.system.quantization in PACKED:
+            header["zoodip.note"] = (
+                f"learned on weights packed as {PACKED[self.system.quantization]}: on 16-bit weights it is only near to what was "
+                "trained, and merged and packed again it is another model, so do not"
+            )
+        return header
 
     def save(self, folder: Path, step: int, final: bool) -> None:
         """What is learned as it stands. Raises InputError."""
         suffix = "" if final else f"-steps-{step}"
-        self.saved = self.system.save(folder, self.model.unet, self.tuner.parameters, self.header(step), suffix)
+        self.saved = self.system.save(folder, self.inputs, self.model.unet, self.tuner.parameters, self.header(step), suffix)
 
 
 # ----------------------------------------------------------------------------------------------------- the whole
@@ -297,17 +312,19 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     flags["mixed_precision"] = flags["mixed_precision"] or default_precision(device)
     flags["resolution"] = flags["resolution"] or native_resolution(inputs.folder)
     settings = {"method": system.name, **settings_of(flags, setting_names)}
-    prior = prior_pictures(inputs, frozen_format(system.quantization), flags) if flags["prior_preservation"] else None
+    prior = prior_pictures(inputs, system.quantization, flags) if flags["prior_preservation"] else None
 
     generator = torch.Generator().manual_seed(flags["seed"])
     scale = LOSS_SCALE if flags["mixed_precision"] == "fp16" else 1.0
     tuner = WeightTuner(system, system.shapes(build_model(inputs.folder, "unet")), flags["learning_rate"], scale)
-    run = Run(tuner, generator, accelerator, settings, inputs.fingerprint(), **flags_for(Run, flags))
+    run = Run(tuner, generator, accelerator, settings, fingerprint(inputs, prior), **flags_for(Run, flags))
     run.resume(flags["resume_from_checkpoint"])
-    run.claim()
+    system.claim(inputs)
+    run.claim(system.saved_bytes(tuner.shapes))
     model, data, class_data = load_tuned_model(
         inputs, system.quantization, system.trains_unet, prior, device, **flags_for(load_tuned_model, flags)
     )
+    run.fingerprint = fingerprint(inputs, prior)  # with the class pictures that have been drawn
     tuner.start(system.install(model.unet, torch.Generator().manual_seed(flags["seed"])))
     if flags["gradient_checkpointing"]:
         model.unet.enable_gradient_checkpointing()
@@ -315,6 +332,11 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     sample = system.sample or timestep_sampler(data, **flags_for(timestep_sampler, flags))
     batch_size, prior_weight = flags["train_batch_size"], flags["prior_loss_weight"]
     return Tuning(run, outputs, tuner, model, data, class_data, sample, generator, batch_size, prior_weight)
+
+
+def fingerprint(inputs: TuningInputs, prior: PriorPictures | None) -> dict[str, str]:
+    """{what: SHA-256}: a run is resumed only on the same."""
+    return inputs.fingerprint() | ({} if prior is None else {"class pictures": prior.digest()})
 
 
 def prior_pictures(inputs: TuningInputs, quantization: str, flags: dict) -> PriorPictures:
