@@ -10,53 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import arguments, run_cli, seeded
+from conftest import run_cli, seeded
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import load
+from tuned import SYSTEMS, command, predict, prepared, stock_pipeline
 
 import trainers.diffusekrona
 import trainers.dreambooth
 import trainers.qlora
 import trainers.tuneqdm
-from trainers.diffusekrona import DiffuseKronA
-from trainers.dreambooth import DreamBooth
-from trainers.qlora import QLoRA
-from trainers.tuneqdm import TuneQDM
-from zoodip.arguments import flags_for
 from zoodip.diffusion import Batch, noise_batch
 from zoodip.errors import InputError
 from zoodip.model import load_pipeline
 from zoodip.tuned_files import load_tuned_pipeline, merged_unet, read_tuned
 from zoodip.tuned_layers import KroneckerLayer
 from zoodip.tuned_model import in_words
-from zoodip.weight_tuning import Tuning, prepare
-
-OURS = dict(
-    class_word="dog", initializer_token=None, tau=None, nu=None, mu=None, learning_rate=1e-2, max_train_steps=4, eval_steps=0
-)
-SYSTEMS = {  # module, class, its flags, the file that it leaves
-    "peqa": (trainers.tuneqdm, TuneQDM, dict(experts=1, no_scale_in=True, bits=4), "tuned_scales.safetensors"),
-    "tuneqdm": (trainers.tuneqdm, TuneQDM, dict(experts=4), "tuned_scales.safetensors"),
-    "s1": (trainers.tuneqdm, TuneQDM, dict(experts=1, train_interval=(500, 900)), "tuned_scales.safetensors"),
-    "qlora": (trainers.qlora, QLoRA, dict(), "pytorch_lora_weights.safetensors"),
-    "lora": (trainers.qlora, QLoRA, dict(base="none"), "pytorch_lora_weights.safetensors"),
-    "krona": (trainers.diffusekrona, DiffuseKronA, dict(a1=2, a2=4), "pytorch_lokr_weights.safetensors"),
-    "krona square": (trainers.diffusekrona, DiffuseKronA, dict(a1=4, a2=4, base="none"), "pytorch_lokr_weights.safetensors"),
-    "dreambooth": (trainers.dreambooth, DreamBooth, dict(save_precision="fp32", save_pipeline=True), "unet"),
-}
-
-
-def command(model: Path, subject: Path, output: Path, **flags) -> list[str]:
-    interval = flags.pop("train_interval", None)
-    argv = arguments(model, subject, output, **{**OURS, **flags})
-    return argv + ([] if interval is None else ["--train_interval", *map(str, interval)])
-
-
-def prepared(name: str, model: Path, subject: Path, output: Path, **more) -> Tuning:
-    module, system, own, _ = SYSTEMS[name]
-    flags = vars(module.parse_args(command(model, subject, output, **{**own, **more})))
-    return prepare(system(**flags_for(system, flags)), flags, module.SETTINGS)
+from zoodip.weight_tuning import Tuning
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +53,6 @@ def trained(request, finished) -> tuple[str, Path, Tuning]:
 def each(*names: str) -> pytest.MarkDecorator:
     """A test of the finished runs of these systems."""
     return pytest.mark.parametrize("trained", names, indirect=True)
-
-
-def predict(unet, timestep: int) -> torch.Tensor:
-    latents, states = torch.randn(1, 4, 8, 8, generator=seeded(1)), torch.randn(1, 77, 32, generator=seeded(2))
-    latents = latents.to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        return unet(latents, timestep, states).sample
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,14 +117,6 @@ def test_a_pipeline_from_scales_draws(tiny_model, trained):
     layer.register_forward_hook(lambda module, inputs, output: seen.append(module.expert))
     pipeline("a photo of a dog", num_inference_steps=25, height=16, width=16, output_type="latent")
     assert [seen.count(e) for e in range(4)] == [7, 6, 6, 7]
-
-
-def stock_pipeline(tiny_model: Path, unet_folder: Path | None = None):
-    """As a user has it: the libraries' own loaders, no quantisation."""
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-
-    more = {} if unet_folder is None else dict(unet=UNet2DConditionModel.from_pretrained(unet_folder))
-    return StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None, **more)
 
 
 @each("qlora", "lora")
