@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from conftest import seeded
 from torch import nn
 
-from zoodip.errors import InputError
 from zoodip.quantize import affine_integers, pack_weight, quantized_layer
 from zoodip.tuned_layers import (
     Experts,
@@ -19,7 +18,6 @@ from zoodip.tuned_layers import (
     add_kronecker,
     add_lora,
     add_scales,
-    integer_layers,
     kronecker_shapes,
     lora_shapes,
     scale_shapes,
@@ -277,71 +275,6 @@ def test_kronecker_product_is_that_of_torch(a1, a2, shape):
 def test_both_orders_of_the_product_are_taken():
     first = lambda a1, a2, b1, b2: a1 * a2 * b2 + a1 * b2 * b1 <= a2 * b2 * b1 + a1 * a2 * b1  # noqa: E731
     assert first(4, 16, 12, 6) and not first(24, 2, 2, 48)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How many numbers are trained
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def count(shapes: dict) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
-
-
-def meta_unet(**config):
-    from accelerate import init_empty_weights
-    from diffusers import UNet2DConditionModel
-
-    with init_empty_weights():
-        return UNet2DConditionModel(**config)
-
-
-@pytest.fixture(scope="module")
-def sd15():
-    return meta_unet(sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8, cross_attention_dim=768)
-
-
-def test_counts_of_stable_diffusion_15(sd15):
-    assert sum(p.numel() for p in sd15.parameters()) == 859_520_964 and len(list(sd15.parameters())) == 686
-    assert len(integer_layers(sd15)) == 280
-    assert count(scale_shapes(sd15, 1, False)) == 318_080  # PEQA
-    for number in (1, 2, 4):
-        assert count(scale_shapes(sd15, number, True)) == number * 612_096  # TuneQDM
-    for rank in (1, 2, 4):
-        assert count(lora_shapes(sd15, rank)) == rank * 199_296
-    assert count(kronecker_shapes(sd15, 4, 64)) == 398_048
-    assert count(kronecker_shapes(sd15, 8, 64)) == 248_176
-
-
-def test_counts_that_the_papers_print(sd15):
-    """TuneQDM's .33 M and .62 M are ONE expert, with conv_in and conv_out, and 12 shortcuts of Q-Diffusion cut in two."""
-    edges = [sd15.conv_in.weight.shape, sd15.conv_out.weight.shape]
-    outputs = count(scale_shapes(sd15, 1, False)) + sum(shape[0] for shape in edges)
-    inputs = count(scale_shapes(sd15, 1, True)) - count(scale_shapes(sd15, 1, False)) + sum(shape[1] for shape in edges)
-    assert (outputs, inputs) == (318_404, 294_340)
-    names = [name for name, _ in sd15.named_modules() if "up_blocks" in name and name.endswith("conv_shortcut")]
-    shortcuts = [sd15.get_submodule(name).weight.shape[0] for name in names]
-    assert (len(shortcuts), sum(shortcuts)) == (12, 10_560)
-    assert (outputs + sum(shortcuts), outputs + inputs + sum(shortcuts)) == (328_964, 623_304)
-
-
-def test_counts_of_sdxl():
-    sdxl = meta_unet(
-        sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10),
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )  # fmt: skip
-    printed = {2: 7_534_080, 4: 3_874_560, 8: 2_152_320, 16: 1_506_240}  # DiffuseKronA's Table 6
-    assert {a1: count(kronecker_shapes(sdxl, a1, 64)) for a1 in printed} == printed
-    assert count(lora_shapes(sdxl, 4)) == 5_806_080
-
-
-@pytest.mark.parametrize(("a1", "a2", "flag"), [(3, 64, "--a1"), (4, 48, "--a2")])
-def test_factors_that_do_not_divide(sd15, a1, a2, flag):
-    with pytest.raises(InputError, match=f"{flag} must divide .* this model takes divisors of (320|64)"):
-        kronecker_shapes(sd15, a1, a2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
