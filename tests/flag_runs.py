@@ -33,6 +33,7 @@ class Outcome:
     """What a run left."""
 
     code: int
+    model: Path
     folder: Path
     unet_batches: list[int]  # batch sizes of the UNet's forwards, in order
     calls: dict = field(default_factory=dict)  # keyword arguments of the libraries' functions that were watched, and counts
@@ -107,7 +108,7 @@ def make_runner(
         for name in {"output_dir", "save_quantized", "export_merged"} & set(flags):
             flags[name] = folder.parent / flags[name]
         argv = command(worlds["model"], worlds["subject"], folder, **{**defaults, **flags})
-        outcome = Outcome(0, flags.get("output_dir", folder), [], {"blocks": 0})
+        outcome = Outcome(0, worlds["model"], flags.get("output_dir", folder), [], {"blocks": 0})
         forward, block, accelerator = UNet2DConditionModel.forward, ResnetBlock2D.forward, accelerate.Accelerator
 
         def watched_forward(unet, sample, *rest, **named):
