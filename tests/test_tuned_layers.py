@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from conftest import seeded
 from torch import nn
 
-from zoodip.errors import InputError
 from zoodip.quantize import affine_integers, pack_weight, quantized_layer
 from zoodip.tuned_layers import (
     Experts,
@@ -19,7 +18,6 @@ from zoodip.tuned_layers import (
     add_kronecker,
     add_lora,
     add_scales,
-    integer_layers,
     kronecker_shapes,
     lora_shapes,
     scale_shapes,
@@ -207,7 +205,8 @@ def test_scaled_layer_is_the_explicit_weight(layer_and_input, quantization):
     assert torch.autograd.gradcheck(lambda a, b, c: base.scaled(a, b, c), (x, s_out, s_in), eps=1e-5)
 
     single = base.scaled(inputs, s_out.detach().float(), s_in.detach().float())
-    torch.testing.assert_close(single.double(), explicit, rtol=1e-4, atol=1e-5)  # fp32
+    error = (single.double() - explicit).abs().max() / explicit.abs().max()
+    assert error < 2e-6  # fp32: 4e-7 at most over all these layers and five seeds, of 2^-24 a sum
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -274,74 +273,21 @@ def test_kronecker_product_is_that_of_torch(a1, a2, shape):
     torch.testing.assert_close(layer.product(inputs), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_both_orders_of_the_product_are_taken():
-    first = lambda a1, a2, b1, b2: a1 * a2 * b2 + a1 * b2 * b1 <= a2 * b2 * b1 + a1 * a2 * b1  # noqa: E731
-    assert first(4, 16, 12, 6) and not first(24, 2, 2, 48)
+@pytest.mark.parametrize(("width", "a1", "a2", "multiplications", "other"), [
+    (1280, 4, 64, 30_720, 491_520),  # Stable Diffusion v1.5's widest, the paper's factors: A first
+    (1280, 64, 8, 286_720, 35_840), (48, 24, 2, 2_304, 192),  # B first
+    (64, 8, 8, 1_024, 1_024),  # a tie
+])  # fmt: skip
+def test_the_product_goes_the_cheaper_way(width, a1, a2, multiplications, other):
+    """As many multiplications for an input as the cheaper of the two orders needs: A first and B first, in numbers."""
+    from torch.utils.flop_counter import FlopCounterMode
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How many numbers are trained
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def count(shapes: dict) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
-
-
-def meta_unet(**config):
-    from accelerate import init_empty_weights
-    from diffusers import UNet2DConditionModel
-
-    with init_empty_weights():
-        return UNet2DConditionModel(**config)
-
-
-@pytest.fixture(scope="module")
-def sd15():
-    return meta_unet(sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8, cross_attention_dim=768)
-
-
-def test_counts_of_stable_diffusion_15(sd15):
-    assert sum(p.numel() for p in sd15.parameters()) == 859_520_964 and len(list(sd15.parameters())) == 686
-    assert len(integer_layers(sd15)) == 280
-    assert count(scale_shapes(sd15, 1, False)) == 318_080  # PEQA
-    for number in (1, 2, 4):
-        assert count(scale_shapes(sd15, number, True)) == number * 612_096  # TuneQDM
-    for rank in (1, 2, 4):
-        assert count(lora_shapes(sd15, rank)) == rank * 199_296
-    assert count(kronecker_shapes(sd15, 4, 64)) == 398_048
-    assert count(kronecker_shapes(sd15, 8, 64)) == 248_176
-
-
-def test_counts_that_the_papers_print(sd15):
-    """TuneQDM's .33 M and .62 M are ONE expert, with conv_in and conv_out, and 12 shortcuts of Q-Diffusion cut in two."""
-    edges = [sd15.conv_in.weight.shape, sd15.conv_out.weight.shape]
-    outputs = count(scale_shapes(sd15, 1, False)) + sum(shape[0] for shape in edges)
-    inputs = count(scale_shapes(sd15, 1, True)) - count(scale_shapes(sd15, 1, False)) + sum(shape[1] for shape in edges)
-    assert (outputs, inputs) == (318_404, 294_340)
-    names = [name for name, _ in sd15.named_modules() if "up_blocks" in name and name.endswith("conv_shortcut")]
-    shortcuts = [sd15.get_submodule(name).weight.shape[0] for name in names]
-    assert (len(shortcuts), sum(shortcuts)) == (12, 10_560)
-    assert (outputs + sum(shortcuts), outputs + inputs + sum(shortcuts)) == (328_964, 623_304)
-
-
-def test_counts_of_sdxl():
-    sdxl = meta_unet(
-        sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10),
-        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )  # fmt: skip
-    printed = {2: 7_534_080, 4: 3_874_560, 8: 2_152_320, 16: 1_506_240}  # DiffuseKronA's Table 6
-    assert {a1: count(kronecker_shapes(sdxl, a1, 64)) for a1 in printed} == printed
-    assert count(lora_shapes(sdxl, 4)) == 5_806_080
-
-
-@pytest.mark.parametrize(("a1", "a2", "flag"), [(3, 64, "--a1"), (4, 48, "--a2")])
-def test_factors_that_do_not_divide(sd15, a1, a2, flag):
-    with pytest.raises(InputError, match=f"{flag} must divide .* this model takes divisors of (320|64)"):
-        kronecker_shapes(sd15, a1, a2)
+    layer = KroneckerLayer(nn.Linear(width, width, bias=False), a1, a2)
+    b1, b2 = layer.lokr_w2.shape
+    assert (a1 * a2 * b2 + a1 * b2 * b1, a2 * b2 * b1 + a1 * a2 * b1) == (multiplications, other)
+    with FlopCounterMode(display=False) as counter:
+        layer.product(torch.ones(3, 2, width))
+    assert counter.get_total_flops() == 2 * 6 * min(multiplications, other)  # a multiplication and an addition
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,15 +330,16 @@ def test_installed_in_a_unet(tiny_model, system):
     assert before.keys() <= kept.keys() and all(torch.equal(kept[name], tensor) for name, tensor in before.items())
 
 
-def test_experts_start_equal(tiny_model):
-    """N = 1, 2, 4, with and without s_in, are the untuned integer model, bit for bit, at every timestep."""
+@pytest.mark.parametrize("quantization", ["affine8", "affine4"])
+def test_experts_start_equal(tiny_model, quantization):
+    """N = 1, 2, 4, with and without s_in, are the untuned integer model, bit for bit, at timesteps of the first and last set."""
     from tiny import load
 
     inputs = torch.randn(1, 4, 8, 8, generator=seeded(1)), torch.randn(1, 5, 32, generator=seeded(2))
-    expected = [load(tiny_model, "unet", "affine8")(inputs[0], t, inputs[1]).sample for t in (10, 990)]
+    expected = [load(tiny_model, "unet", quantization)(inputs[0], t, inputs[1]).sample for t in (10, 990)]
     for number in (1, 2, 4):
         for scale_in in (False, True):
-            unet = load(tiny_model, "unet", "affine8")
+            unet = load(tiny_model, "unet", quantization)
             add_scales(unet, Experts(number), scale_in)
             for t, output in zip((10, 990), expected, strict=True):
                 assert torch.equal(unet(inputs[0], timestep=torch.tensor(t), encoder_hidden_states=inputs[1]).sample, output)
