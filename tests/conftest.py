@@ -193,10 +193,10 @@ def hub_model(copy, monkeypatch) -> str:
     """The name of the tiny model on a hub that has its weights in half-precision files alone, as *.fp16.safetensors."""
     import huggingface_hub
 
-    import zoodip.model
+    import zoodip.folder
     from zoodip.errors import InputError
 
-    for component, stem in zoodip.model.WEIGHT_NAMES.items():
+    for component, stem in zoodip.folder.WEIGHT_NAMES.items():
         (copy / component / f"{stem}.safetensors").rename(copy / component / f"{stem}.fp16.safetensors")
     names = [str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()]
 
@@ -206,7 +206,7 @@ def hub_model(copy, monkeypatch) -> str:
         return copy
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, revision=None: names)
-    monkeypatch.setattr(zoodip.model, "download_model", download)
+    monkeypatch.setattr(zoodip.folder, "download_model", download)
     return "someone/tiny"
 
 

@@ -52,7 +52,7 @@ def sd15():
 
 
 def test_counts_of_stable_diffusion_15(sd15):
-    everything = DreamBooth(pretrained_model_name_or_path="").shapes(sd15)
+    everything = DreamBooth().shapes(sd15)
     assert count(everything) == 859_520_964 and len(everything) == 686
     assert len(integer_layers(sd15)) == 280
     assert count(scale_shapes(sd15, 1, False)) == 318_080  # PEQA
