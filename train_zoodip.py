@@ -132,7 +132,8 @@ from zoodip.diffusion import (
 )
 from zoodip.outputs import TokenOutputs
 from zoodip.packing import save_quantized
-from zoodip.run import Run, make_accelerator
+from zoodip.process import make_accelerator
+from zoodip.run import Run
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Timesteps: Partial Uniform Timestep Sampling (Eq. 9)

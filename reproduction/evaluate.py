@@ -50,10 +50,10 @@ from zoodip.files import write_atomically, write_image, write_json
 from zoodip.folder import find_model_folder, hub_variant
 from zoodip.model import SCHEDULERS, load_text_encoder, load_unet
 from zoodip.pictures import Drawer
+from zoodip.process import make_accelerator
 from zoodip.prompts import read_embedding
 from zoodip.quantize import DTYPES
 from zoodip.records import environment, plain_arguments
-from zoodip.run import make_accelerator
 from zoodip.subject import find_images, open_image
 from zoodip.tuned_files import load_tuned_unet, tuned_settings
 from zoodip.tuned_model import TunedModel

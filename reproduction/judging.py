@@ -35,10 +35,10 @@ from zoodip.files import write_image, write_json
 from zoodip.folder import native_resolution
 from zoodip.model import load_unet
 from zoodip.pictures import Drawer
+from zoodip.process import make_accelerator
 from zoodip.prompts import read_embedding
 from zoodip.quantize import DTYPES, AffineLayer, default_precision, frozen_format
 from zoodip.records import environment
-from zoodip.run import make_accelerator
 from zoodip.subject import find_images, open_image
 from zoodip.tuned_files import load_tuned_unet
 from zoodip.tuned_model import TunedModel, TuningInputs, load_tuning_data, read_tuning_inputs

@@ -156,8 +156,9 @@ from zoodip.diffusion import (
     uniform_timesteps,
 )
 from zoodip.outputs import TokenOutputs
+from zoodip.process import make_accelerator
 from zoodip.prompts import encode_prompts
-from zoodip.run import Run, make_accelerator
+from zoodip.run import Run
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The basis: where the text encoder listens

@@ -104,8 +104,9 @@ from zoodip.diffusion import (
 )
 from zoodip.folder import config_number
 from zoodip.outputs import TokenOutputs
+from zoodip.process import make_accelerator
 from zoodip.prompts import read_embedding_rows
-from zoodip.run import Run, due, make_accelerator
+from zoodip.run import Run, due
 
 CHECK_EVERY = 10  # generations between looks at the fixed set in --mode fair
 

@@ -75,7 +75,8 @@ from zoodip.diffusion import (
     timestep_sampler,
 )
 from zoodip.outputs import TokenOutputs
-from zoodip.run import Run, make_accelerator
+from zoodip.process import make_accelerator
+from zoodip.run import Run
 
 LOSS_SCALE = 1024.0  # a power of two: exact in fp32 and bf16, and keeps fp16 gradients from vanishing
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
 import shutil
 import signal
 import sys
@@ -33,51 +32,11 @@ from tqdm import tqdm
 from zoodip.checkpoints import can_follow, checkpoint_step, list_checkpoints, read_checkpoint, write_checkpoint
 from zoodip.errors import BrokenCheckpoint, InputError, Interrupted, notice
 from zoodip.files import lock_folder, prove_folder, write_atomically, write_image, write_json
+from zoodip.process import StopSignal
 from zoodip.records import environment, peak_memory_gb
 
 TRACKER = "zoodip"  # the project in W&B, and TensorBoard's folder in the output folder
 MOST_SKIPPED = 20  # steps in a row whose loss is not finite
-
-
-def make_accelerator(most_processes: int, *, cpu: bool, report_to: str, output_dir: str, compile: bool):
-    """Devices, processes and trackers. Raises InputError where a tracker is not installed or processes are too many."""
-    from importlib.util import find_spec
-
-    from accelerate import Accelerator
-
-    if report_to != "none" and find_spec(report_to) is None:
-        raise InputError(f"--report_to {report_to}: the package is not installed; run pip install {report_to}")
-    accelerator = Accelerator(cpu=cpu, log_with=None if report_to == "none" else report_to, project_dir=output_dir)
-    if compile and accelerator.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
-        raise InputError("--compile needs a C++ compiler (g++ or clang++); install one, or leave the flag out")
-    asked = launched_for()
-    if asked > accelerator.num_processes and accelerator.is_main_process:
-        print(
-            f"accelerate launch was asked for {asked} processes and started {accelerator.num_processes}: on CPUs start them with "
-            f"torchrun --nproc_per_node {asked} -- {sys.argv[0]} --cpu ...",
-            file=sys.stderr,
-        )
-    if accelerator.num_processes > most_processes:
-        if most_processes == 1:
-            raise InputError(f"this method runs as one process, not {accelerator.num_processes}; start it with python")
-        raise InputError(
-            f"{accelerator.num_processes} processes share only {most_processes} candidates a step; start at "
-            f"most {most_processes} processes"
-        )
-    return accelerator
-
-
-def launched_for() -> int:
-    """The number of processes that `accelerate launch` was asked for; 1 where this process is not its child."""
-    import psutil
-
-    try:
-        parent = psutil.Process().parent()
-        command = " ".join(parent.cmdline()) if parent else ""
-    except psutil.Error:  # gone, or not ours to ask
-        return 1
-    asked = re.search(r"accelerate\S* (?:launch )?.*--num[_-]processes[= ](\d+)", command)
-    return int(asked[1]) if asked else 1
 
 
 @dataclass
@@ -92,30 +51,8 @@ class Progress:
     skipped_in_a_row: int = 0
 
 
-class StopSignal:
-    """Remembers SIGINT and SIGTERM, so that the step under way is finished and saved; a second one ends at once."""
-
-    number = 0
-
-    def __enter__(self) -> StopSignal:
-        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def receive(self, number: int, frame) -> None:
-        self.number = number
-        for name in self.previous:
-            signal.signal(name, signal.SIG_DFL)
-
-
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-# ----------------------------------------------------------------------------------------------------- the run
 
 
 class Run:

@@ -29,9 +29,10 @@ from zoodip.folder import native_resolution
 from zoodip.model import build_model
 from zoodip.pictures import Drawer, picture_sheet
 from zoodip.prior import PriorPictures
+from zoodip.process import make_accelerator
 from zoodip.quantize import default_precision, frozen_format
 from zoodip.records import package_versions
-from zoodip.run import Run, make_accelerator
+from zoodip.run import Run
 from zoodip.tuned_layers import Parameters, Shapes, numbers
 from zoodip.tuned_model import TunedModel, TuningInputs, load_tuned_model, read_tuning_inputs
 

@@ -1,0 +1,70 @@
+"""The process that trains: its devices and trackers, and the signals that stop it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import sys
+
+from zoodip.errors import InputError
+
+
+def make_accelerator(most_processes: int, *, cpu: bool, report_to: str, output_dir: str, compile: bool):
+    """Devices, processes and trackers. Raises InputError where a tracker is not installed or processes are too many."""
+    from importlib.util import find_spec
+
+    from accelerate import Accelerator
+
+    if report_to != "none" and find_spec(report_to) is None:
+        raise InputError(f"--report_to {report_to}: the package is not installed; run pip install {report_to}")
+    accelerator = Accelerator(cpu=cpu, log_with=None if report_to == "none" else report_to, project_dir=output_dir)
+    if compile and accelerator.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
+        raise InputError("--compile needs a C++ compiler (g++ or clang++); install one, or leave the flag out")
+    asked = launched_for()
+    if asked > accelerator.num_processes and accelerator.is_main_process:
+        print(
+            f"accelerate launch was asked for {asked} processes and started {accelerator.num_processes}: on CPUs start them with "
+            f"torchrun --nproc_per_node {asked} -- {sys.argv[0]} --cpu ...",
+            file=sys.stderr,
+        )
+    if accelerator.num_processes > most_processes:
+        if most_processes == 1:
+            raise InputError(f"this method runs as one process, not {accelerator.num_processes}; start it with python")
+        raise InputError(
+            f"{accelerator.num_processes} processes share only {most_processes} candidates a step; start at "
+            f"most {most_processes} processes"
+        )
+    return accelerator
+
+
+def launched_for() -> int:
+    """The number of processes that `accelerate launch` was asked for; 1 where this process is not its child."""
+    import psutil
+
+    try:
+        parent = psutil.Process().parent()
+        command = " ".join(parent.cmdline()) if parent else ""
+    except psutil.Error:  # gone, or not ours to ask
+        return 1
+    asked = re.search(r"accelerate\S* (?:launch )?.*--num[_-]processes[= ](\d+)", command)
+    return int(asked[1]) if asked else 1
+
+
+class StopSignal:
+    """Remembers SIGINT and SIGTERM, so that the step under way is finished and saved; a second one ends at once."""
+
+    number = 0
+
+    def __enter__(self) -> StopSignal:
+        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame) -> None:
+        self.number = number
+        for name in self.previous:
+            signal.signal(name, signal.SIG_DFL)
