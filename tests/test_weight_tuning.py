@@ -231,6 +231,17 @@ def test_the_merged_unet_is_the_tuned_one(dtype, near, tiny_model, subject, tmp_
         assert (predict(load(tiny_model, "unet"), timestep) - expected).abs().max() > 10 * near * size  # the product matters
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["the base", "another model"])
+def test_a_model_is_not_set_aside(own, copy, tiny_model, subject, tmp_path, capsys):
+    """A run moves an earlier run's unet/ away; the user's model is refused as --output_dir, in one line, and stays as it is."""
+    before = sorted((path, path.stat().st_mtime_ns) for path in copy.rglob("*"))
+    argv = command(copy if own else tiny_model, subject, copy)
+    assert run_cli(argv, trainers.dreambooth) == 2
+    error = capsys.readouterr().err
+    assert "is a model's own folder" in error and error.count("\n") == 1
+    assert sorted((path, path.stat().st_mtime_ns) for path in copy.rglob("*")) == before
+
+
 def test_a_folder_that_cannot_be_exported_to(copy, subject, tmp_path, capsys):
     """Said in one line before a model is loaded or a folder made, not after the run."""
     (tmp_path / "file").touch()

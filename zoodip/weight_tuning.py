@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from zoodip.arguments import flags_for, settings_of
 from zoodip.diffusion import Batch, Data, TimestepSampler, draw_batch, evaluation_batches, merge_batches, timestep_sampler
-from zoodip.errors import Interrupted
+from zoodip.errors import InputError, Interrupted
 from zoodip.folder import native_resolution
 from zoodip.model import build_model
 from zoodip.pictures import Drawer, picture_sheet
@@ -308,6 +308,7 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     flags: by name, those of `arguments.add_tuning_flags`; setting_names: which of them decide the result.
     """
     inputs = read_tuning_inputs(**flags_for(read_tuning_inputs, flags))
+    refuse_model_folder(Path(flags["output_dir"]), inputs.folder)
     accelerator = make_accelerator(1, compile=False, **flags_for(make_accelerator, flags))
     device = accelerator.device
     flags["mixed_precision"] = flags["mixed_precision"] or default_precision(device)
@@ -333,6 +334,13 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     sample = system.sample or timestep_sampler(data, **flags_for(timestep_sampler, flags))
     batch_size, prior_weight = flags["train_batch_size"], flags["prior_loss_weight"]
     return Tuning(run, outputs, tuner, model, data, class_data, sample, generator, batch_size, prior_weight)
+
+
+def refuse_model_folder(output: Path, base: Path) -> None:
+    """Raises InputError where the output folder is a model that no run has left: a run sets the unet/ that it finds aside."""
+    model, of_a_run = (output / "model_index.json").exists(), (output / "run.json").exists()
+    if output.resolve() == base.resolve() or (model and not of_a_run):
+        raise InputError(f"--output_dir {str(output)!r} is a model's own folder; choose another")
 
 
 def fingerprint(inputs: TuningInputs, prior: PriorPictures | None) -> dict[str, str]:
