@@ -36,6 +36,7 @@ class Outcome:
     model: Path
     folder: Path
     unet_batches: list[int]  # batch sizes of the UNet's forwards, in order
+    timesteps: list[list[float]] = field(default_factory=list)  # of the same forwards
     calls: dict = field(default_factory=dict)  # keyword arguments of the libraries' functions that were watched, and counts
 
     @property
@@ -108,12 +109,13 @@ def make_runner(
         for name in {"output_dir", "save_quantized", "export_merged"} & set(flags):
             flags[name] = folder.parent / flags[name]
         argv = command(worlds["model"], worlds["subject"], folder, **{**defaults, **flags})
-        outcome = Outcome(0, worlds["model"], flags.get("output_dir", folder), [], {"blocks": 0})
+        outcome = Outcome(0, worlds["model"], flags.get("output_dir", folder), [], calls={"blocks": 0})
         forward, block, accelerator = UNet2DConditionModel.forward, ResnetBlock2D.forward, accelerate.Accelerator
 
-        def watched_forward(unet, sample, *rest, **named):
+        def watched_forward(unet, sample, timestep, *rest, **named):
             outcome.unet_batches.append(len(sample))
-            return forward(unet, sample, *rest, **named)
+            outcome.timesteps.append(torch.as_tensor(timestep).flatten().tolist())
+            return forward(unet, sample, timestep, *rest, **named)
 
         def watched_block(*inputs, **named):
             outcome.calls["blocks"] += 1
@@ -176,6 +178,6 @@ def check_effect(run: Callable[..., Outcome], effects: Effects, flag: str, learn
     one, other = look(run(**first)), look(run(**second))
     if look is learned:
         # no two of these agree to rounding; a step moves each number by up to the learning rate
-        assert apart(one, other) > 1e-2 * learning_rate
+        assert apart(one, other) > 1e-2 * learning_rate, f"--{flag} has no effect"
     else:
-        assert one != other
+        assert one != other, f"--{flag} has no effect"

@@ -39,9 +39,9 @@ def plain(monkeypatch) -> Callable[[], list[int]]:
     return install
 
 
-def tuning_forward(name: str, tiny_model, subject, tmp_path) -> Forward:
+def tuning_forward(name: str, precision: str, tiny_model, subject, tmp_path) -> Forward:
     """Of a batch that one expert serves, as a step of the script makes it."""
-    tuning = prepared(name, tiny_model, subject, tmp_path, resolution=SIDE)
+    tuning = prepared(name, tiny_model, subject, tmp_path, resolution=SIDE, mixed_precision=precision)
     tuning.run.lock.release()
     data, timesteps = tuning.data, torch.tensor([300, 310, 260, 480, 499])
     latents = data.latents[torch.arange(IMAGES) % len(data.latents), 0]
@@ -75,13 +75,16 @@ def kept_sizes(forward: Callable[[], torch.Tensor], models: list[nn.Module]) -> 
     return kept
 
 
-@pytest.mark.parametrize("name", ["qlora", "krona", "peqa", "tuneqdm", "textual inversion"])
-def test_no_weight_is_kept_of_a_training_forward(name, tiny_model, subject, tmp_path, plain):
+@pytest.mark.parametrize(("name", "precision"), [
+    ("qlora", "fp32"), ("krona", "fp32"), ("peqa", "fp32"), ("tuneqdm", "fp32"), ("textual inversion", "fp32"),
+    ("qlora", "bf16"), ("tuneqdm", "bf16"),
+])  # fmt: skip
+def test_no_weight_is_kept_of_a_training_forward(name, precision, tiny_model, subject, tmp_path, plain):
     """By size, so in whatever shape: transposed, flat, channels last. The plain path shows that one would be seen."""
     if name == "textual inversion":
         forward, models = inversion_forward(tiny_model, subject, tmp_path)
     else:
-        forward, models = tuning_forward(name, tiny_model, subject, tmp_path)
+        forward, models = tuning_forward(name, precision, tiny_model, subject, tmp_path)
     layers = [module for model in models for module in model.modules() if isinstance(module, QuantizedLayer)]
     sizes = {layer.shape.numel() for layer in layers}
     assert len(layers) > 60 and all(size % 5 for size in sizes)

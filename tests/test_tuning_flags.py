@@ -178,3 +178,22 @@ def test_gradient_checkpointing_changes_no_bit(run_of, name, again):
     assert plain.unet_batches == checkpointed.unet_batches == [1] * 3  # one forward tries the model at the start
     assert checkpointed.calls["blocks"] - plain.calls["blocks"] == 2 * again
     assert plain.file.read_bytes() == checkpointed.file.read_bytes()
+
+
+@pytest.mark.parametrize(("name", "flags", "low", "high"), [
+    ("tuneqdm", dict(ONE_SET, train_interval=(0, 50)), 0, 50), ("tuneqdm", dict(PUTS, t_max=510), 500, 510),
+    ("dreambooth", dict(PUTS, t_min=890), 890, 900),
+])  # fmt: skip
+def test_timesteps_are_those_asked_for(run_of, name, flags, low, high):
+    """Of the steps, not of the forward that tries the model. Two uniform ones would be within once in 400 runs at most."""
+    drawn = [timestep for forward in run_of(name)(**flags).timesteps[1:] for timestep in forward]
+    assert len(drawn) == 2 and all(low <= timestep < high for timestep in drawn)
+
+
+@pytest.mark.parametrize(("name", "leaf"), [("qlora", ".lora.down.weight"), ("diffusekrona", ".lokr_w1")])
+def test_the_start_is_drawn_by_the_seed(run_of, name, leaf):
+    """A, of which two steps move each number by .02 at most: it starts with a deviation of .5."""
+    starts = [{key: tensor for key, tensor in run_of(name)(seed=seed).tensors.items() if key.endswith(leaf)} for seed in (2, 3)]
+    assert len(starts[0]) > 20
+    for key, one in starts[0].items():
+        assert (one - starts[1][key]).abs().max() > 10 * 2 * LEARNING_RATE, key
