@@ -1,7 +1,7 @@
 """Draws prompts in which every creature keeps its own attributes, with a frozen Stable Diffusion 1.x or 2.x.
 
     python -m zoodip.binding --model miniature/model --embedding results/demo/learned_embeds.safetensors \\
-        --prompt "a [<sks>* wearing a red hat] and a [blue critter* wearing pink glasses]" --method phrase \\
+        --prompt "a [<sks>* wearing a red hat] and a [blue critter* wearing pink glasses] on the beach" --method phrase \\
         --width 128 --height 64 --seeds 0 1 --output results/binding
 
 `phrase` is ours and needs forward passes only. `merge` and `full` are token merging, ToMe (Hu et al., NeurIPS 2024, arXiv
