@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from safetensors import safe_open
@@ -221,7 +221,7 @@ def end_with_parent() -> None:
     """Interrupt this worker, which saves, where whoever started it has been killed: nobody waits for its work."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
-        signal.raise_signal(signal.SIGINT)
+        signal.pthread_kill(cast(int, threading.main_thread().ident), signal.SIGINT)  # raised here, it would not wake that one
 
 
 def do_for_parent(do: Callable[[Task], Result], task: Task) -> Result:

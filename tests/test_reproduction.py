@@ -441,7 +441,7 @@ from reproduction.workers import in_processes
 def wait(folder):
     (folder / "begun").write_text(str(os.getpid()))
     try:
-        time.sleep(60)
+        time.sleep(600)
     except KeyboardInterrupt:
         (folder / "saved").touch()
 
@@ -451,7 +451,7 @@ if __name__ == "__main__":
 
 
 def test_a_worker_saves_and_ends_when_its_parent_is_killed(tmp_path):
-    """Else it would go on, and hold its run's folder, with nobody to tell."""
+    """At once, also where it waits; else it would go on, and hold its run's folder, with nobody to tell."""
     script = tmp_path / "waiting.py"
     script.write_text(WAITING)
     parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)})
