@@ -137,12 +137,13 @@ BY_DEFAULT = ["timestep_sampling", "gradient_checkpointing", "class_word", "prio
 
 
 def cases() -> list:
-    """Every flag of every script: its own by default, with one of those that all share; the rest is slow (two minutes)."""
-    names, every = list(SCRIPTS), []
-    for i, name in enumerate(names):
-        every += [(name, flag) for flag in OWN[name]]
-        every += [pytest.param(name, flag, marks=() if flag == BY_DEFAULT[i] else pytest.mark.slow) for flag in SHARED]
-    return every
+    """Each script's own flags by default, with one of those that all share; the others of these, which are one piece of code, are
+    slow and take the scripts in turn."""
+    names = list(SCRIPTS)
+    own = [(name, flag) for name in names for flag in OWN[name]]
+    others = [flag for flag in SHARED if flag not in BY_DEFAULT]
+    in_turn = [pytest.param(names[k % len(names)], flag, marks=pytest.mark.slow) for k, flag in enumerate(others)]
+    return [*own, *zip(names, BY_DEFAULT, strict=True), *in_turn]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
