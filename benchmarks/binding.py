@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.memory import count_live_bytes
+from benchmarks.memory import bytes_of, count_live_bytes, tensors_of
 from benchmarks.sd15_shape import build_folder
 from zoodip.arguments import new_parser
 from zoodip.binding_drawing import draw_bound
@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
         variant = "fp16" if list((folder / "unet").glob("*.fp16.safetensors")) else None
         pipeline = load_pipeline(str(folder), args.quantization, DTYPES[args.dtype], variant=variant)
         modules = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
-        held = sum(tensor.nbytes for module in modules for tensor in (*module.parameters(), *module.buffers()))
+        held = bytes_of(tensors_of(*modules))
         arguments = {name: value for name, value in vars(args).items() if name not in ("folder", "output")}
         results = dict(arguments=arguments, **environment(), held=held, methods={})
         for method in args.methods:

@@ -50,6 +50,16 @@ def peak_live_bytes(function: Callable[[], object], weight_files: Iterable[Path]
     return count_live_bytes(function, weight_files).peak
 
 
+def tensors_of(*modules: nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers: what is held between steps."""
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Of distinct tensors: what is shared counts once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
 def count_live_bytes(function: Callable[[], object], weight_files: Iterable[Path] = ()) -> LiveBytes:
     """Call `function` and follow the sum of its live CPU allocations."""
     limit = sys.getrecursionlimit()

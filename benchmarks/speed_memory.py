@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.memory import Stages, count_live_bytes, largest, name_layers, tensor_names
+from benchmarks.memory import Stages, bytes_of, count_live_bytes, largest, name_layers, tensor_names, tensors_of
 from benchmarks.methods import METHODS, Task, ThisProject
 from benchmarks.report import FOLDER, write_report
 from benchmarks.sd15_shape import build_folder
@@ -145,7 +145,7 @@ def byte_floor(args: argparse.Namespace) -> dict:
     method = ThisProject(task_of(args))
     method.load()
     modules = (method.model.unet, method.model.text_encoder)
-    packed = sum(tensor.nbytes for module in modules for tensor in [*module.parameters(), *module.buffers()])
+    packed = bytes_of(tensors_of(*modules))
     activations = {}
 
     def look(name: str, inputs: tuple, output) -> None:

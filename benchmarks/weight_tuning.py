@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -29,7 +29,7 @@ from statistics import mean
 import torch
 from tqdm import tqdm
 
-from benchmarks.memory import count_live_bytes
+from benchmarks.memory import bytes_of, count_live_bytes, tensors_of
 from benchmarks.methods import Task, ThisProject
 from benchmarks.sd15_shape import build_folder
 from benchmarks.stock_tuning import Stock, StockDreamBooth, StockLoKr, StockPEQA, StockQLoRA, StockScales
@@ -116,24 +116,18 @@ def processor_seconds(step: Callable[[], None], steps: int) -> list[float]:
     return seconds
 
 
-def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Of distinct tensors: what is shared counts once."""
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-
-
 def measure_zoodip(zoodip: ThisProject, steps: int) -> dict:
     """Live bytes and seconds of some of its steps, and what is held between them."""
     zoodip.step()  # the first is slower, and makes Adam's moments
     model, moments = zoodip.model, zoodip.zo.state_dict().values()
-    held = bytes_of(tensor for module in (model.unet, model.text_encoder) for tensor in (*module.parameters(), *module.buffers()))
-    held += bytes_of((model.rows, *moments))
+    held = bytes_of((*tensors_of(model.unet, model.text_encoder), model.rows, *moments))
     live = count_live_bytes(lambda: [zoodip.step() for _ in range(steps)])
     return dict(held=held, peak=held + live.peak, seconds=processor_seconds(zoodip.step, steps))
 
 
 def measure(tuner: Ours | Stock, steps: int) -> dict:
     """Live bytes and seconds of some steps, without and with gradient checkpointing, and what is held between steps."""
-    frozen = bytes_of((*tuner.unet.parameters(), *tuner.unet.buffers(), *tuner.held()))
+    frozen = bytes_of((*tensors_of(tuner.unet), *tuner.held()))
     found: dict = dict(trained=sum(parameter.numel() for parameter in tuner.parameters))
     for name in VARIANTS:
         if name == "checkpointed":

@@ -148,7 +148,8 @@ class Miniature(World):
         "gauss_newton": dict(use_cc=True),
         **TUNERS, "diffusekrona": TUNERS["diffusekrona"] | dict(a1=4, a2=16),  # nearest to the numbers of LoRA r = 2
     }  # fmt: skip
-    # 3 to 30 times the published ones, at which so small a model hardly changes: the best of a first grid on two other breeds.
+    # 3 to 30 times the published ones, at which so small a model hardly changes. The best of a first grid, on ronfo
+    # and zafpux, which are reported: so these are a grid's middles only, and the choice is made on spare breeds.
     start_rates = {"DreamBooth": 1.5e-4, "QLoRA": 6.67e-4, "PEQA": 1e-5, "PEQA, 4 bit": 1.7e-4, "TuneQDM": 3e-5,
                    "TuneQDM, 4 bit": 5.1e-4, "DiffuseKronA": 2e-3}  # fmt: skip
     grid_subjects = ("dixpi", "vakvik")  # of the spare breeds: nothing is reported on them

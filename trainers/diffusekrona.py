@@ -77,10 +77,8 @@ class DiffuseKronA(System):
     files = ("pytorch_lokr_weights*.safetensors", "peft_adapter*")
 
     def __init__(self, *, a1: int = 4, a2: int = 64, base: str = "nf4", export_merged: str | None = None):
-        if a1 == a2:
-            require_peft(
-                "DiffuseKronA with --a1 equal to --a2, which leaves an adapter of peft's too,"
-            )  # not after the last step
+        if a1 == a2:  # asked for now, and not after the last step
+            require_peft("DiffuseKronA with --a1 equal to --a2, which leaves an adapter of peft's too,")
         self.a1, self.a2, self.quantization = a1, a2, base
         self.export = None if export_merged is None else Path(export_merged) / "unet"
 
