@@ -1,13 +1,15 @@
 #!/usr/bin/env python
-"""Everything that a GPU is claimed to do, tried in one command: the same numbers as on a CPU, memory, time, and a demo.
+"""Everything that a GPU is claimed to do, tried in one command: the same numbers as on a CPU, memory, time, a demo, every system.
 
-    python -m benchmarks.gpu                    # miniature, and a model of Stable Diffusion v1.5's shape
-    python -m benchmarks.gpu --worlds miniature
+    python -m benchmarks.gpu                    # on a model of Stable Diffusion v1.5's shape, which it writes first
+    python -m benchmarks.gpu --parts numbers demo
     python -m benchmarks.gpu --device cpu       # how far the script itself can be tried without a GPU
 
-Numbers: losses of candidates and slopes along random directions, in every precision and quantisation, for tokens of 1, 3 and 10
-times the initial length (training lengthens them), against fp32 on the CPU with the same weights. Memory and time: as
-`speed_memory.py`, with and without --compile. Writes benchmarks/gpu.json and .md.
+numbers: losses of candidates and slopes along random directions, in every precision and quantisation, for tokens of 1, 3 and 10
+times the initial length (training lengthens them), against fp32 on the CPU with the same weights. speed: time and memory, as
+`speed_memory.py`. demo: the miniature's. systems: every training script for a few steps, and the memory that nvidia-smi says it
+holds, which is what the paper's Table 1 gives. Writes benchmarks/gpu.json and .md after each part; parts that an earlier call of
+the same commit measured stay.
 """
 
 from __future__ import annotations
@@ -18,27 +20,53 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import torch
 
+from benchmarks.memory import gpu_bytes
 from benchmarks.precision import agreement, draw_samples
 from benchmarks.renders import PLACEHOLDER, Modules, theta_of
 from benchmarks.report import FOLDER, write_report
+from benchmarks.sd15_shape import build_folder
 from benchmarks.speed_memory_tables import page
 from train_zoodip import RGE, candidate_losses
 from zoodip.diffusion import Batch, FrozenModel
 from zoodip.errors import InputError, run_script
+from zoodip.files import read_json
 from zoodip.prompts import load_tokenizer
-from zoodip.records import ROOT, table
+from zoodip.records import ROOT, git_commit, table
 
 MU = {"fp32": 1e-3, "bf16": 1e-2, "fp16": 1e-3}  # train_zoodip.py's defaults
 # How far a loss may be from the CPU's in fp32, relatively: ten unit roundoffs (2^-8 and 2^-11) of what the activations are
 # kept in; in fp32 the bound of benchmarks/NOTES.md, as both devices sum the same products in another order.
 TOLERANCE = {"fp32": 1e-5, "bf16": 4e-2, "fp16": 5e-3}
 SCALES = (1, 3, 10)
-METHODS = ["zoodip", "zoodip_one", "zoodip_compiled", "authors", "ti", "floor", "floor_as_loaded"]
+METHODS = [
+    "zoodip", "zoodip_one", "zoodip_int8", "zoodip_none", "zoodip_compiled", "newton", "newton_basis", "authors", "authors_stock",
+    "ti", "ti_checkpointed", "ti_none", "floor", "floor_as_loaded",
+]  # fmt: skip
+PEQA = ("--experts", "1", "--no_scale_in")
+# {system: (script, its flags, GB of the paper's Table 1, whose activations are fp16, DreamBooth's and TI's fp32)}
+SYSTEMS: dict[str, tuple[str, tuple[str, ...], float | None]] = {
+    "ZOODiP, NF4": ("train_zoodip", (), None),
+    "ZOODiP, INT8": ("train_zoodip", ("--quantization", "int8"), 2.37),
+    "ZOODiP, NF4, one candidate a forward": ("train_zoodip", ("--candidates_per_forward", "1"), None),
+    "Gauss-Newton, NF4": ("trainers.gauss_newton", (), None),
+    "GF-TI, INT8": ("trainers.gf_ti", ("--quantization", "int8"), 2.37),
+    "gradient TI, fp32": ("trainers.textual_inversion", ("--quantization", "none", "--mixed_precision", "fp32"), 6.75),
+    "gradient TI, NF4": ("trainers.textual_inversion", ("--quantization", "nf4"), None),
+    "DreamBooth, fp32": ("trainers.dreambooth", ("--mixed_precision", "fp32"), 19.4),
+    "DreamBooth": ("trainers.dreambooth", (), None),
+    "QLoRA, NF4": ("trainers.qlora", (), 7.56),
+    "PEQA, INT8": ("trainers.tuneqdm", PEQA, None),
+    "PEQA, INT4": ("trainers.tuneqdm", (*PEQA, "--bits", "4"), 6.31),
+    "TuneQDM, INT8": ("trainers.tuneqdm", (), 8.96),
+    "DiffuseKronA, NF4": ("trainers.diffusekrona", (), None),
+}
+PARTS = ("numbers", "speed", "demo", "systems")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,15 +77,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precisions", nargs="+", default=list(MU), choices=list(MU), help="of activations")
     add("--samples", type=int, default=16, help="(image, timestep, noise) triples")
     add("--directions", type=int, default=4, help="random directions per triple")
-    add(
-        "--worlds",
-        nargs="*",
-        default=["miniature", "sd15"],
-        choices=["miniature", "sd15"],
-        help="where memory and time are measured",
-    )
+    add("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="what to measure")
+    add("--folder", type=Path, default=None, help="the SD v1.5-shaped model: written here, or used if it is there")
+    add("--worlds", nargs="+", default=["sd15"], choices=["miniature", "sd15"], help="of speed")
     add("--rounds", type=int, default=5, help="timed turns of every method")
-    add("--demo_steps", type=int, default=1000, help="steps of the demo; 0: none")
+    add("--demo_steps", type=int, default=1000, help="steps of the demo")
+    add("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM", help="of the last part")
+    add("--system_steps", type=int, default=20, help="steps of each; of GF-TI's generations a tenth")
+    add("--resolution", type=int, default=512, help="pixels of theirs: fewer only to try the script")
     add("--output", type=Path, default=FOLDER, help="folder for gpu.json and .md")
     return parser.parse_args(argv)
 
@@ -110,10 +137,10 @@ def comparison_table(records: list[dict]) -> str:
 # ----------------------------------------------------------------------------------------------------- memory, time, demo
 
 
-def run_speed_memory(args: argparse.Namespace, folder: Path) -> dict:
+def run_speed_memory(args: argparse.Namespace, shape: Path, folder: Path) -> dict:
     """The results of `speed_memory.py`, whose command line this is."""
     command = [sys.executable, "-m", "benchmarks.speed_memory", "--device", args.device, "--worlds", *args.worlds]
-    command += ["--methods", *METHODS, "--rounds", str(args.rounds), "--output", str(folder)]
+    command += ["--folder", str(shape), "--methods", *METHODS, "--rounds", str(args.rounds), "--output", str(folder)]
     if subprocess.run(command, cwd=ROOT).returncode:
         raise InputError("benchmarks/speed_memory.py failed; what it printed above says why")
     name = "speed_memory" if args.device == "cpu" else "speed_memory_cuda"
@@ -152,20 +179,111 @@ def demo_table(demo: dict) -> str:
     return f"## The demo, {run['step']} steps\n\n" + table(["", ""], rows) + "\n"
 
 
+# ----------------------------------------------------------------------------------------------------- every system
+
+
+def system_command(name: str, shape: Path, args: argparse.Namespace, output: Path) -> list[str]:
+    """The command line of a system's own script."""
+    script, flags, _ = SYSTEMS[name]
+    steps = args.system_steps
+    command = [sys.executable, "-m", script, "--pretrained_model_name_or_path", str(shape), "--variant", "fp16", *flags]
+    command += ["--train_data_dir", str(ROOT / "dataset" / "furmix"), "--resolution", str(args.resolution), "--no-use_cc"]
+    command += ["--eval_steps", "0", "--no-final_picture", "--checkpointing_steps", "0", "--output_dir", str(output)]
+    if script == "trainers.gauss_newton":
+        command += ["--max_forwards", str(9 * steps)]
+    else:
+        command += ["--max_train_steps", str(max(1, steps // 10) if script == "trainers.gf_ti" else steps)]
+    tunes_weights = script.rpartition(".")[2] in ("dreambooth", "qlora", "tuneqdm", "diffusekrona")
+    command += ["--class_word" if tunes_weights else "--initializer_token", "dog"]
+    return [*command, "--cpu"] if args.device == "cpu" else command
+
+
+def run_system(name: str, shape: Path, args: argparse.Namespace) -> dict:
+    """What a system's script says of its run, and the most bytes that nvidia-smi said it held; {"error": its last line}."""
+    with tempfile.TemporaryDirectory() as temporary:
+        output, said = Path(temporary) / "run", Path(temporary) / "said.txt"
+        with said.open("w") as file:
+            process = subprocess.Popen(system_command(name, shape, args, output), cwd=ROOT, stdout=file, stderr=file)
+        held, done = 0, threading.Event()
+
+        def watch() -> None:
+            nonlocal held
+            while args.device == "cuda" and not done.wait(0.1):
+                held = max(held, gpu_bytes().get(process.pid, 0))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        code = process.wait()
+        done.set()
+        watcher.join()
+        if code:
+            return dict(error=(said.read_text().strip().splitlines() or [f"code {code}"])[-1])
+        run = read_json(output / "run.json")
+    told = ("steps_this_time", "unet_forwards", "steps_per_second", "peak_memory_gb")
+    return dict(nvidia_smi=held, activations=run["settings"]["mixed_precision"], **{key: run[key] for key in told})
+
+
+def systems_table(systems: dict[str, dict], resolution: int) -> str:
+    rows = []
+    for name, found in systems.items():
+        paper = SYSTEMS[name][2]
+        if "error" in found:
+            rows.append([name, found["error"].replace("|", "/"), "", "", "", ""])
+            continue
+        row = [name, found["activations"], f"{found['nvidia_smi'] / 1e9:.2f}", f"{found['peak_memory_gb']:.2f}"]
+        rows.append([*row, str(paper or ""), f"{found['steps_per_second']:.3g}"])
+    header = ["system", "activations", "nvidia-smi, GB", "tensors, GB", "the paper's, GB", "steps/s, the first included"]
+    title = f"## Every training script, a few steps at {resolution} pixels, batch 1, SD v1.5's shape"
+    return title + "\n\n" + table(header, rows) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------- all of it
+
+
+def earlier_parts(args: argparse.Namespace) -> dict:
+    """Results of an earlier call of this commit on this device, but of the parts that this call measures."""
+    path = args.output / "gpu.json"
+    earlier = read_json(path) if path.exists() else {}
+    same = earlier.get("commit") == git_commit() and earlier.get("arguments", {}).get("device") == args.device
+    return {part: found for part, found in earlier.get("results", {}).items() if same and part not in args.parts}
+
+
+def whole_page(results: dict, args: argparse.Namespace) -> str:
+    text = {
+        "numbers": comparison_table,
+        "speed": lambda found: page(found, args.device),
+        "demo": demo_table,
+        "systems": lambda found: systems_table(found, args.resolution),
+    }
+    return "\n".join(text[part](results[part]) for part in PARTS if part in results)
+
+
 def main(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no GPU here; install torch's CUDA build, or try the script with --device cpu")
-    records = compare(args.model, args.device, args.precisions, args.samples, args.directions)
-    results, text = dict(comparison=records), [comparison_table(records)]
+    results = earlier_parts(args)
+
+    def keep(part: str, found: dict | list) -> None:
+        results[part] = found
+        write_report("gpu", vars(args), results, whole_page(results, args), args.device, args.output)
+
     with tempfile.TemporaryDirectory() as temporary:
-        if args.worlds:
-            results["speed_memory"] = run_speed_memory(args, Path(temporary) / "speed_memory")
-            text.append(page(results["speed_memory"], args.device))
-        if args.demo_steps:
-            results["demo"] = run_demo(args.device, args.demo_steps, Path(temporary) / "demo")
-            text.append(demo_table(results["demo"]))
-    write_report("gpu", vars(args), results, "\n".join(text), args.device, args.output)
-    print("\n".join(text))
+        shape = (args.folder or Path(temporary) / "sd15-shape").resolve()
+        if {"speed", "systems"} & set(args.parts) and not (shape / "model_index.json").exists():
+            build_folder(shape)
+        if "numbers" in args.parts:
+            keep("numbers", compare(args.model, args.device, args.precisions, args.samples, args.directions))
+        if "speed" in args.parts:
+            keep("speed", run_speed_memory(args, shape, Path(temporary) / "speed_memory"))
+        if "demo" in args.parts:
+            keep("demo", run_demo(args.device, args.demo_steps, Path(temporary) / "demo"))
+        if "systems" in args.parts:
+            systems: dict[str, dict] = {}
+            for name in args.systems:
+                systems[name] = run_system(name, shape, args)
+                print(f"{name}: {json.dumps(systems[name])}", file=sys.stderr, flush=True)
+                keep("systems", systems)
+    print(whole_page(results, args))
 
 
 if __name__ == "__main__":

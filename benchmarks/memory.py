@@ -105,12 +105,20 @@ def peak_counters(device: str) -> dict[str, int]:
     """Peak bytes since the process or the stage began: resident on a CPU (Linux); the allocator's, and nvidia-smi's, on CUDA."""
     if device == "cuda":
         torch.cuda.synchronize()
-        query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-        rows = [row.split(",") for row in subprocess.run(query, capture_output=True, text=True).stdout.splitlines()]
-        used = sum(int(size) << 20 for pid, size in rows if pid.strip() == str(os.getpid()))
-        return dict(allocated=torch.cuda.max_memory_allocated(), reserved=torch.cuda.max_memory_reserved(), nvidia_smi=used)
+        return dict(
+            allocated=torch.cuda.max_memory_allocated(),
+            reserved=torch.cuda.max_memory_reserved(),
+            nvidia_smi=gpu_bytes().get(os.getpid(), 0),
+        )
     lines = Path("/proc/self/status").read_text().splitlines()
     return dict(rss=next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
+
+
+def gpu_bytes() -> dict[int, int]:
+    """{process: bytes of GPU memory that nvidia-smi says it holds}."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    rows = [row.split(",") for row in subprocess.run(query, capture_output=True, text=True).stdout.splitlines()]
+    return {int(process): int(size) << 20 for process, size in rows if size.strip().isdecimal()}
 
 
 def name_layers(model: nn.Module, prefix: str) -> None:

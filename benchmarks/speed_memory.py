@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from zoodip.errors import prepare_environment, run_script
 from zoodip.quantize import DTYPES
 from zoodip.records import ROOT
 from zoodip.thrift import tune_malloc
+
+GPU_JOBS = 4  # processes whose memory is measured at a time on a GPU, where each has counters of its own
 
 
 @dataclass(frozen=True)
@@ -211,9 +214,10 @@ def measure(world: str, precision: str, args: argparse.Namespace) -> dict:
         found["time"] = in_child("time", world, precision, args.methods, args)
     if not args.skip_memory:
         counts = ["resident"] if args.device == "cuda" else ["resident", "bytes"]
-        found["memory"] = {
-            name: {what: in_child(what, world, precision, [name], args) for what in counts} for name in args.methods
-        }
+        with ThreadPoolExecutor(GPU_JOBS if args.device == "cuda" else 1) as pool:
+            runs = {(name, what): pool.submit(in_child, what, world, precision, [name], args)
+                    for name in args.methods for what in counts}  # fmt: skip
+        found["memory"] = {name: {what: runs[name, what].result() for what in counts} for name in args.methods}
         if args.device == "cpu":
             found["byte_floor"] = in_child("floor", world, precision, ["zoodip"], args)
     return found
