@@ -419,6 +419,14 @@ def test_candidates_per_forward_changes_only_rounding(tiny, chunk):
     assert (whole.diff().abs() > 3e-6 * whole.mean()).all()  # so that a wrong order would be seen
 
 
+def test_fp32_of_a_gpu_is_not_rounded_to_tf32(tiny):
+    """Ten bits are too few for differences between candidates; PyTorch's default gives convolutions no more."""
+    torch.backends.cudnn.allow_tf32 = True
+    FrozenModel(tiny.unet, tiny.text_encoder, tiny.prompts.rows)
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"  # PyTorch's default, which nothing here may change
+
+
 def test_candidates_share_every_random_draw(tiny):
     """Common random numbers: equal candidates get equal losses, and evaluating them draws nothing."""
     model = FrozenModel(tiny.unet, tiny.text_encoder, tiny.prompts.rows)

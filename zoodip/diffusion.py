@@ -290,6 +290,11 @@ class FrozenModel:
     rows: torch.Tensor  # [R, d], of `Prompts`, on the device
     candidates_per_forward: int | None = None  # all at once where None
 
+    def __post_init__(self):
+        # PyTorch lets a GPU's convolutions round fp32 to the ten bits of TF32, fp16's own: differences between candidates
+        # were then no more exact in fp32 than in fp16 (benchmarks/gpu.md)
+        torch.backends.cudnn.allow_tf32 = False
+
     def predict(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
         """The UNet's prediction for C candidate tokens [C, V, d] on one batch of B -> [C, B, 4, h, w], fp32, on the device.
 
