@@ -245,7 +245,11 @@ def test_a_model_is_not_set_aside(own, copy, tiny_model, subject, tmp_path, caps
 def test_a_folder_that_cannot_be_exported_to(copy, subject, tmp_path, capsys):
     """Said in one line before a model is loaded or a folder made, not after the run."""
     (tmp_path / "file").touch()
-    for target, fault in ((tmp_path / "file" / "merged", "cannot be made"), (copy, "is the base model's own folder")):
+    other = shutil.copytree(copy, tmp_path / "other")  # a model, though not the run's own
+    for target, fault in (
+        (tmp_path / "file" / "merged", "cannot be made"),
+        *((each, "a model's own folder") for each in (copy, other)),
+    ):
         argv = command(copy, subject, tmp_path / "out", a1=2, a2=4, base="none", export_merged=target)
         assert run_cli(argv, trainers.diffusekrona) == 2
         error = capsys.readouterr().err

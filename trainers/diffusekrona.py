@@ -20,7 +20,7 @@ import sys
 
 from zoodip import arguments
 from zoodip.arguments import flags_for, require, require_at_least_one
-from zoodip.errors import InputError, prepare_process, require_peft, run_script
+from zoodip.errors import prepare_process, require_peft, run_script
 
 METHOD_SETTINGS = "a1 a2 base".split()
 SETTINGS = [*arguments.TUNING_SETTINGS, *METHOD_SETTINGS]
@@ -65,7 +65,7 @@ from zoodip.model import build_model
 from zoodip.tuned_files import merged_unet, save_lokr, save_unet
 from zoodip.tuned_layers import Parameters, Shapes, add_kronecker, kronecker_shapes
 from zoodip.tuned_model import TuningInputs
-from zoodip.weight_tuning import System, prepare
+from zoodip.weight_tuning import System, prepare, refuse_model_folder
 
 EXPORT_DTYPE = torch.float16  # of the merged UNet, as other tools have theirs
 
@@ -85,8 +85,7 @@ class DiffuseKronA(System):
     def claim(self, inputs: TuningInputs) -> None:
         if self.export is None:
             return
-        if self.export.resolve() == (inputs.folder / "unet").resolve():
-            raise InputError(f"--export_merged {str(self.export.parent)!r} is the base model's own folder; choose another")
+        refuse_model_folder("export_merged", self.export.parent, inputs.folder)
         parameters = sum(parameter.numel() for parameter in build_model(inputs.folder, "unet").parameters())
         prove_folder(self.export, "export_merged", EXPORT_DTYPE.itemsize * parameters)
 

@@ -308,7 +308,7 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     flags: by name, those of `arguments.add_tuning_flags`; setting_names: which of them decide the result.
     """
     inputs = read_tuning_inputs(**flags_for(read_tuning_inputs, flags))
-    refuse_model_folder(Path(flags["output_dir"]), inputs.folder)
+    refuse_model_folder("output_dir", Path(flags["output_dir"]), inputs.folder)
     accelerator = make_accelerator(1, compile=False, **flags_for(make_accelerator, flags))
     device = accelerator.device
     flags["mixed_precision"] = flags["mixed_precision"] or default_precision(device)
@@ -336,11 +336,11 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     return Tuning(run, outputs, tuner, model, data, class_data, sample, generator, batch_size, prior_weight)
 
 
-def refuse_model_folder(output: Path, base: Path) -> None:
-    """Raises InputError where the output folder is a model that no run has left: a run sets the unet/ that it finds aside."""
+def refuse_model_folder(flag: str, output: Path, base: Path) -> None:
+    """Raises InputError where the folder to write to is a model that no run has left: its unet/ would be set aside."""
     model, of_a_run = (output / "model_index.json").exists(), (output / "run.json").exists()
     if output.resolve() == base.resolve() or (model and not of_a_run):
-        raise InputError(f"--output_dir {str(output)!r} is a model's own folder; choose another")
+        raise InputError(f"--{flag} {str(output)!r} is a model's own folder; choose another")
 
 
 def fingerprint(inputs: TuningInputs, prior: PriorPictures | None) -> dict[str, str]:
