@@ -6,8 +6,8 @@
 # MODEL_NAME, DATA_DIR and OUTPUT_DIR override the paths; arguments are passed on to train_zoodip.py (quick:
 # trainers/gauss_newton.py) and override the ones below. Hyper-parameters are not set here: train_zoodip.py's defaults are
 # the paper's. Only the demo sets four: 500 steps instead of 30,000, a learning rate for so few (docs/measurements.md), tau in
-# proportion to a token of 256 numbers instead of 768, and fp32 on a GPU too, where it costs nothing and fp16 learns half as
-# much (docs/measurements.md#on-a-gpu). quick sets the forward passes that it spends.
+# proportion to a token of 256 numbers instead of 768, and fp32 on a GPU too, as fp16 learns less with
+# the paper's mu (docs/measurements.md#precision). quick sets the forward passes that it spends.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-$(command -v python3 || command -v python)}
