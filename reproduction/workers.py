@@ -214,6 +214,7 @@ def start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # or a small model would have one
     quiet_libraries()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job is born ignoring it
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

@@ -450,11 +450,16 @@ if __name__ == "__main__":
 """
 
 
-def test_a_worker_saves_and_ends_when_its_parent_is_killed(tmp_path):
+@pytest.mark.parametrize("inherited", [signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background job"])
+def test_a_worker_saves_and_ends_when_its_parent_is_killed(tmp_path, inherited):
     """At once, also where it waits; else it would go on, and hold its run's folder, with nobody to tell."""
     script = tmp_path / "waiting.py"
     script.write_text(WAITING)
-    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    ours = signal.signal(signal.SIGINT, inherited)  # of a job that a script starts with & the shell has it ignored
+    try:
+        parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    finally:
+        signal.signal(signal.SIGINT, ours)
     wait_until(lambda: (tmp_path / "begun").exists() and (tmp_path / "begun").read_text())
     worker = psutil.Process(int((tmp_path / "begun").read_text()))
     parent.kill()
