@@ -15,6 +15,7 @@ from torch import nn
 from benchmarks import gpu
 from benchmarks.memory import count_live_bytes, largest, name_layers, peak_live_bytes, stage, tensor_names
 from benchmarks.methods import METHODS, Task, ThisProject
+from benchmarks.precision import tf32_convolutions, to_tf32
 from benchmarks.resident import run_watched
 from benchmarks.speed_memory_tables import REBASE_STEPS, gauss_newton_table, time_table
 from benchmarks.stock_tuning import Dequantised
@@ -195,3 +196,16 @@ def test_weight_tuning_is_measured_on_the_miniature(tmp_path):
     assert len(found["zoodip"]["seconds"]) == 2 and 0 < found["zoodip"]["held"] < found["zoodip"]["peak"]
     text = (tmp_path / "weight_tuning.md").read_text()
     assert f"TuneQDM int8, N = 4 | {trained:,} |" in text and "as the authors' code does" in text
+
+
+def test_tf32_keeps_ten_bits_and_is_undone():
+    """Against arithmetic: to the nearest multiple of 2^-10 between 1 and 2, ties to even; the layer is itself again afterwards."""
+    values = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-12, -1.75, 0.0])
+    assert to_tf32(values).tolist() == [1.0, 1 + 2**-10, 1.0, 1 + 2**-9, 1.0, -1.75, 0.0]
+    layer, picture = torch.nn.Conv2d(3, 2, 3, bias=False), torch.randn(1, 3, 8, 8)
+    plain = layer(picture)
+    with tf32_convolutions(torch.nn.Sequential(layer)):
+        rounded = layer(picture)
+    exact = torch.nn.functional.conv2d(to_tf32(picture).double(), to_tf32(layer.weight.data).double())
+    assert torch.equal(layer(picture), plain)
+    assert (rounded - exact).abs().max() < 1e-6 < (rounded - plain).abs().max()  # 27 products, summed in fp32
