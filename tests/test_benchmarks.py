@@ -199,7 +199,7 @@ def test_weight_tuning_is_measured_on_the_miniature(tmp_path):
 
 
 def test_tf32_keeps_ten_bits_and_is_undone():
-    """Against arithmetic: to the nearest multiple of 2^-10 between 1 and 2, ties to even; the layer is itself again afterwards."""
+    """To the nearest multiple of 2^-10 between 1 and 2, ties to even; and the layer is itself again afterwards."""
     values = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-12, -1.75, 0.0])
     assert to_tf32(values).tolist() == [1.0, 1 + 2**-10, 1.0, 1 + 2**-9, 1.0, -1.75, 0.0]
     layer, picture = torch.nn.Conv2d(3, 2, 3, bias=False), torch.randn(1, 3, 8, 8)
