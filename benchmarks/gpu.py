@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--folder", type=Path, default=None, help="the SD v1.5-shaped model: written here, or used if it is there")
     add("--worlds", nargs="+", default=["sd15"], choices=["miniature", "sd15"], help="of speed")
     add("--rounds", type=int, default=5, help="timed turns of every method")
-    add("--demo_steps", type=int, default=1000, help="steps of the demo")
+    add("--demo_steps", type=int, default=500, help="steps of the demo: its own")
     add("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM", help="of the last part")
     add("--system_steps", type=int, default=10, help="steps of each; of GF-TI's generations a tenth")
     add("--resolution", type=int, default=512, help="pixels of theirs: fewer only to try the script")
@@ -211,7 +211,7 @@ def run_system(name: str, shape: Path, args: argparse.Namespace) -> dict:
         def watch() -> None:
             nonlocal held
             while args.device == "cuda" and not done.wait(0.1):
-                held = max(held, gpu_bytes().get(process.pid, 0))
+                held = max(held, gpu_bytes()[process.pid])
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -282,9 +282,10 @@ def main(args: argparse.Namespace) -> None:
         if "systems" in args.parts:
             with ThreadPoolExecutor(GPU_JOBS if args.device == "cuda" else 1) as pool:
                 runs = {name: pool.submit(run_system, name, shape, args) for name in args.systems}
-                for count, run in enumerate(runs.values(), 1):
-                    run.result()
-                    keep("systems", {name: runs[name].result() for name in args.systems[:count]})
+                systems: dict[str, dict] = {}
+                for name, run in runs.items():
+                    systems[name] = run.result()
+                    keep("systems", systems)
     print(whole_page(results, args))
 
 

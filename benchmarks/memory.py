@@ -108,17 +108,20 @@ def peak_counters(device: str) -> dict[str, int]:
         return dict(
             allocated=torch.cuda.max_memory_allocated(),
             reserved=torch.cuda.max_memory_reserved(),
-            nvidia_smi=gpu_bytes().get(os.getpid(), 0),
+            nvidia_smi=gpu_bytes()[os.getpid()],
         )
     lines = Path("/proc/self/status").read_text().splitlines()
     return dict(rss=next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
 
 
-def gpu_bytes() -> dict[int, int]:
+def gpu_bytes() -> Counter[int]:
     """{process: bytes of GPU memory that nvidia-smi says it holds}."""
     query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     rows = [row.split(",") for row in subprocess.run(query, capture_output=True, text=True).stdout.splitlines()]
-    return {int(process): int(size) << 20 for process, size in rows if size.strip().isdecimal()}
+    held: Counter[int] = Counter()  # of a process on several GPUs there are several rows
+    for process, size in rows:
+        held[int(process)] += int(size) << 20 if size.strip().isdecimal() else 0  # else: "[N/A]"
+    return held
 
 
 def name_layers(model: nn.Module, prefix: str) -> None:

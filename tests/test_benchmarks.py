@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from benchmarks import gpu
-from benchmarks.memory import count_live_bytes, largest, name_layers, peak_live_bytes, stage, tensor_names
+from benchmarks.memory import count_live_bytes, gpu_bytes, largest, name_layers, peak_live_bytes, stage, tensor_names
 from benchmarks.methods import METHODS, Task, ThisProject
 from benchmarks.precision import tf32_convolutions, to_tf32
 from benchmarks.resident import run_watched
@@ -209,3 +210,13 @@ def test_tf32_keeps_ten_bits_and_is_undone():
     exact = torch.nn.functional.conv2d(to_tf32(picture).double(), to_tf32(layer.weight.data).double())
     assert torch.equal(layer(picture), plain)
     assert (rounded - exact).abs().max() < 1e-6 < (rounded - plain).abs().max()  # 27 products, summed in fp32
+
+
+def test_gpu_memory_of_a_process_on_two_gpus(tmp_path, monkeypatch):
+    """nvidia-smi has a row for each GPU of a process, and no number for some."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nprintf '7, 100\\n8, [N/A]\\n7, 20\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = gpu_bytes()
+    assert (found[7], found[8], found[9]) == (120 << 20, 0, 0)
