@@ -61,7 +61,6 @@ import torch
 from torch import nn
 
 from zoodip.files import prove_folder
-from zoodip.model import build_model
 from zoodip.tuned_files import merged_unet, save_lokr, save_unet
 from zoodip.tuned_layers import Parameters, Shapes, add_kronecker, kronecker_shapes
 from zoodip.tuned_model import TuningInputs
@@ -82,11 +81,11 @@ class DiffuseKronA(System):
         self.a1, self.a2, self.quantization = a1, a2, base
         self.export = None if export_merged is None else Path(export_merged) / "unet"
 
-    def claim(self, inputs: TuningInputs) -> None:
+    def claim(self, inputs: TuningInputs, unet: nn.Module) -> None:
         if self.export is None:
             return
         refuse_model_folder("export_merged", self.export.parent, inputs.folder)
-        parameters = sum(parameter.numel() for parameter in build_model(inputs.folder, "unet").parameters())
+        parameters = sum(parameter.numel() for parameter in unet.parameters())
         prove_folder(self.export, "export_merged", EXPORT_DTYPE.itemsize * parameters)
 
     def shapes(self, unet: nn.Module) -> Shapes:

@@ -33,7 +33,8 @@ CANDIDATES = "candidates per UNet forward; default: all at once. Less needs less
 # What a run draws, in the words of its help: of one that learns a token, and of one that tunes weights.
 TOKEN_PICTURES = dict(
     final_picture="at the end draw before_after.png: the initial word above the learned one, from the same noise",
-    validation_prompt="prompt with the new word (or {}) for the pictures; without it before_after.png shows 'a photo of a {}'",
+    validation_prompt="prompt with the new word (or {}) for the pictures; without it before_after.png shows 'a photo of a {}', "
+    "of a style 'a painting in the style of {}'",
     validation_steps="steps between pictures of the prompt; 0: only at the end",
 )
 TUNING_PICTURES = dict(

@@ -51,8 +51,8 @@ class System:
     files: tuple[str, ...]  # patterns of the files that it leaves
     sample: TimestepSampler | None = None  # of its own timesteps; None: what --timestep_sampling says
 
-    def claim(self, inputs: TuningInputs) -> None:
-        """Prove that what is written outside the run's folder can be. Raises InputError."""
+    def claim(self, inputs: TuningInputs, unet: nn.Module) -> None:
+        """Prove that what is written outside the run's folder can be; `unet` has no weights yet. Raises InputError."""
 
     def saved_bytes(self, shapes: Shapes) -> int:
         """At least so many are in the files of `save`."""
@@ -318,10 +318,11 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
 
     generator = torch.Generator().manual_seed(flags["seed"])
     scale = LOSS_SCALE if flags["mixed_precision"] == "fp16" else 1.0
-    tuner = WeightTuner(system, system.shapes(build_model(inputs.folder, "unet")), flags["learning_rate"], scale)
+    architecture = build_model(inputs.folder, "unet")
+    tuner = WeightTuner(system, system.shapes(architecture), flags["learning_rate"], scale)
     run = Run(tuner, generator, accelerator, settings, fingerprint(inputs, prior), **flags_for(Run, flags))
     run.resume(flags["resume_from_checkpoint"])
-    system.claim(inputs)
+    system.claim(inputs, architecture)
     run.claim(system.saved_bytes(tuner.shapes))
     model, data, class_data = load_tuned_model(
         inputs, system.quantization, system.trains_unet, prior, device, **flags_for(load_tuned_model, flags)
