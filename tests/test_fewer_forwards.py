@@ -21,6 +21,7 @@ from reproduction.fewer_forwards_tables import (
     WINS,
     aims,
     best_rivals,
+    chosen_form,
     fill,
     gap_at,
     in_pictures,
@@ -229,6 +230,30 @@ def test_best_rivals_are_those_that_every_breed_has():
     best = best_rivals(found)
     assert best[400]["loss"].label == label and best[800]["loss"].label != label
     assert best_rivals({form.label: {} for form in RIVALS}) == {}
+
+
+def shift(found: dict, label: str, budgets: tuple[int, ...], score: str, by: float) -> None:
+    for budget in budgets:
+        for record in found[label][budget].values():
+            record[score] += by
+
+
+def test_choice_of_a_form():
+    """Only what wins at two budgets in one score and loses nowhere takes the place of the trainer as it stands."""
+    found = invented()
+    clip, basis, vectors = "clip 0.1", "basis 24", "two vectors"
+    assert chosen_form(found, FORMS) is DEFAULT  # all alike
+    shift(found, clip, (200,), "attributes", 0.1)
+    shift(found, clip, (400,), "gap", 0.1)
+    shift(found, vectors, (200, 400, 1500), "attributes", 0.5)
+    assert chosen_form(found, FORMS) is DEFAULT  # one budget of each score; and another number of vectors
+    shift(found, clip, (1500,), "attributes", 0.1)
+    assert chosen_form(found, FORMS).label == clip
+    shift(found, basis, (200, 400), "attributes", 0.2)
+    assert chosen_form(found, FORMS).label == basis  # more attributes
+    shift(found, basis, (1500,), "gap", -0.1)
+    assert chosen_form(found, FORMS).label == clip  # the other loses somewhere
+    assert chosen_form({form.label: {} for form in FORMS}, FORMS) is DEFAULT
 
 
 def test_tables_and_page():
