@@ -36,10 +36,12 @@ COLUMNS = {
     "DINO_inter": Column("DINO_inter", lower_is_better=True), "CLIP_inter": Column("CLIP_inter", lower_is_better=True),
     "removed": Column("share of the buffer's directions removed"), "removed_least": Column("least", plain=True),
     "removed_most": Column("most", plain=True), "refreshes": Column("refreshes", 0, plain=True),
-    "v_zero": Column("share of Adam's v that is 0"), "step": Column("step", 0, plain=True),
-    "forwards": Column("forwards", 0, plain=True), "peak_memory_gb": Column("memory, GB", 2, plain=True),
+    "momentum_removed": Column("share of the first moment removed"), "v_zero": Column("share of Adam's v that is 0"),
+    "step": Column("step", 0, plain=True), "forwards": Column("forwards", 0, plain=True),
+    "peak_memory_gb": Column("memory, GB", 2, plain=True),
     "stored_kb": Column("stored, KB", 1, plain=True), "steps_per_second": Column("steps/s", 2, plain=True),
-    "minutes": Column("minutes", 1, plain=True), "scene": Column("scene right"), "accessory": Column("accessory right"),
+    "minutes": Column("minutes", 1, plain=True), "load": Column("load before", 2, plain=True),
+    "scene": Column("scene right"), "accessory": Column("accessory right"),
     "drift": Column("drift: attributes with the class word alone", lower_is_better=True),
     "drift_CLIP-I": Column("drift: CLIP-I", lower_is_better=True), "drift_DINO": Column("drift: DINO", lower_is_better=True),
     "travel": Column("rate x steps / median scale", 2, plain=True), "trained": Column("trained numbers", 0, plain=True),
@@ -49,8 +51,10 @@ QUALITY = ("CLIP-T", "CLIP-I", "DINO")
 LEARNED = ("attributes", "attributes_corrected", "loss", "loss_all")
 COST = ("peak_memory_gb", "stored_kb", "steps_per_second", "minutes", "forwards")
 OBEYED = ("scene", "accessory")  # what the prompt asks for beside the subject, on the miniature
+AT_THE_END = "stopped at the end"  # a row of `stats.STOPS`
 DRIFT = ("drift", "drift_CLIP-I", "drift_DINO")  # how much of the subject prompts of the class word alone now show
-CLAIM_COLUMNS = (*QUALITY, *LEARNED, "loss_at", "loss_path", "DINO_inter", "CLIP_inter", "removed", *DRIFT)
+CLAIM_COLUMNS = (*QUALITY, *LEARNED, "loss_at", "loss_path", "DINO_inter", "CLIP_inter", "removed", *DRIFT, "steps_per_second",
+                 "stored_kb")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,11 +128,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Control:
-    """A row of Fig. 8 of a token that learns nothing; `kind` of `stats.control_removed`, `size` (tau, d) or the world's."""
+    """A row of Fig. 8 of a token that learns nothing; `kind` of `stats.control_removed`, `size` (tau, d) or the world's. Or with
+    a `share` that share, and no token."""
 
     label: str
-    kind: str
+    kind: str = ""
     size: tuple[int, int] | None = None
+    share: float | None = None
+    variation: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

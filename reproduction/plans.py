@@ -137,7 +137,8 @@ def collect(experiment: Experiment, settings: Settings) -> dict[str, stats.Recor
     for row in experiment.rows:
         if row.spread_of:
             found[row.label] = spread([found[label] for label in row.spread_of], experiment.columns)
-    stats.add_equal_budgets(found)
+    if {"loss_at", "loss_path"} & set(experiment.columns):
+        stats.add_equal_budgets(found)
     if experiment.gap is not None:
         start, end = (found.get(label, {}) for label in experiment.gap)
         stats.add_gaps(found.values(), start, end)
@@ -149,8 +150,11 @@ def collect(experiment: Experiment, settings: Settings) -> dict[str, stats.Recor
         found |= stats.stopped(found[experiment.stops])
     for control in experiment.controls:
         tau, dim = control.size or (settings.world.scaled(128), settings.world.width)
-        removed = stats.control_removed(control.kind, tau, 1e-3, dim, 30)
-        found[control.label] = {(stats.NO_SUBJECT, 0): stats.derived(dict(removed=removed), tau)}
+        shown = dict(removed=control.share)
+        if control.share is None:
+            removed = stats.control_removed(control.kind, tau, 1e-3, dim, 30, variation=control.variation)
+            shown = stats.derived(dict(removed=removed), tau)
+        found[control.label] = {(stats.NO_SUBJECT, 0): shown}
     return found
 
 

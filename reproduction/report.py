@@ -27,6 +27,8 @@ from reproduction.stats import (
     REPRODUCED,
     SIGNALS,
     STOPS,
+    TOO_FEW,
+    UNDECIDED,
     Finding,
     Records,
     judge,
@@ -37,7 +39,7 @@ from reproduction.stats import (
     values_of,
 )
 from zoodip.files import write_atomically
-from zoodip.records import environment, mean_interval
+from zoodip.records import mean_interval
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
@@ -65,7 +67,8 @@ def cell(values: list[float], score: str, published: float | None) -> str:
         mean, half_width = mean_interval(values)
         text = interval(mean, half_width, score)
     if published is not None:
-        text += f" (published {number(published, score)}, {number(mean - published, score, sign=True)})"
+        distance = "" if COLUMNS[score].plain else f", {number(mean - published, score, sign=True)}"  # seconds of which machine?
+        text += f" (published {number(published, score)}{distance})"
     return text
 
 
@@ -81,9 +84,11 @@ class Table:
 
 
 def declared_rows(experiment: Experiment) -> list[Row]:
-    """Rows as declared, then those without runs of their own."""
+    """Rows as declared, then those without runs of their own. A run that others are stopped from is scored on other pictures than
+    they, and is no row."""
+    rows = [row for row in experiment.rows if row.label != experiment.stops]
     labels = [*(STOPS if experiment.stops else ()), *(control.label for control in experiment.controls)]
-    return [*experiment.rows, *map(Row, labels)]
+    return [*rows, *map(Row, labels)]
 
 
 def table_of(experiment: Experiment, rows: dict[str, Records]) -> Table:
@@ -125,15 +130,24 @@ def seeds_note(experiment: Experiment, rows: dict[str, Records]) -> str:
 
 
 def differences_from(label: str, experiment: Experiment, rows: dict[str, Records]) -> list[str]:
-    """A line for each other row: its paired differences from one, with their intervals."""
+    """A line for each other row: its paired differences from one, with their intervals, and where 0 is in one the smallest that
+    would have been seen."""
     lines = []
-    for other in (row for row in rows if row != label):
-        found = {score: paired_differences(rows[other], rows[label], score)
+    for other in (row.label for row in declared_rows(experiment) if row.label != label):
+        found = {score: paired_differences(rows.get(other, {}), rows.get(label, {}), score)
                  for score in experiment.columns if not COLUMNS[score].plain}  # fmt: skip
-        told = [f"{COLUMNS[score].heading} {interval(*mean_interval(values), score, sign=True)}"
-                for score, values in found.items() if values]  # fmt: skip
+        told = [f"{COLUMNS[score].heading} {difference_of(values, score)}" for score, values in found.items() if values]
         lines += [f"{other}: {', '.join(told)}"] if told else []
     return lines
+
+
+def difference_of(values: list[float], score: str) -> str:
+    """Paired differences: their interval, and where it holds 0 the smallest true one that would have been seen."""
+    mean, half_width = mean_interval(values)
+    text = interval(mean, half_width, score, sign=True)
+    if np.isfinite(half_width) and abs(mean) <= half_width:
+        text += f" ({number(smallest_effect(half_width, len(values)), score)} would be seen)"
+    return text
 
 
 def signals_note(experiment: Experiment, rows: dict[str, Records]) -> str:
@@ -164,14 +178,16 @@ def sentence(finding: Finding) -> str:
     if finding.margin is not None:
         known.append(f"as good is no more than {number(finding.margin, score)} worse")
     if finding.verdict != NOTHING_FOUND:
-        return f"**{finding.verdict}**: {claim.text} ({'; '.join(known)})."
+        asked = "?" if finding.verdict in (UNDECIDED, TOO_FEW) else ""
+        return f"**{finding.verdict}**: {claim.text}{asked} ({'; '.join(known)})."
     said = f"**{NOTHING_FOUND} larger than {number(finding.smallest, score)}**: {claim.text}? ({'; '.join(known)})."
     if published is not None and abs(published) < finding.smallest:
         said += " The paper's own is smaller than these runs could see."
     return said
 
 
-OF_ONE_TABLE = ("DINO_inter", "CLIP_inter", "removed")  # scores that say nothing of claims that they do not decide
+# scores that say nothing of claims that they do not decide
+OF_ONE_TABLE = ("DINO_inter", "CLIP_inter", "removed", "steps_per_second", "stored_kb")
 
 
 def difference(finding: Finding, score: str) -> str:
@@ -188,7 +204,8 @@ def difference(finding: Finding, score: str) -> str:
 
 def claims_table(findings: list[Finding]) -> Table:
     shown = [score for score in CLAIM_COLUMNS if any(difference(finding, score) != "-" for finding in findings)]
-    lines = [[f"{finding.claim.text} (Table {finding.claim.experiment}: {finding.claim.a} - {finding.claim.b})",
+    lines = [[f"{finding.claim.text} ({BY_NAME[finding.claim.experiment].heading.partition(':')[0]}: {finding.claim.a} - "
+              f"{finding.claim.b})",
               finding.verdict, *[difference(finding, score) for score in shown]] for finding in findings]  # fmt: skip
     return Table(["claim", "", *[COLUMNS[score].heading for score in shown]], lines)
 
@@ -200,19 +217,25 @@ def claims_section(findings: list[Finding]) -> Section:
         why = f"{' or '.join(COLUMNS[score].heading for score in rule.scores)}: {rule.why}"
         rules.setdefault(why, []).append(finding.claim.text)
     decided = [f"{why} ({'; '.join(texts)})" for why, texts in rules.items()]
-    order = (REPRODUCED, CONTRADICTED)
+    order = (REPRODUCED, CONTRADICTED, UNDECIDED)
     ranked = sorted(findings, key=lambda finding: order.index(finding.verdict) if finding.verdict in order else len(order))
-    return Section("What became of the paper's claims", [], table=claims_table(findings), bullets=list(map(sentence, ranked)),
-                   after=[CLAIMS_NOTE, "What decides, and why:"], after_bullets=decided)  # fmt: skip
+    judged = sum(finding.verdict != TOO_FEW for finding in findings)
+    sources = dict.fromkeys(claim.source for claim in CLAIMS)  # in the order of their first claims
+    lines = [f"{sentence(finding)}" + ("" if source == next(iter(sources)) else f" [{source}]")
+             for source in sources for finding in ranked if finding.claim.source == source]  # fmt: skip
+    note = CLAIMS_NOTE + f" Of {judged} claims that were judged about {round(judged / 20)} intervals may mislead."
+    return Section("What became of the claims", [], table=claims_table(findings), bullets=lines,
+                   after=[note, "What decides, and why:"], after_bullets=decided)  # fmt: skip
 
 
-CLAIMS_NOTE = f"""Each claim is a difference of two rows with its 95 % interval: a subject's seeds averaged, then paired over
-subjects (of a single subject: over its seeds). One score decides it, chosen before the runs (bold in the table). "Beats" and
-"more" are reproduced where the interval lies above 0; "as good" where it lies above minus a tenth of what the other row gained
-over the class word. They are contradicted where it lies below 0 and does not meet that. Otherwise no difference was found, and
-"larger than" names the smallest true difference that these runs would have shown with a chance of 80 %. Of {len(CLAIMS)} claims
-about {round(len(CLAIMS) / 20)} intervals may mislead. All other scores are there to be read beside; of losses, lower is better.
-"Mean loss on the way there" is the mean of the learning curve over the forwards that every row of the table has used."""
+CLAIMS_NOTE = """A claim is of ZOODiP's paper where no other source is named. Each is a difference of two rows with its 95 %
+interval: a subject's seeds averaged, then paired over subjects (of a single subject: over its seeds or rounds). One score
+decides it, chosen before the runs (bold in the table). "Beats" and "more" are reproduced where the interval lies above 0, and
+contradicted where it lies below. Where it holds 0 no difference was found, and "larger than" names the smallest true
+difference that these runs would have shown with a chance of 80 %. "As good" is the same about minus a tenth of what the other
+row gained over the class word; an interval that holds that leaves it undecided. "The best other row" is chosen on the other
+subjects. All other scores are there to be read beside; of losses, lower is better. "Mean loss on the way there" is the mean of
+the learning curve over the forwards that every row has used."""
 
 
 CURVES_NOTE = ("Loss on the judging set (t in [500, 900)), and scores of pictures of the snapshots, against forwards used; "
@@ -286,15 +309,20 @@ def shortened(commit: str) -> str:
 
 
 def introduction(names: list[str], settings: Settings, jobs: list[Job], done: int) -> Section:
-    world, where = settings.world, environment()
+    world = settings.world
     subjects = dict.fromkeys(job.spec["subject"] for job in jobs)
     records = [record for job in jobs if (record := runs.read_run(job.spec, settings)) is not None]
     hours = sum(record.get("seconds", 0) for record in records) / 3600
-    commits = sorted({shortened(record["commit"]) for record in records if record.get("commit")}) or ["unknown"]
-    versions = ", ".join(f"{package} {version}" for package, version in where["versions"].items())
+    commits = sorted({shortened(commit) for record in records for commit in record["commits"]}) or ["unknown"]
+    made_with = {
+        name: sorted({json.dumps(record[name]) for record in records if name in record}) for name in ("device", "versions")
+    }
+    devices = " and ".join(map(json.loads, made_with["device"]))
+    versions = "; or ".join(", ".join(f"{package} {version}" for package, version in json.loads(text).items())
+                            for text in made_with["versions"])  # fmt: skip
     text = [
         f"{done} of {len(jobs)} runs, {hours:.1f} hours of training in all (summed over processes that ran side by side). "
-        f"Made by `{command_of(names, settings)}`, {where['device']}, commit {', '.join(commits)}; {versions}. Tokens, curves "
+        f"Made by `{command_of(names, settings)}`, {devices}, commit {', '.join(commits)}; {versions}. Tokens, curves "
         f"and scores of every run are in `{archives.ARCHIVE}`; `--report_only` makes this report from it, `--redraw` the "
         "pictures.",
         "± is the half width of a 95 % interval (Student's t over subjects, each the mean of its seeds; of a single subject over "
@@ -317,6 +345,9 @@ def section_of(experiment: Experiment, collect: plots.Collect, settings: Setting
     notes = [experiment.note, grid_note(experiment, rows) if experiment.grid else "", seeds_note(experiment, rows),
              signals_note(experiment, rows)]  # fmt: skip
     section = Section(experiment.heading, [], table=table_of(experiment, rows), after=[note for note in notes if note])
+    subjects = plans.subjects_of(experiment, settings)
+    if len(subjects) < len(settings.subjects or settings.world.subjects):
+        section.after.append(f"On {', '.join(subjects)}.")
     if experiment.against:
         section.after.append(f"Differences from {experiment.against}, paired by subject:")
         section.after_bullets = differences_from(experiment.against, experiment, rows)

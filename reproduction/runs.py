@@ -223,7 +223,8 @@ def scored(folder: Path, settings: Settings, kind: str) -> bool:
 
 
 def read_run(spec: dict, settings: Settings, at: str = "last") -> dict | None:
-    """result.json with all scores that are there; None where the run is not done. `at`: of which token the scores are."""
+    """result.json with all scores that are there, and every commit that made them; None where the run is not done. `at`: of which
+    token the scores are."""
     folder = settings.folder(spec)
     if not (folder / "result.json").exists():
         return None
@@ -232,6 +233,7 @@ def read_run(spec: dict, settings: Settings, at: str = "last") -> dict | None:
     found = {kind: json.loads(path.read_text()) for kind, path in files.items() if path.exists()}
     if at == "best" and "best" not in found:
         return None
+    record["commits"] = sorted({content["commit"] for content in (record, *found.values()) if content.get("commit")})
     for kind, content in found.items():
         if kind == "along":  # pictures of the snapshots join the points of the curve
             points = {point["step"]: point for point in content["points"]}

@@ -14,10 +14,12 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+import train_zoodip
 from reproduction.claims import OTHERS, Claim
-from reproduction.declarations import CLAIM_COLUMNS, COLUMNS
+from reproduction.declarations import AT_THE_END, CLAIM_COLUMNS, COLUMNS
 from reproduction.experiments import BY_NAME
-from train_zoodip import ZOAdam, low_variance_directions
+from reproduction.variations import varied
+from train_zoodip import low_variance_directions
 from zoodip.records import T_975, mean_interval
 
 Run = tuple[str, int]  # subject, seed
@@ -108,18 +110,27 @@ def paired_differences(a: Records, b: Records, score: str) -> list[float]:
     return [ours[run] - theirs[run] for run in ours if run in theirs]
 
 
-def mean_of_others(rows: dict[str, Records], label: str) -> Records:
-    """Of each subject the mean of all rows but one, of those scores that every row has."""
-    others = [records for name, records in rows.items() if name != label and records]
-    if not others:
-        return {}
+def best_of_others(rows: dict[str, Records], label: str, score: str) -> Records:
+    """Of each subject its records in the best of all rows but one, chosen on the other subjects (of a single one, other seeds).
+
+    A row that were chosen on the runs that it is judged on would be better by chance: of twenty some are.
+    """
+    sign = -1 if COLUMNS[score].lower_is_better else 1
+    others = {name: {run: record for run, record in records.items() if score in record}
+              for name, records in rows.items() if name != label}  # fmt: skip
+    everyone = dict.fromkeys(run for records in others.values() for run in records)
+    one_subject = len({subject for subject, _ in everyone}) == 1
     result = {}
-    for subject in dict.fromkeys(subject for records in others for subject, _ in records):
-        of_rows = [[record for (of, _), record in records.items() if of == subject] for records in others]
-        if all(of_rows):
-            result[subject, 0] = {score: float(np.mean([np.mean([record[score] for record in records]) for records in of_rows]))
-                                  for score in CLAIM_COLUMNS
-                                  if all(score in record for records in of_rows for record in records)}  # fmt: skip
+    for run in everyone:
+
+        def is_left_out(other: Run, run: Run = run) -> bool:
+            return other == run if one_subject else other[0] == run[0]
+
+        means = {name: sign * float(np.mean(values)) for name, records in others.items()
+                 if run in records and (values := units({other: record[score] for other, record in records.items()
+                                                         if not is_left_out(other)}))}  # fmt: skip
+        if means:
+            result[run] = others[max(means, key=lambda name: means[name])][run]
     return result
 
 
@@ -157,21 +168,25 @@ def spread_of_cells(rows: dict[str, Records], score: str) -> tuple[float, float]
 # Verdicts
 # ---------------------------------------------------------------------------------------------------------------------
 
-REPRODUCED, CONTRADICTED, NOTHING_FOUND, TOO_FEW = "reproduced", "contradicted", "no difference found", "too few runs"
+REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "contradicted", "not decided"
+NOTHING_FOUND, TOO_FEW = "no difference found", "too few runs"
 
 
 def verdict(mean: float, half_width: float, margin: float | None = None) -> str:
     """Of an advantage with a 95 % interval. Fixed before the runs that it judges.
 
-    "Beats" is reproduced where the interval lies above 0, "is as good" where it lies above -margin; either is contradicted where
-    it lies below 0 (and not above -margin: a loss that is smaller than the margin is as good). "No difference found" is said of
-    intervals that hold 0 alone.
+    "Beats" is reproduced where the interval lies above 0, contradicted where it lies below; where it holds 0 no difference was
+    found. "Is as good" is the same about -margin, and where the interval holds that it is not decided. (An earlier rule, by
+    which the table Gap of the second edition was judged, called "as good" contradicted wherever the interval lay below 0.)
     """
     if not np.isfinite(half_width):
         return TOO_FEW
-    if mean - half_width > -(margin or 0.0):
+    bound = 0.0 if margin is None else -margin
+    if mean - half_width > bound:
         return REPRODUCED
-    return CONTRADICTED if mean + half_width < 0 else NOTHING_FOUND
+    if mean + half_width < bound:
+        return CONTRADICTED
+    return NOTHING_FOUND if margin is None else UNDECIDED
 
 
 def smallest_effect(half_width: float, count: int) -> float:
@@ -211,7 +226,7 @@ def judge(claim: Claim, rows: dict[str, Records], untrained: Records) -> Finding
     `untrained`: the records of the class word, where a rule's margin starts.
     """
     a, rule = rows.get(claim.a, {}), claim.rule
-    b = mean_of_others(rows, claim.a) if claim.b == OTHERS else rows.get(claim.b, {})
+    b = best_of_others(rows, claim.a, rule.scores[0]) if claim.b == OTHERS else rows.get(claim.b, {})
     differences = {}
     for score in CLAIM_COLUMNS:
         if values := paired_differences(a, b, score):
@@ -222,13 +237,12 @@ def judge(claim: Claim, rows: dict[str, Records], untrained: Records) -> Finding
     mean, half_width, _ = differences[score]
     margin = rule.tolerance
     if rule.margin is not None:
-        margin = rule.margin * abs(np.mean(values_of(b, score)) - np.mean(values_of(untrained, score)))
+        margin = rule.margin * max(0.0, float(np.mean(values_of(b, score)) - np.mean(values_of(untrained, score))))
     of_rows = {row.label: row.published for row in BY_NAME[claim.experiment].rows}
     theirs = of_rows.get(claim.b, {})
     if claim.b == OTHERS:
-        others = [figures for label, figures in of_rows.items() if label != claim.a]
-        theirs = {score: float(np.mean([figures[score] for figures in others])) for score in of_rows[claim.a]
-                  if all(score in figures for figures in others)}  # fmt: skip
+        others = [figures for label, figures in of_rows.items() if label != claim.a and score in figures]
+        theirs = max(others, key=lambda figures: figures[score], default={})
     published = {score: figure - theirs[score] for score, figure in of_rows[claim.a].items() if score in theirs}
     subjects = {subject for subject, _ in a}
     said = verdict(-mean if COLUMNS[score].lower_is_better else mean, half_width, margin)
@@ -241,7 +255,7 @@ def judge(claim: Claim, rows: dict[str, Records], untrained: Records) -> Finding
 
 # {who chooses the snapshot: of the points of a curve that one which is taken}
 STOPS: dict[str, Callable[[list[dict]], dict]] = {
-    "stopped at the end": lambda points: points[-1],
+    AT_THE_END: lambda points: points[-1],
     "stopped where other pictures are best": lambda points: max(points, key=lambda point: point.get("choosing", -1.0)),
     "stopped at the lowest loss on the photographs": lambda points: min(points, key=lambda point: point["eval_loss"]),
     "stopped at the lowest training loss": lambda points: min(points, key=lambda point: point["training_loss"]),
@@ -267,6 +281,12 @@ def stopped(records: Records) -> dict[str, Records]:
     return rows
 
 
+def ranks(values: list[float]) -> np.ndarray:
+    """1 for the smallest; equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
 def signals(records: Records, score: str) -> dict[str, tuple[float, float]]:
     """{signal: mean and half width, over units, of its rank correlation with the pictures' `score` along a run}."""
     found = {}
@@ -274,9 +294,9 @@ def signals(records: Records, score: str) -> dict[str, tuple[float, float]]:
         values = {}
         for run, record in records.items():
             points = [point for point in trained_points(record) if score in point and point.get(name) is not None]
-            ranks = [np.argsort(np.argsort([point[which] for point in points])) for which in (name, score)]
-            if len(points) > 2:
-                values[run] = float(np.corrcoef(*ranks)[0, 1])
+            columns = [ranks([point[which] for point in points]) for which in (name, score)]
+            if len(points) > 2 and all(np.ptp(column) for column in columns):  # one that never changes says nothing
+                values[run] = float(np.corrcoef(*columns)[0, 1])
         if values:
             found[name] = mean_interval(units(values))
     return found
@@ -288,10 +308,12 @@ def signals(records: Records, score: str) -> dict[str, tuple[float, float]]:
 
 
 @lru_cache
-def control_removed(kind: str, tau: int, nu: float, dim: int, refreshes: int, seed: int = 0) -> list[int]:
+def control_removed(
+    kind: str, tau: int, nu: float, dim: int, refreshes: int, seed: int = 0, variation: tuple[str, ...] = ()
+) -> list[int]:
     """How many directions of the buffer SG would remove, at each of `refreshes`, of a token that learns nothing.
 
-    walk: independent Gaussian steps. noise: the method's own update, fed losses that are pure noise.
+    walk: independent Gaussian steps. noise: the method's own update (with a `variation`), fed losses that are pure noise.
     """
     generator, removed = torch.Generator().manual_seed(seed), []
     if kind == "walk":
@@ -299,7 +321,8 @@ def control_removed(kind: str, tau: int, nu: float, dim: int, refreshes: int, se
             history = torch.randn(tau, dim, generator=generator).cumsum(0)
             removed.append(len(low_variance_directions(history, nu)))
         return removed
-    zo = ZOAdam(torch.zeros(1, dim), learning_rate=1e-2, tau=tau, nu=nu)
+    with varied(variation):
+        zo = train_zoodip.ZOAdam(torch.zeros(1, dim), learning_rate=1e-2, tau=tau, nu=nu)
     while len(removed) < refreshes:
         directions, _ = zo.candidates(generator)
         zo.step(directions, 5e-6 * torch.randn(3, generator=generator))  # as large as the miniature's differences at mu

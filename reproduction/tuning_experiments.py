@@ -47,8 +47,8 @@ TUNER_ROWS = (
     *(at_published_rate(system) for system in TUNERS),
 )
 CONFOUND = ("The systems that tune weights are asked for \"a sks dog in the jungle\", the token methods for \"a <sks> in the "
-            "jungle\": the class word is part of what is compared. Drift is of pictures of the class word alone; a token cannot "
-            "drift, and the class word's own row says how much of it is chance.")  # fmt: skip
+            "jungle\": the class word is part of what is compared.")  # fmt: skip
+NO_DRIFT = "Drift is of pictures of the class word alone, which a token leaves as they were."
 
 INTERVALS = ((0, 250), (250, 500), (500, 750), (750, 1000), (500, 900))  # the last is that of PUTS
 RATE_FACTORS = (0.2, 0.4, 1.0, 2.0)  # of KronA's rate: 1e-4 to 1e-3 where that is the published one, as in its Fig. 4
@@ -96,7 +96,9 @@ N1_8, N2_8, N2_OUT_8 = scales_row(8, "s_out and s_in", 1), scales_row(8, "s_out 
 N4_8, N4_4 = (
     scales_row(8, "s_out and s_in", 4, scores(.307, .816, .578)), scales_row(4, "s_out and s_in", 4, scores(.306, .802, .551))
 )  # fmt: skip
-OWN_8, OWN_4 = tuned("TuneQDM", "8 bit, N = 4, its own rate"), tuned("TuneQDM, 4 bit", "4 bit, N = 4, its own rate")
+# experts as in the rows above: where the two rates are one, so are the runs
+OWN_8, OWN_4 = (tuned(system, f"{bits} bit, N = 4, its own rate", experts=4) for system, bits in (("TuneQDM", 8),
+                                                                                             ("TuneQDM, 4 bit", 4)))  # fmt: skip
 S1_OF_PUTS = s1_row(500, 900, "interval")
 TUNING_COLUMNS = ("attributes", *OBEYED, "CLIP-I", "DINO", "CLIP-T", *DRIFT, "loss", "loss_all")
 SHOWN = ("a {} in the snow", "a {} on the beach", "a {} wearing a santa hat")  # of the sheets
@@ -113,13 +115,14 @@ TUNING_EXPERIMENTS = (
         UNTUNED_NF4, UNTUNED_INT8, *(tuned(system) for system in TUNERS),
     ), TUNING_COLUMNS, on_request=True,
         plot=PictureGrid("tuning.png", {"untuned": "untuned, NF4"} | {system: system for system in TUNERS}, SHOWN),
-        note=f"Every photograph has the prompt \"a photo of sks\" and its class. {CONFOUND}"),
+        note="Every photograph has the prompt \"a photo of sks\" and its class. Drift is of pictures of the class word alone; "
+             "the untuned rows say how much of it is chance."),
     Experiment("Prompts", "Weight tuning: captions and prior preservation", (
         *(row for system in TUNERS for row in (tuned(system), tuned(system, f"{system}, captions", use_cc=True))),
         *(tuned(system, f"{system}, prior preservation, {steps} steps", prior_preservation=True, num_class_images=64,
                 max_train_steps=steps)
           for system, steps in (("DreamBooth", 400), ("DreamBooth", 800), ("QLoRA", 500), ("QLoRA", 1000))),
-    ), TUNING_COLUMNS, on_request=True, breeds=4,
+    ), TUNING_COLUMNS, on_request=True, breeds=4, against="DreamBooth",
         note="Without captions every photograph has the prompt \"a photo of sks\" and its class."),
     Experiment("TuneQDM", "TuneQDM: what its paper claims of it", (
         UNTUNED_INT8, PEQA_8, N2_OUT_8, N1_8, N2_8, N4_8, OWN_8, s_in_row(1e-3), S1_OF_PUTS,
@@ -128,17 +131,18 @@ TUNING_EXPERIMENTS = (
         plot=PictureGrid("tuneqdm.png", {"untuned": "untuned, 8 bit", "PEQA": PEQA_8.label, "N = 1": N1_8.label,
                                          "N = 4": N4_8.label, "S1": S1_OF_PUTS.label, "4 bit, PEQA": PEQA_4.label,
                                          "4 bit, N = 4": N4_4.label}, SHOWN),
-        note="One rate for all rows of the same bits, PEQA's, and equal steps, as published; two rows have the rate that the "
-             "grid chose for TuneQDM itself. Rate x steps / median scale says how far Adam can move a scale. s_in at its own "
-             "rate has no weight decay and is ours. What S1 does outside its interval the sources do not say: \"interval\" "
-             "leaves the untuned scales there. The published figures are one subject's, and their DINO is not DINOv2."),
+        note="One rate for all rows of the same bits, PEQA's, and equal steps, as published; two rows have the rate that "
+             "the grid chose for TuneQDM itself, and are the runs of the rows above where that is the same. Rate x steps /"
+             " median scale says how far Adam can move a scale. s_in at its own rate has no weight decay and is ours. What"
+             " S1 does outside its interval the sources do not say: \"interval\" leaves the untuned scales there. The "
+             "published figures are one subject's, and their DINO is not DINOv2."),
     Experiment("Scales", "TuneQDM: scales, experts, bits, S1", (
         *(scales_row(bits, scales, experts) for bits in (8, 4) for scales in SCALES for experts in (1, 2, 4)),
         *(Row(f"8 bit, s_out and s_in, N = {experts}, {400 * experts} steps",
               dict(experts=experts, max_train_steps=400 * experts), "tuneqdm", rate_of="PEQA") for experts in (2, 4)),
         *(s_in_row(rate) for rate in (1e-4, 1e-3, 1e-2)),
         *(s1_row(low, high, apply) for low, high in INTERVALS for apply in ("interval", "everywhere")),
-    ), (*TUNING_COLUMNS, "travel"), on_request=True, breeds=4,
+    ), (*TUNING_COLUMNS, "travel"), on_request=True, breeds=4, against=PEQA_8.label,
         note="The whole grid, on four breeds. N experts share the steps, so two rows have as many for each expert as N = 1 has."),
     Experiment("KronA", "DiffuseKronA beside LoRA", (
         UNTUNED_NF4, factor_row(4, 64), factor_row(4, 16),
@@ -152,5 +156,5 @@ TUNING_EXPERIMENTS = (
              ".822, .269, .732)."),
     Experiment("Factors", "DiffuseKronA: Kronecker factors", (
         *(factor_row(a1, 64) for a1 in (2, 4, 8, 16)), *(factor_row(a1, 16) for a1 in (2, 4)),
-    ), (*TUNING_COLUMNS, "trained"), on_request=True, breeds=4),
+    ), (*TUNING_COLUMNS, "trained"), on_request=True, breeds=4, against="KronA (4, 64)"),
 )  # fmt: skip

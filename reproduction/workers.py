@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
 from pathlib import Path
+from statistics import mean
 from typing import TypeVar, cast
 
 import torch
@@ -66,15 +67,17 @@ def learn(spec: dict, settings: Settings, **flags: int) -> dict:
 
 
 def seen_at_refreshes(folder: Path, every: int) -> dict:
-    """How many directions each refresh of Subspace Gradient removed (Fig. 8), and which share of Adam's second moments was 0
-    then; from the checkpoints at the refreshes."""
-    removed, zeros = [], []
+    """From the checkpoints at the refreshes of Subspace Gradient: how many directions each removed (Fig. 8), which share of the
+    square of Adam's first moment then lay in them, and which share of its second moments was 0."""
+    removed, shares, zeros = [], [], []
     for path in list_checkpoints(folder):
         with safe_open(path, framework="pt") as file:
             if checkpoint_step(path) % every == 0 and "subspace.projection" in file.keys():
-                removed.append(file.get_slice("subspace.projection").get_shape()[0])
+                projection, momentum = file.get_tensor("subspace.projection"), file.get_tensor("adam.exp_avg").flatten()
+                removed.append(len(projection))
+                shares.append(((projection @ momentum).square().sum() / momentum.square().sum()).item())
                 zeros.append((file.get_tensor("adam.exp_avg_sq") == 0).float().mean().item())
-    return dict(removed=removed) | (dict(v_zero=sum(zeros) / len(zeros)) if zeros else {})
+    return dict(removed=removed) | (dict(momentum_removed=mean(shares), v_zero=mean(zeros)) if zeros else {})
 
 
 def leave_untrained(spec: dict, settings: Settings) -> None:
@@ -93,8 +96,9 @@ def leave_untrained(spec: dict, settings: Settings) -> None:
 
 
 def measure_cost(spec: dict, settings: Settings) -> None:
-    """A few steps by the method's own script in a fresh process that has the machine to itself: speed and peak memory."""
-    folder = settings.folder(spec)
+    """A few steps by the method's own script in a fresh process that has the machine to itself: speed and peak memory. And the
+    machine's load before, which says whether it had."""
+    folder, load = settings.folder(spec), os.getloadavg()[0]
     argv = [*runs.spec_argv(spec, settings), "--eval_steps", "0", "--checkpointing_steps", "0"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.run([sys.executable, "-m", METHODS[spec["method"]].__name__, *argv], capture_output=True, text=True,
@@ -105,7 +109,7 @@ def measure_cost(spec: dict, settings: Settings) -> None:
     names = ("steps_per_second", "peak_memory_gb", "device", "versions", "commit")
     write_json(folder / "result.json", dict(
         spec=spec, **{name: run[name] for name in names}, forwards=run["unet_forwards"],
-        stored_bytes=runs.stored_bytes(spec, settings)))  # fmt: skip
+        stored_bytes=runs.stored_bytes(spec, settings), load=load))  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,12 +117,22 @@ def measure_cost(spec: dict, settings: Settings) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def lacks_what_to_draw(job: Job, settings: Settings) -> bool:
+    """Whether a run of an archive, which has neither tuned weights nor every snapshot, is to be scored by what is not there."""
+    spec, kinds = job.spec, set(job.to_score(settings))
+    if not kinds or spec["method"] not in METHODS:
+        return False
+    snapshots = snapshot_steps(runs.spec_args(spec, settings).max_train_steps)[:-1] if kinds & {"along", "best"} else []
+    needed = [settings.folder(spec) / f"learned_embeds-steps-{step}.safetensors" for step in snapshots]
+    return not all(path.exists() for path in [runs.learned_path(spec, settings), *needed])
+
+
 def do(job: Job, settings: Settings) -> None:
     """What is not there yet of one job."""
     spec, folder = job.spec, settings.folder(job.spec)
     folder.mkdir(parents=True, exist_ok=True)
     judge = cache(lambda: open_judge(spec, settings))
-    if not (folder / "result.json").exists():
+    if not (folder / "result.json").exists() or lacks_what_to_draw(job, settings):
         write_json(folder / "spec.json", spec)
         if spec.get("cost"):
             measure_cost(spec, settings)

@@ -157,7 +157,7 @@ class Miniature(World):
     # PNDM with 25 steps gives half of the pictures a wrong colour; these 15 are as good as 50 of it (miniature/schedulers.json)
     images, scheduler, inference_steps, guidance = 2, "dpmsolver++", 15, 5.0
     clip, dino = str(ROOT / "miniature" / "clip"), None
-    cost_steps, seconds_per_step, seconds_per_forward, speed_of = 60, 0.023, 0.0127, "one of two busy CPU cores"
+    cost_steps, seconds_per_step, seconds_per_forward, speed_of = 200, 0.023, 0.0127, "one of two busy CPU cores"
     caveats = """Subjects are breeds that the miniature has never seen; the scorer is its own CLIP, and its attribute
 classifier reads whether the subject's looks are right. The losses are on renders that no run saw, in scenes that no run saw.
 There is no DINO for this world. The published figures beside ours are Stable Diffusion v1.5's on photographs: their level

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from zoodip.records import peak_memory_gb
 from zoodip.run import Run
 
 SCRIPT = str(ROOT / "train_zoodip.py")
@@ -460,3 +461,11 @@ def test_compile_without_a_compiler(tiny_model, subject, tmp_path, capsys, monke
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert run_cli(arguments(tiny_model, subject, tmp_path / "out", compile=True)) == 2
     assert "--compile needs a C++ compiler" in capsys.readouterr().err
+
+
+def test_peak_memory_is_this_program_s():
+    """Not that of the program that started it, which the kernel's own counter begins at: here 1 GB more than the child needs."""
+    code = "import torch; from zoodip.records import peak_memory_gb; print(peak_memory_gb(torch.device('cpu')))"
+    held = torch.ones(1 << 28)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert 0.05 < float(child.stdout) < 0.9 < peak_memory_gb(torch.device("cpu")) and held.sum() > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -52,6 +53,9 @@ def peak_memory_gb(device: torch.device) -> float:
         return psutil.Process().memory_info().peak_wset / 1e9
     import resource
 
+    with suppress(OSError, StopIteration):  # Linux: ru_maxrss would start at what the process that started this one held
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -94,5 +98,6 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     array = np.asarray(values, float)
     if len(array) < 2:
         return float(array.mean()), float("nan")
-    quantile = T_975[len(array) - 2] if len(array) - 2 < len(T_975) else 1.96
+    freedom = len(array) - 1
+    quantile = T_975[freedom - 1] if freedom <= len(T_975) else 1.96 + 2.4 / freedom  # within .002
     return float(array.mean()), float(quantile * array.std(ddof=1) / np.sqrt(len(array)))
