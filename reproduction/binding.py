@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 from miniature.critters import held_out_breeds
 from reproduction import plans, runs, tables, workers
-from reproduction.binding_judges import SIDE, load_counter, read_halves, train_counter
+from reproduction.binding_judges import MODEL, SIDE, load_counter, read_halves, train_counter
 from reproduction.binding_report import write_report
 from reproduction.binding_rows import CORE, SETTINGS, ceiling_latents, passes, rows_of, settings_of
 from reproduction.binding_sets import SETS, TEST_PROMPTS, Task, tasks_of
@@ -47,10 +48,10 @@ from zoodip.files import write_atomically, write_image, write_json
 from zoodip.folder import model_digest
 from zoodip.model import SCHEDULERS, build_scheduler, load_pipeline
 from zoodip.pictures import picture_sheet
-from zoodip.records import ROOT, environment, plain_arguments
+from zoodip.records import environment, git_commit, plain_arguments
 
-MODEL = ROOT / "miniature" / "model"
 Tokens = dict[str, str]  # {breed: file of its token}
+SEEDS_APART = 1000  # of prompts that are drawn together and the next; the development prompts' first noises were seeds 0 and 1
 
 # ------------------------------------------------------------------------------------------------------------------- jobs
 
@@ -81,13 +82,14 @@ class Job:
 
 
 def jobs_of(args: argparse.Namespace, tokens: Tokens) -> list[Job]:
-    """Every picture; the rows that matter first, some prompts of each set in turn, so that much can be said early.
+    """Every picture; unquantised before 4 bits, the rows that matter before the others, some prompts of each set in turn.
 
-    The other rows have the first seed alone: differences are paired by prompt, of which two seeds say little more than one.
+    Prompts that are drawn together share their noises, and others have others; every row has the same. The rows that matter
+    less have the first seed alone: differences are paired by prompt, of which two seeds say little more than one.
     """
     digest = model_digest(MODEL, None)[:12]
     learned = hashlib.sha256(b"".join(Path(file).read_bytes() for file in tokens.values() if Path(file).exists())).hexdigest()
-    jobs: list[tuple[tuple[bool, int, int], Job]] = []
+    jobs: list[tuple[tuple[int, bool, int], Job]] = []
     each = max(1, args.batch_size // len(args.seeds))
     for k, quantization in enumerate(args.quantization):
         for set_name in args.sets:
@@ -98,10 +100,10 @@ def jobs_of(args: argparse.Namespace, tokens: Tokens) -> list[Job]:
                     if row == "ceiling" and set_name == "S5":  # one creature has nothing to be mixed up with
                         continue
                     settings = settings_of(row, args.steps, args.guidance)
-                    seeds = tuple(args.seeds if row in CORE else args.seeds[:1])
-                    job = Job(set_name, row, quantization, tuple(tasks[first : first + each]), seeds, settings, args.scheduler,
-                              weights)  # fmt: skip
-                    jobs.append(((row not in CORE, k, number), job))
+                    seeds = [SEEDS_APART * (number + 1) + seed for seed in args.seeds]
+                    job = Job(set_name, row, quantization, tuple(tasks[first : first + each]),
+                              tuple(seeds if row in CORE else seeds[:1]), settings, args.scheduler, weights)  # fmt: skip
+                    jobs.append(((k, row not in CORE, number), job))
     return [job for _, job in sorted(jobs, key=lambda entry: entry[0])]  # which leaves the order of equals
 
 
@@ -161,7 +163,7 @@ def draw_job(job: Job, output: Path, tokens: Tokens) -> None:
     for k, image in enumerate(images):
         column.paste(image, (0, SIDE * k))
     write_image(output / "pictures" / f"{job.stem()}.png", column)
-    write_json(output / "pictures" / f"{job.stem()}.json", cost)
+    write_json(output / "pictures" / f"{job.stem()}.json", cost | dict(commit=git_commit()))
 
 
 def draw_all(jobs: Sequence[Job], output: Path, tokens: Tokens, count: int, hours: float | None) -> None:
@@ -185,10 +187,10 @@ def images_of(job: Job, output: Path) -> list[Image.Image]:
 
 
 def measure_costs(args: argparse.Namespace) -> dict:
-    """Processor seconds of a picture by itself, with the rows in turn on three prompts: other programs do not count."""
+    """Processor seconds of a picture by itself, with the rows in turn on eight prompts: other programs do not count."""
     torch.set_num_threads(1)
     found = []
-    tasks = tasks_of("S1", "development")[:3]
+    tasks = tasks_of("S1", "development")[:8]
     for warm, task in enumerate([tasks[0], *tasks]):  # the first is not counted
         for row in CORE + ("published",):
             job = Job("S1", row, "none", (task,), (0,), settings_of(row, args.steps, args.guidance), args.scheduler, "")
@@ -278,7 +280,7 @@ def read_records(path: Path) -> dict:
 
 
 def sheet(jobs: Sequence[Job], output: Path, most: int = 8) -> Image.Image:
-    """The first prompts' pictures with the first seed, a line for each, rows side by side."""
+    """The first prompts' pictures with their first seeds, a line for each, rows side by side."""
     rows = list(dict.fromkeys(job.row for job in jobs))
     lines: dict[str, list[Image.Image]] = {}
     for job in jobs:
@@ -288,11 +290,17 @@ def sheet(jobs: Sequence[Job], output: Path, most: int = 8) -> Image.Image:
     return picture_sheet(whole, cell=96, aspect=len(jobs[0].tasks[0].creatures), headings=[row.split(":")[0] for row in rows])
 
 
-def write_sheets(jobs: Sequence[Job], output: Path) -> None:
+def write_sheets(jobs: Sequence[Job], output: Path, report: Path) -> None:
+    """Every row of a table, to `output`; the rows that matter, on fewer prompts, to `report`, which shows them."""
     for set_name, quantization in dict.fromkeys((job.set_name, job.quantization) for job in jobs):
         drawn = [job for job in jobs if (job.set_name, job.quantization) == (set_name, quantization) and job.done(output)]
+        core, name = [job for job in drawn if job.row in CORE], f"{set_name}-{quantization}"
         if drawn:
-            write_image(output / f"{set_name}-{quantization}.png", sheet(drawn, output))
+            write_image(output / f"{name}.png", sheet(drawn, output))
+        if core:
+            content = io.BytesIO()
+            sheet(core, output, most=6).save(content, "JPEG", quality=90)
+            write_atomically(report / f"{name}.jpg", content.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------------------------- main
@@ -305,13 +313,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rows", nargs="+", default=None, choices=list(SETTINGS), help="which methods; default: those of each table")
     add("--split", default="test", choices=["test", "development"], help="prompts to report, or to choose settings on")
     add("--prompts", type=int, default=TEST_PROMPTS, help="of each set, at most")
-    add("--seeds", type=int, nargs="+", default=[0, 1], help="a picture for each; for rows that matter less the first")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0, 1],
+        help="a picture for each, of noises that differ from prompt to prompt; for rows that matter less the first",
+    )
     add("--quantization", nargs="+", default=["none", "nf4"], choices=["none", "nf4"], help="of the model")
     add("--scheduler", default="ddim", choices=SCHEDULERS, help="of every row; DPM-Solver++ needs 15 steps")
     add("--steps", type=int, default=25, help="denoising steps")
     add("--guidance", type=float, default=5.0, help="classifier-free guidance scale")
     add("--batch_size", type=int, default=8, help="pictures that are drawn together")
-    add("--counter_pictures", type=int, default=6000, help="renders that the counter of creatures learns from")
+    add("--counter_pictures", type=int, default=3000, help="renders that the counter of creatures learns from")
     add("--forwards", type=int, default=96, help="that each step without backpropagation may use for a composite")
     add("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each")
     add("--hours", type=float, default=None, help="draw no longer than this; the report is of prompts that every row has by then")
@@ -362,8 +376,8 @@ def main(args: argparse.Namespace) -> None:
         pictures=read_pictures(jobs, output),
     )  # fmt: skip
     write_records(report / "records.json.xz", records)
+    write_sheets(jobs, output, report)
     write_report(records, report)
-    write_sheets(jobs, output)
 
 
 if __name__ == "__main__":

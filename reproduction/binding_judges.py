@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,15 +17,20 @@ from tqdm import tqdm
 
 from miniature.classifier import AttributeClassifier, truth
 from miniature.drawing import render
+from miniature.rendering import to_float
 from miniature.words import ACCESSORIES
 from miniature.world import SceneSpec, random_spec
 from reproduction.binding_sets import SEED, Task
 from reproduction.worlds import classifier, pixels_of
 from zoodip.files import write_json
+from zoodip.model import load_pipeline
+from zoodip.records import ROOT
 
+MODEL = ROOT / "miniature" / "model"
 SIDE = 64  # of a half, and of what the judges read
 COUNTS = {"count": ("0", "1", "2")}
-EPOCHS = 8
+COUNTED = ROOT / "reproduction" / "binding_development" / "counted.png"
+EPOCHS, BATCH = 6, 48
 
 
 # ----------------------------------------------------------------------------------------------------- renders to learn from
@@ -36,8 +42,8 @@ def pair_specs(rng: np.random.Generator) -> tuple[SceneSpec, SceneSpec]:
     return first, dataclasses.replace(random_spec(rng, held_out=True), scene=first.scene, seed=first.seed)
 
 
-def counted_picture(index: int) -> tuple[Image.Image, int]:
-    """Half of a wide render with 0 to 4 creatures, and how many of them have their middle in it; 2 stands for more.
+def counted_picture(index: int) -> tuple[Image.Image, tuple[int, int]]:
+    """A wide render with 0 to 4 creatures, and how many of them have their middle in each half; 2 stands for more.
 
     A scene beside its mirror image has no seam. Creatures are cut out of renders and put anywhere, over the middle too: so do
     pictures that are drawn have them, and one that is split in two has its middle in one half.
@@ -45,9 +51,7 @@ def counted_picture(index: int) -> tuple[Image.Image, int]:
     rng, creatures = np.random.default_rng([SEED, index]), index % 5
     first = random_spec(rng, held_out=True)
     scene = render(dataclasses.replace(first, x=-2.0), SIDE)  # the creature is outside
-    wide = Image.new("RGB", (2 * SIDE, SIDE))
-    wide.paste(scene, (0, 0))
-    wide.paste(ImageOps.mirror(scene), (SIDE, 0))
+    wide = side_by_side(scene, scene)
     middles = middles_of(rng, creatures)
     for middle in middles:
         other = random_spec(rng, held_out=True)
@@ -55,8 +59,16 @@ def counted_picture(index: int) -> tuple[Image.Image, int]:
         alone = render(spec, SIDE)
         cut = (np.asarray(alone) != np.asarray(scene)).any(2)
         wide.paste(alone, (middle - SIDE // 2, 0), Image.fromarray(cut))
-    left = SIDE * int(rng.integers(2))
-    return wide.crop((left, 0, left + SIDE, SIDE)), min(2, sum(left <= middle < left + SIDE for middle in middles))
+    on_the_left = sum(middle < SIDE for middle in middles)
+    return wide, (min(2, on_the_left), min(2, creatures - on_the_left))
+
+
+def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    """A wide picture of two of one scene, the second mirrored, as a scene then goes on without a seam."""
+    wide = Image.new("RGB", (2 * SIDE, SIDE))
+    wide.paste(left, (0, 0))
+    wide.paste(ImageOps.mirror(right), (SIDE, 0))
+    return wide
 
 
 def middles_of(rng: np.random.Generator, count: int, apart: int = 20) -> list[int]:
@@ -74,39 +86,97 @@ def middles_of(rng: np.random.Generator, count: int, apart: int = 20) -> list[in
 # ------------------------------------------------------------------------------------------------------------------ judges
 
 
+def wide_pixels(pictures: Sequence[Image.Image]) -> torch.Tensor:
+    """float [N, 3, 64, 128] in [-1, 1]."""
+    return to_float(torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])))
+
+
+@torch.inference_mode()
+def through_vae(pixels: torch.Tensor) -> torch.Tensor:
+    """As the miniature's VAE hands pictures on: whatever is drawn looks like that, and no render does."""
+    vae = load_pipeline(str(MODEL), "none").vae
+    parts = [vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1)
+             for part in tqdm(pixels.split(32), desc="through the VAE", leave=False)]  # fmt: skip
+    return torch.cat(parts).clone()
+
+
+def halves_of(wide: torch.Tensor) -> torch.Tensor:
+    """[N, 3, 64, 128] -> [2 N, 3, 64, 64], the left halves first."""
+    return torch.cat([wide[..., :SIDE], wide[..., SIDE:]])
+
+
 def train_counter(folder: Path, pictures: int) -> None:
-    """counter.safetensors, of the network that counts creatures in a half, and counter.json: its share right on fresh renders."""
-    drawn = [counted_picture(i) for i in tqdm(range(pictures + max(30, pictures // 4)), desc="counter: renders", leave=False)]
-    pixels, counts = pixels_of([picture for picture, _ in drawn]), torch.tensor([count for _, count in drawn])
+    """counter.safetensors, of the network that counts creatures in a half, and counter.json: its share right on fresh renders
+    through the VAE, and on drawn pictures that were counted by eye."""
+    count = pictures + max(30, pictures // 4)
+    drawn = [counted_picture(i) for i in tqdm(range(count), desc="counter: renders", leave=False)]
+    clean = wide_pixels([picture for picture, _ in drawn])
+    decoded = through_vae(clean)
+    counts = torch.tensor([of for k in range(2) for of in (halves[k] for _, halves in drawn)])
+    learned = torch.cat([torch.arange(pictures), count + torch.arange(pictures)])
     generator = torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         counter = AttributeClassifier(COUNTS)
-    optimizer = torch.optim.AdamW(counter.parameters(), lr=2e-3)
+    clean, decoded = halves_of(clean), halves_of(decoded)
+    batches = math.ceil(len(learned) / BATCH)
+    optimizer = torch.optim.AdamW(counter.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=EPOCHS * batches)
+
+    def share(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, 1, 1, 1, generator=generator)
+
     for _ in tqdm(range(EPOCHS), desc="counter: epochs", leave=False):
-        for chosen in torch.randperm(pictures, generator=generator).split(48):
-            # a drawn picture is blurred and noisy beside a render
-            clean = pixels[chosen].flip(-1) if torch.rand(1, generator=generator) < 0.5 else pixels[chosen]
-            soft = F.avg_pool2d(F.pad(clean, (1, 1, 1, 1), mode="replicate"), 3, 1)
-            blended = torch.lerp(clean, soft, torch.rand(1, generator=generator))
-            noisy = blended + 0.05 * torch.randn(clean.shape, generator=generator)
-            loss = F.cross_entropy(counter(noisy)["count"], counts[chosen])
+        for chosen in learned[torch.randperm(len(learned), generator=generator)].split(BATCH):
+            # as far from a render as the VAE leaves it, and half as far again: a drawn picture is rougher still
+            seen = torch.lerp(clean[chosen], decoded[chosen], 1.5 * share(len(chosen)))
+            soft = F.avg_pool2d(F.pad(seen, (1, 1, 1, 1), mode="replicate"), 3, 1)
+            seen = torch.lerp(seen, soft, share(len(chosen)))
+            seen = seen.flip(-1) if share(1) < 0.5 else seen
+            noisy = seen + 0.05 * torch.randn(seen.shape, generator=generator)
+            loss = F.cross_entropy(counter(noisy)["count"], counts[chosen], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    read = torch.tensor([int(each["count"]) for each in counter.eval().read(pixels[pictures:])])
-    fresh = counts[pictures:]
-    right = {str(count): (read == fresh)[fresh == count].float().mean().item() for count in range(3)}
+            schedule.step()
+    fresh = torch.cat([torch.arange(pictures, count), count + torch.arange(pictures, count)])
+    read = torch.tensor([int(each["count"]) for each in counter.eval().read(decoded[fresh])])
+    right = {str(of): (read == counts[fresh])[counts[fresh] == of].float().mean().item() for of in range(3)}
     save_file(counter.state_dict(), folder / "counter.safetensors")
-    write_json(folder / "counter.json", dict(pictures=pictures, fresh=len(fresh), right=right, classifier=classifier_on_pairs()))
+    write_json(folder / "counter.json", dict(pictures=pictures, fresh=len(fresh), right=right, drawn=counter_on_drawn(counter),
+                                             classifier=classifier_on_pairs()))  # fmt: skip
+
+
+def counter_on_drawn(counter: AttributeClassifier) -> dict[str, list[int]]:
+    """{creatures in a half: [read right, halves]} of development pictures that were counted by eye.
+
+    COUNTED is a grid of them, with COUNTED.json: of each picture what its halves hold; "12" where that cannot be said, as of a
+    creature in the middle, and then the half is left out.
+    """
+    labels = json.loads(COUNTED.with_suffix(".json").read_text())
+    with Image.open(COUNTED) as grid:
+        columns = grid.width // (2 * SIDE)
+        boxes = [(2 * SIDE * (k % columns), SIDE * (k // columns)) for k in range(len(labels))]
+        pictures = [grid.convert("RGB").crop((x, y, x + 2 * SIDE, y + SIDE)) for x, y in boxes]
+    read = [each["count"] for each in counter.read(halves_of(wide_pixels(pictures)))]
+    found: dict[str, list[int]] = {}
+    for label, count in zip([label[k] for k in range(2) for label in labels], read, strict=True):
+        if len(label) == 1:
+            of = found.setdefault(label, [0, 0])
+            of[0] += label == count
+            of[1] += 1
+    return dict(sorted(found.items()))
 
 
 def classifier_on_pairs(pairs: int = 100) -> dict[str, float]:
-    """How often the classifier is right on halves as the test pictures should be: two renders of one scene, side by side."""
-    specs = [spec for k in range(pairs) for spec in pair_specs(np.random.default_rng([SEED, 1, k]))]
-    read = classifier().read(pixels_of([render(spec, SIDE) for spec in specs]))
+    """How often the classifier is right on halves as the test pictures should be: two renders of one scene side by side, through
+    the VAE."""
+    specs = [pair_specs(np.random.default_rng([SEED, 1, k])) for k in range(pairs)]
+    wide = through_vae(wide_pixels([side_by_side(*(render(spec, SIDE) for spec in pair)) for pair in specs]))
+    read = classifier().read(halves_of(wide))
+    of_halves = [pair[k] for k in range(2) for pair in specs]
     return {
-        name: float(np.mean([each[name] == truth(spec)[name] for each, spec in zip(read, specs, strict=True)]))
+        name: float(np.mean([each[name] == truth(spec)[name] for each, spec in zip(read, of_halves, strict=True)]))
         for name in ("colour", "accessory", "scene")
     }
 
@@ -119,16 +189,18 @@ def load_counter(folder: Path) -> tuple[AttributeClassifier, dict]:
 
 
 def read_halves(picture: Image.Image, counter: AttributeClassifier) -> list[dict]:
-    """Of each 64 x 64 part from left to right: its attributes, the chances of each accessory, and how many creatures it has."""
+    """Of each 64 x 64 part from left to right: its attributes, the logarithms of the chances of each accessory, which may be
+    small in both, how many creatures it has, and the chances of each number."""
     halves = [picture.crop((left, 0, left + SIDE, SIDE)) for left in range(0, picture.width, SIDE)]
     pixels = pixels_of(halves)
     with torch.no_grad():
-        chances = classifier()(pixels)["accessory"].softmax(1)
-    read, counts = classifier().read(pixels), counter.read(pixels)
+        worn = classifier()(pixels)["accessory"].log_softmax(1)
+        counted = counter(pixels)["count"].softmax(1)
     return [
-        dict(attributes, chances=[round(chance, 3) for chance in row.tolist()], count=int(counted["count"]))
-        for attributes, row, counted in zip(read, chances, counts, strict=True)
-    ]
+        dict(attributes, log_chances=[round(value, 3) for value in logs.tolist()], count=int(counts.argmax()),
+             counts=[round(value, 3) for value in counts.tolist()])
+        for attributes, logs, counts in zip(classifier().read(pixels), worn, counted, strict=True)
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------ scores
@@ -142,21 +214,23 @@ def score(task: Task, halves: Sequence[dict]) -> dict[str, float]:
     if len(wanted) == 2:
         scores |= dict(right=set(colours) == set(wanted), in_order=colours == wanted, leak=colours[0] == colours[1],
                        first=wanted[0] in colours, second=wanted[1] in colours)  # fmt: skip
-    own = [
-        halves[k]["chances"][ACCESSORIES.index(each)] - halves[1 - k]["chances"][ACCESSORIES.index(each)]
-        for k, each in enumerate(asked)
-        if each
-    ]
-    if own:  # the judge has one label for a creature, so each accessory is compared between the halves
-        scores |= dict(owner=np.mean([value > 0 for value in own]), margin=np.mean(own))
+    logs = [[halves[side]["log_chances"][ACCESSORIES.index(each)] for side in (k, 1 - k)]
+            for k, each in enumerate(asked) if each]  # fmt: skip
+    if logs:  # the judge has one label for a creature, so each accessory is compared between the halves; a tie is half of each
+        own, other = np.array(logs).T
+        scores |= dict(owner=np.mean((own > other) + 0.5 * (own == other)), margin=np.mean(np.exp(own) - np.exp(other)))
     first = task.creatures[0]
     if first.looks:
         scores["looks"] = np.mean([halves[0][name] == value for name, value in first.looks])
     if first.breed:
         pattern = dict(first.looks)["pattern"]
-        scores |= dict(other=colours[1] == wanted[1], pattern_leak=halves[1]["pattern"] == pattern != "plain")
+        scores["other"] = colours[1] == wanted[1]
+        if pattern != "plain":  # else there is none to leak
+            scores["pattern_leak"] = halves[1]["pattern"] == pattern
     uninvited = [half["accessory"] not in ("nothing", *asked) for half in halves]
     scores |= dict(scene=all(half["scene"] == task.scene for half in halves), uninvited=np.mean(uninvited),
                    empty=np.mean([count == 0 for count in counts]), one_each=counts == [1] * len(counts),
                    several=np.mean([count == 2 for count in counts]))  # fmt: skip
+    if "right" in scores:
+        scores["right_one_each"] = scores["right"] and scores["one_each"]
     return {name: float(value) for name, value in scores.items()}

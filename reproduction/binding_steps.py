@@ -1,7 +1,7 @@
 """Steps of the semantic binding loss without backpropagation, for `draw_bound(semantic_step=...)`, and how far each gets.
 
 gradient                one forward and one backward
-F1, coefficients        central differences along what leads to the states of the phrase's own words: two to six numbers
+F1, coefficients        central differences along what leads to the group's states in the prompt and to its noun's when alone
 F2, n directions        ZOODiP's estimator in all numbers of the composite
 """
 
@@ -35,9 +35,14 @@ def coefficient_gradient(row: Tensor, losses: Losses, directions: Tensor, mu: fl
 def coefficient_step(
     row: Tensor, losses: Losses, group: BoundGroup, predict: Predictor, settings: Settings
 ) -> tuple[Tensor, float]:
-    """F1: down the gradient's projection on what leads to the states of the phrase's words alone, m of them (two to six)."""
-    towards = group.anchor[group.anchor_rows] - row
-    directions = torch.linalg.qr(towards.float().T).Q.T.to(row)  # [m, d]
+    """F1: down the gradient's projection on what leads to the group's states, in the prompt and of its noun in the phrase alone.
+
+    These are the two to six numbers w of c = mu + sum_j w_j (u_j - mu): the composite lies in their span, and stays there.
+    """
+    states = torch.cat([group.within, group.anchor[group.anchor_row][None]])
+    _, lengths, directions = torch.linalg.svd((states - row).float(), full_matrices=False)
+    # a phrase that begins the prompt has the same states alone, as the text encoder is causal
+    directions = directions[lengths > 1e-3 * lengths[0]].to(row)  # [m, d]
     gradient, loss = coefficient_gradient(row, losses, directions)
     return moved(row, gradient, settings), loss
 
@@ -59,8 +64,8 @@ Curve = list[list[float]]  # [forwards so far, L_sem as a share of the first], o
 
 
 def steps_to_compare() -> dict[str, Callable]:
-    generator = torch.Generator().manual_seed(SEED)
-    estimates = {f"F2, n = {n}": partial(estimated_step, n=n, generator=generator) for n in (2, 8, 32)}
+    """Each with a generator of its own, to be made once: every group then has other directions."""
+    estimates = {f"F2, n = {n}": partial(estimated_step, n=n, generator=torch.Generator().manual_seed(SEED)) for n in (2, 8, 32)}
     return {"gradient": gradient_step, "F1, coefficients": coefficient_step, **estimates}
 
 
@@ -86,7 +91,8 @@ def compare_steps(pipeline, marked_prompts: Sequence[str], *, height: int, width
     schedule = scheduler_maker(pipeline, None, 25)()
     timestep, scale = schedule.timesteps[0], pipeline.vae_scale_factor
     size = (1, pipeline.unet.config.in_channels, height // scale, width // scale)
-    found: dict = dict(budget=budget, curves={name: [] for name in steps_to_compare()}, phrase=[])
+    steps = steps_to_compare()
+    found: dict = dict(budget=budget, curves={name: [] for name in steps}, phrase=[])
     for k, marked in enumerate(read_prompts(pipeline, marked_prompts, None)):
         latents = torch.randn(size, generator=torch.Generator().manual_seed(k)).to(pipeline.unet.device)
         merged = bind_prompt(marked, encode, FULL, encode.mean())
@@ -98,7 +104,7 @@ def compare_steps(pipeline, marked_prompts: Sequence[str], *, height: int, width
 
             row = merged.states[group.row]
             found["phrase"].append((losses(group.anchor[group.anchor_row][None]) / losses(row[None])).item())
-            for name, step in steps_to_compare().items():
+            for name, step in steps.items():
                 found["curves"][name].append(descend(group, row, losses, predict, step, budget))
     return found
 

@@ -103,6 +103,7 @@ def substitute_end_tokens(states: Tensor, clean: Tensor, end: int) -> Tensor:
 class BoundGroup:
     row: int  # of its composite: the noun's first
     words: list[int]  # rows that still say something
+    within: Tensor  # [words, d], states of the phrase within the prompt, as the text encoder has them
     anchor: Tensor  # [L, d], states of the phrase alone
     anchor_rows: list[int]  # of the phrase in it
     anchor_row: int  # of the noun's first piece in it
@@ -147,6 +148,7 @@ def bind_prompt(marked: MarkedPrompt, encode: Encoder, settings: Settings, mean:
             BoundGroup(
                 noun[0],
                 [row for row in words if row not in gone],
+                whole.states[words],
                 anchor.states,
                 alone,
                 alone[words.index(noun[0])],
