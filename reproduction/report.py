@@ -20,6 +20,7 @@ from reproduction import archives, plans, plots, runs
 from reproduction.claims import CLAIMS
 from reproduction.declarations import CLAIM_COLUMNS, COLUMNS, Experiment, Row
 from reproduction.experiments import BY_NAME, CLASS_WORD, EXPERIMENTS
+from reproduction.memory_claims import memory_claims
 from reproduction.runs import Job, Settings
 from reproduction.stats import (
     CONTRADICTED,
@@ -238,6 +239,9 @@ subjects. All other scores are there to be read beside; of losses, lower is bett
 the learning curve over the forwards that every row has used."""
 
 
+MEMORY_NOTE = """What nvidia-smi shows for each method's own script at Stable Diffusion v1.5's size, 512 pixels, batch 1, random
+weights, on a GPU: a record of its own, `benchmarks/gpu.json`, and no run of this suite. As memory does not vary, one run tells."""
+
 CURVES_NOTE = ("Loss on the judging set (t in [500, 900)), and scores of pictures of the snapshots, against forwards used; "
                "bands are 95 % intervals after the subjects' own levels are taken out.")  # fmt: skip
 
@@ -374,6 +378,8 @@ def write_report(names: list[str], jobs: list[Job], settings: Settings, folder: 
     findings = [finding for claim in claims if (finding := judge(claim, collect(claim.experiment), untrained)) is not None]
     sections = [introduction(names, settings, jobs, done)]
     sections += [claims_section(findings)] if findings else []
+    if {"2", "S10"} & set(names) and settings.world.name == "miniature":  # the other measures its own
+        sections.append(Section("Memory", [MEMORY_NOTE], bullets=memory_claims()))
     sections += [section_of(BY_NAME[name], collect, settings, folder) for name in names]
     panels = {BY_NAME[name].curves: last_tokens(BY_NAME[name], collect) for name in names if BY_NAME[name].curves}
     if panels:

@@ -34,6 +34,7 @@ from reproduction import (
     archives,
     evaluate,
     judging,
+    memory_claims,
     plans,
     plots,
     prompts,
@@ -843,6 +844,20 @@ def test_what_would_have_been_found_stands_beside_nothing_found():
             + " The paper's own is smaller than these runs could see." * too_small
         )
     assert report.difference(finding, "CLIP-I") == f"**+.003 ± .008, {known} would be seen (published +.002)**"
+
+
+def test_claims_on_memory(tmp_path):
+    """Less is less, with the ratio; what the record lacks is not told."""
+    held = {"ZOODiP, INT8": 2.0, "gradient TI, fp32": 8.0, "QLoRA, NF4": 1.6}
+    systems = {name: dict(nvidia_smi=int(value * 1e9)) for name, value in held.items()}
+    (tmp_path / "gpu.json").write_text(json.dumps(dict(results=dict(systems=systems))))
+    first, second = memory_claims.memory_claims(tmp_path / "gpu.json")
+    assert (
+        first.startswith("**reproduced**: ")
+        and "gradient TI, fp32 (2.00 GB of 8.00, 0.25; the paper's 2.37 of 6.75, 0.35)" in first
+    )
+    assert second.startswith("**contradicted**: ") and "QLoRA" in second
+    assert len(memory_claims.memory_claims()) == 5  # of the record
 
 
 def test_every_claim_has_one_line_whatever_comes_out():
