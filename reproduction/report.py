@@ -240,7 +240,7 @@ the learning curve over the forwards that every row has used."""
 
 
 MEMORY_NOTE = """What nvidia-smi shows for each method's own script at Stable Diffusion v1.5's size, 512 pixels, batch 1, random
-weights, on a GPU: a record of its own, `benchmarks/gpu.json`, and no run of this suite. As memory does not vary, one run tells."""
+weights, on a GPU: a record of its own, `benchmarks/gpu.json`, and no run of this suite. Memory does not vary: one run tells."""
 
 CURVES_NOTE = ("Loss on the judging set (t in [500, 900)), and scores of pictures of the snapshots, against forwards used; "
                "bands are 95 % intervals after the subjects' own levels are taken out.")  # fmt: skip
