@@ -29,6 +29,7 @@ from zoodip.records import ROOT
 MODEL = ROOT / "miniature" / "model"
 SIDE = 64  # of a half, and of what the judges read
 COUNTS = {"count": ("0", "1", "2")}
+EXPECTED = (0.1, 0.8, 0.1)  # of drawn halves, about as those of COUNTED: 6 without, 98 with one, 4 with two
 COUNTED = ROOT / "reproduction" / "binding_development" / "counted.png"
 EPOCHS, BATCH = 6, 48
 
@@ -140,11 +141,22 @@ def train_counter(folder: Path, pictures: int) -> None:
             optimizer.step()
             schedule.step()
     fresh = torch.cat([torch.arange(pictures, count), count + torch.arange(pictures, count)])
-    read = torch.tensor([int(each["count"]) for each in counter.eval().read(decoded[fresh])])
+    read = counted(counter.eval(), decoded[fresh]).argmax(1)
     right = {str(of): (read == counts[fresh])[counts[fresh] == of].float().mean().item() for of in range(3)}
     save_file(counter.state_dict(), folder / "counter.safetensors")
     write_json(folder / "counter.json", dict(pictures=pictures, fresh=len(fresh), right=right, drawn=counter_on_drawn(counter),
                                              classifier=classifier_on_pairs()))  # fmt: skip
+
+
+@torch.no_grad()
+def counted(counter: AttributeClassifier, halves: torch.Tensor) -> torch.Tensor:
+    """Chances [N, 3] of no creature, one and more in halves [N, 3, 64, 64].
+
+    The renders that the counter learned from have as many of each, and halves of drawn pictures nearly always one: by Bayes's
+    rule its chances are weighted with how often each is to be expected.
+    """
+    chances = counter(halves)["count"].softmax(1) * torch.tensor(EXPECTED)
+    return chances / chances.sum(1, keepdim=True)
 
 
 def counter_on_drawn(counter: AttributeClassifier) -> dict[str, list[int]]:
@@ -158,7 +170,7 @@ def counter_on_drawn(counter: AttributeClassifier) -> dict[str, list[int]]:
         columns = grid.width // (2 * SIDE)
         boxes = [(2 * SIDE * (k % columns), SIDE * (k // columns)) for k in range(len(labels))]
         pictures = [grid.convert("RGB").crop((x, y, x + 2 * SIDE, y + SIDE)) for x, y in boxes]
-    read = [each["count"] for each in counter.read(halves_of(wide_pixels(pictures)))]
+    read = map(str, counted(counter, halves_of(wide_pixels(pictures))).argmax(1).tolist())
     found: dict[str, list[int]] = {}
     for label, count in zip([label[k] for k in range(2) for label in labels], read, strict=True):
         if len(label) == 1:
@@ -195,11 +207,10 @@ def read_halves(picture: Image.Image, counter: AttributeClassifier) -> list[dict
     pixels = pixels_of(halves)
     with torch.no_grad():
         worn = classifier()(pixels)["accessory"].log_softmax(1)
-        counted = counter(pixels)["count"].softmax(1)
     return [
         dict(attributes, log_chances=[round(value, 3) for value in logs.tolist()], count=int(counts.argmax()),
              counts=[round(value, 3) for value in counts.tolist()])
-        for attributes, logs, counts in zip(classifier().read(pixels), worn, counted, strict=True)
+        for attributes, logs, counts in zip(classifier().read(pixels), worn, counted(counter, pixels), strict=True)
     ]  # fmt: skip
 
 

@@ -188,7 +188,7 @@ def introduction(records: dict) -> str:
 {arguments["steps"]} steps of {arguments["scheduler"].upper()}, guidance {arguments["guidance"]:g}, 64 pixels a creature,
 {len(arguments["seeds"])} first noises a prompt, {of_prompts}, the same in every row; tables of every row have the first alone.
 The breeds' tokens were learned in 4 bits.
-{records["device"]}, commit {", ".join(commits)}.
+{records["device"]}; pictures of commit {", ".join(commits)}, read at {records["commit"]}.
 
 The judges: the counter of creatures is right on {right} ({counter["fresh"]} halves of renders that it has not seen, through
 the VAE). On halves of drawn pictures that were counted by eye it is right on {drawn}: so far what it says of a row may be wrong.
