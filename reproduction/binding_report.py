@@ -191,7 +191,7 @@ The breeds' tokens were learned in 4 bits.
 {records["device"]}; pictures of commit {", ".join(commits)}, read at {records["commit"]}.
 
 The judges: the counter of creatures is right on {right} ({counter["fresh"]} halves of renders that it has not seen, through
-the VAE). On halves of drawn pictures that were counted by eye it is right on {drawn}: so far what it says of a row may be wrong.
+the VAE). On halves of drawn pictures that were counted by eye it is right on {drawn}: its columns may be off by as much.
 The classifier is right on two renders of one scene side by side, through the VAE: {judged}."""
 
 
