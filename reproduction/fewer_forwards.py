@@ -3,11 +3,13 @@
 
     python -m reproduction.fewer_forwards --dry_run             # what would run, and about how long
     python -m reproduction.fewer_forwards --jobs 2              # the search, then the measures
+    python -m reproduction.fewer_forwards --parts second --spare 6 --seeds 1 2
     python -m reproduction.fewer_forwards --parts measures --flags "--starts 2" --page docs/gauss_newton.md
 
 The search compares forms of the trainer, and rates and schedules of the paper's loop, on spare breeds that are reported
-nowhere; its notes are SEARCH.md. The measures are on the twelve held-out breeds: the trainer as it stands (with --flags), the
-paper's loop as the suite's tables have it, the same at the best rate and schedule that the search found for each budget,
+nowhere; its notes are SEARCH.md. The second round has the best forms and what they have in common on more breeds and other
+seeds; SECOND.md says which form goes on. The measures are on the twelve held-out breeds: the trainer as it stands (with
+--flags), the paper's loop as the suite's tables have it, the same at the best rate and schedule that the search found for each budget,
 and gradient textual inversion. Their tables are RESULTS.md and, with --page, stand in that page. A run is scored along the
 way at every budget, where its schedule allows that. Interrupted, the same command continues.
 """
@@ -36,11 +38,12 @@ from reproduction.fewer_forwards_forms import (
     GRADIENTS,
     IN_TABLES,
     RIVALS,
+    SECOND_ROUND,
     START,
     Form,
     rates_and_schedules,
 )
-from reproduction.fewer_forwards_tables import best_rivals, fill, measured_tables, search_notes
+from reproduction.fewer_forwards_tables import best_rivals, fill, measured_tables, search_notes, second_notes
 from reproduction.judging import TokenJudge
 from reproduction.runs import Job, Settings, digest
 from reproduction.stats import Records, add_gaps
@@ -81,9 +84,8 @@ def read_points(job: Job, settings: Settings) -> dict:
 
 def job_of(form: Form, subject: str, seed: int, settings: Settings) -> Job:
     """A form on a breed. Those of ENDS are judged at their ends, as the suite's runs are."""
-    if form in ENDS:
-        seed = 0 if form.method in runs.UNTRAINED else seed
-        return Job(runs.make_spec(settings, form.method, subject, seed, form.flags), {"scores"})
+    if form in ENDS:  # of a breed, not of a seed
+        return Job(runs.make_spec(settings, form.method, subject, 0, form.flags), {"scores"})
     spec = runs.make_spec(settings, form.method, subject, seed, form.run_flags())
     if form.after:
         first = job_of(DEFAULT, subject, seed, settings)
@@ -178,14 +180,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--parts",
         nargs="+",
         default=["search", "measures"],
-        choices=["search", "measures"],
-        help="which of the two, in this order",
+        choices=["search", "second", "measures"],
+        help="which of the three, in this order",
     )
     add("--forms", nargs="+", default=None, metavar="WORDS", help="of the search only forms whose label holds one of these words")
     add("--flags", default="", help="of the trainer, in the measures: the form that the search showed to be best")
     add("--spare", type=int, default=4, help="spare breeds of the search, at most 6")
     add("--breeds", nargs="+", default=None, help="of the measures; default: the twelve held-out ones")
-    add("--seeds", type=int, nargs="+", default=[0], help="of both parts; where they differ, run the parts one by one")
+    add("--seeds", type=int, nargs="+", default=[0], help="of all parts; where they differ, run the parts one by one")
     add("--images", type=int, default=Miniature.images, help="pictures a prompt; the search draws one")
     add("--inference_steps", type=int, default=Miniature.inference_steps, help="denoising steps of a picture")
     add("--model", default=Miniature.model, help="folder of the miniature's model")
@@ -305,7 +307,10 @@ def run_part(part: Part, args: argparse.Namespace) -> list[str]:
 
 def main(args: argparse.Namespace) -> None:
     search = search_of(args)
+    second = Part(list(SECOND_ROUND), search.subjects, search.seeds, search.settings)
     if args.dry_run:
+        if "second" in args.parts:
+            print_plan("second round", second, args.jobs)
         if "search" in args.parts:
             print_plan("search", search, args.jobs)
         if "measures" in args.parts:
@@ -319,6 +324,11 @@ def main(args: argparse.Namespace) -> None:
         everything = Part([*FORMS, *RIVALS], search.subjects, search.seeds, search.settings).collect()
         write_report(args.report, "SEARCH.md", search_notes(everything, FORMS, len(search.subjects)))
         write_json(args.report / "search.json", plain(everything), indent=1)
+    if "second" in args.parts:
+        failures += run_part(second, args)
+        everything = second.collect()
+        write_report(args.report, "SECOND.md", second_notes(everything, SECOND_ROUND, len(second.subjects), len(second.seeds)))
+        write_json(args.report / "second.json", plain(everything), indent=1)
     if "measures" in args.parts:
         best = best_rivals(Part(list(RIVALS), search.subjects, search.seeds, search.settings).collect())
         if not best:

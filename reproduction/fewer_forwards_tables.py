@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from reproduction.declarations import COLUMNS
-from reproduction.fewer_forwards_forms import BUDGETS, DEFAULT, END, GRADIENTS, IN_TABLES, RIVALS, START, Form
+from reproduction.fewer_forwards_forms import BUDGETS, CHOSEN_AT, DEFAULT, END, GRADIENTS, IN_TABLES, RIVALS, START, Form
 from reproduction.stats import Records, by_subject, paired_differences, values_of
 from zoodip.records import mean_interval, table
 
@@ -108,7 +108,7 @@ def best_rivals(found: dict) -> dict[int, dict[str, Form]]:
     return chosen
 
 
-def chosen_form(found: dict, forms: Sequence[Form], budgets: Sequence[int] = (200, 400, 1500)) -> Form:
+def chosen_form(found: dict, forms: Sequence[Form], budgets: Sequence[int] = CHOSEN_AT) -> Form:
     """The form that goes on to the measures, by a rule that was fixed before the search was done.
 
     The trainer as it stands, unless a form beats it at two budgets or more in the same one of gap and attributes and loses to it
@@ -120,7 +120,7 @@ def chosen_form(found: dict, forms: Sequence[Form], budgets: Sequence[int] = (20
     default = found[DEFAULT.label]
     for form in forms:
         ours = found[form.label]
-        if form is DEFAULT or form.method != DEFAULT.method or {"num_vectors", "mixed_precision"} & set(form.flags):
+        if form.label == DEFAULT.label or form.method != DEFAULT.method or {"num_vectors", "mixed_precision"} & set(form.flags):
             continue
         said = {score: [verdict(paired_differences(ours.get(budget, {}), default.get(budget, {}), score)) for budget in budgets]
                 for score in ("gap", "attributes")}  # fmt: skip
@@ -141,26 +141,43 @@ def cell(records: Records, score: str) -> str:
 def search_notes(found: dict, forms: Sequence[Form], count: int) -> str:
     """SEARCH.md: each form with its figures; what stopping by a signal would have given; the rivals."""
     text = [f"# Forms of the Gauss-Newton trainer\n\nMeans over {count} spare breeds, which no other report uses.\n"]
-    for title, listed in (("The trainer", forms), ("The paper's loop", RIVALS)):
-        for score in ("gap", "attributes", "CLIP-I", "accessory"):
-            rows = [[form.label, *(cell(found[form.label].get(budget, {}), score) for budget in BUDGETS)]
-                    for form in listed if found[form.label]]  # fmt: skip
-            heading = {"gap": "share of the gap closed", "attributes": "attributes right"}.get(score, score)
-            text.append(f"\n## {title}: {heading}, by forwards\n\n" + table(["", *map(str, BUDGETS)], rows) + "\n")
-    rows = [[form.label, percent(min(gaps.values()))] for form in forms
-            if (gaps := by_subject(gap_at(found[form.label], 400)))]  # fmt: skip
-    text.append("\n## The breed with the smallest share of the gap at 400 forwards\n\n" + table(["", "gap"], rows) + "\n")
-    text.append(differences_from_default(found, forms))
-    text.append(
-        f"\n## The choice\n\n{' '.join((chosen_form.__doc__ or '').split())}\n\nChosen: {chosen_form(found, forms).label}.\n"
-    )
+    text += scores_by_budget("The trainer", found, forms) + scores_by_budget("The paper's loop", found, RIVALS)
+    text += [smallest_gaps(found, forms), differences_from_default(found, forms), the_choice(found, forms)]
     text.append(stopping_notes([found[form.label] for form in forms]))
     chosen = [[f"{budget:,}", *(form.label for form in of.values())] for budget, of in best_rivals(found).items()]
     text.append("\n## The paper's loop at its best\n\n" + table(["forwards", "by loss", "by attributes"], chosen) + "\n")
     return "".join(text)
 
 
-def differences_from_default(found: dict, forms: Sequence[Form], budgets: Sequence[int] = (200, 400, 1500)) -> str:
+def second_notes(found: dict, forms: Sequence[Form], count: int, seeds: int) -> str:
+    """SECOND.md: what the search's best forms are on more breeds and new seeds, and the choice."""
+    text = [f"# Forms of the Gauss-Newton trainer, second round\n\nMeans over {count} spare breeds, {seeds} new seeds each.\n"]
+    text += scores_by_budget("The trainer", found, forms)
+    return "".join([*text, smallest_gaps(found, forms), differences_from_default(found, forms), the_choice(found, forms)])
+
+
+def scores_by_budget(title: str, found: dict, forms: Sequence[Form]) -> list[str]:
+    text, budgets = [], [budget for budget in BUDGETS if any(budget in form.budgets for form in forms)]
+    for score in ("gap", "attributes", "CLIP-I", "accessory"):
+        rows = [[form.label, *(cell(found[form.label].get(budget, {}), score) for budget in budgets)]
+                for form in forms if found[form.label]]  # fmt: skip
+        heading = {"gap": "share of the gap closed", "attributes": "attributes right"}.get(score, score)
+        text.append(f"\n## {title}: {heading}, by forwards\n\n" + table(["", *map(str, budgets)], rows) + "\n")
+    return text
+
+
+def smallest_gaps(found: dict, forms: Sequence[Form]) -> str:
+    rows = [[form.label, percent(min(gaps.values()))] for form in forms
+            if (gaps := by_subject(gap_at(found[form.label], 400)))]  # fmt: skip
+    return "\n## The breed with the smallest share of the gap at 400 forwards\n\n" + table(["", "gap"], rows) + "\n"
+
+
+def the_choice(found: dict, forms: Sequence[Form]) -> str:
+    rule = " ".join((chosen_form.__doc__ or "").split())
+    return f"\n## The choice\n\n{rule}\n\nChosen: {chosen_form(found, forms).label}.\n"
+
+
+def differences_from_default(found: dict, forms: Sequence[Form], budgets: Sequence[int] = CHOSEN_AT) -> str:
     """Each form minus the trainer as it stands, paired by breed, with 95 % intervals."""
     rows = []
     for form in forms:
@@ -168,7 +185,7 @@ def differences_from_default(found: dict, forms: Sequence[Form], budgets: Sequen
         for budget in budgets:
             ours, default = found[form.label].get(budget, {}), found[DEFAULT.label].get(budget, {})
             row += [interval_text(paired_differences(ours, default, score)) for score in ("gap", "attributes")]
-        if form is not DEFAULT and any(row):
+        if form.label != DEFAULT.label and any(row):
             rows.append([form.label, *row])
     header = [f"{score} at {budget:,}" for budget in budgets for score in ("gap", "attributes")]
     return "\n## Minus the trainer as it stands\n\n" + table(["", *header], rows) + "\n"
