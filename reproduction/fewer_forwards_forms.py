@@ -110,8 +110,8 @@ FORMS = (
            (budget,), after)
       for after in (200, 400) for rate in (5e-3, 1e-2) for budget in (800, 1500)),
 )  # fmt: skip
-# After the search, whose four breeds told no form from the trainer: those that were above it at 400 and 1,500 forwards, and some of
-# them together; on six breeds, with new seeds.
+# After the search, whose four breeds told no form from the trainer: those that were above it at 400 and 1,500 forwards, and
+# some of them together; on six breeds, with new seeds.
 CHOSEN_AT = (200, 400, 1500)
 SECOND_ROUND = tuple(Form(label, flags, budgets=CHOSEN_AT) for label, flags in {
     DEFAULT.label: {},

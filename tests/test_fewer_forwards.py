@@ -13,7 +13,19 @@ from tiny import scheduler_of
 
 from miniature.critters import all_breeds, held_out_breeds, spare_breeds
 from reproduction import fewer_forwards, runs
-from reproduction.fewer_forwards_forms import BUDGETS, DEFAULT, END, ENDS, FORMS, GRADIENTS, IN_TABLES, RIVALS, START, Form
+from reproduction.fewer_forwards_forms import (
+    BUDGETS,
+    DEFAULT,
+    END,
+    ENDS,
+    FORMS,
+    GRADIENTS,
+    IN_TABLES,
+    RIVALS,
+    SECOND_ROUND,
+    START,
+    Form,
+)
 from reproduction.fewer_forwards_tables import (
     LOSES,
     TIES,
@@ -27,6 +39,7 @@ from reproduction.fewer_forwards_tables import (
     in_pictures,
     measured_tables,
     search_notes,
+    second_notes,
     stopping_notes,
     verdict,
 )
@@ -57,7 +70,7 @@ def test_spare_breeds_are_others():
     assert not looks & {breed.critter.main_attributes() for breed in spare_breeds()} and names
 
 
-@pytest.mark.parametrize("form", [*FORMS, *RIVALS], ids=lambda form: form.label)
+@pytest.mark.parametrize("form", [*FORMS, *RIVALS, *SECOND_ROUND], ids=lambda form: form.label)
 def test_a_form_s_tokens_are_kept_and_paid_for(form, tmp_path):
     """At each budget the token that is judged is one that the run keeps, and cost at most the budget, and little less."""
     settings = runs.Settings(Miniature(tmp_path, tmp_path, tmp_path), tmp_path, "model", "id", None, None)
@@ -75,8 +88,11 @@ def test_a_form_s_tokens_are_kept_and_paid_for(form, tmp_path):
 
 
 def test_labels_are_names():
-    labels = [form.label for form in (*FORMS, *RIVALS, *ENDS)]
-    assert len(set(labels)) == len(labels)
+    for forms in ((*FORMS, *RIVALS, *ENDS), (*SECOND_ROUND, *ENDS)):
+        labels = [form.label for form in forms]
+        assert len(set(labels)) == len(labels)
+    flags = {form.label: form.flags for form in FORMS}
+    assert all(flags.get(form.label, form.flags) == form.flags for form in SECOND_ROUND)  # the same name, the same form
 
 
 def test_plan_and_hours(capsys, tmp_path):
@@ -278,6 +294,9 @@ def test_search_notes():
     assert float(rows["the last budget"][1].strip(" |")) > 0.5 > -0.5 > float(rows["highest contrast"][1].strip(" |"))
     assert float(rows["highest contrast"][0]) < float(rows["most attributes: the best that a signal could do"][0])
     assert search_notes(invented() | {form.label: {} for form in FORMS}, FORMS, 3)  # before anything is done
+    second = second_notes({form.label: found[DEFAULT.label] for form in SECOND_ROUND}, SECOND_ROUND, 3, 2)
+    assert all(form.label in second for form in SECOND_ROUND) and "Chosen: Gauss-Newton." in second
+    assert "|  | 200 | 400 | 1500 |" in second and "The paper's loop" not in second
 
 
 def test_runs_done_are_collected(settings):
