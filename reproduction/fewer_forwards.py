@@ -10,8 +10,8 @@ The search compares forms of the trainer, and rates and schedules of the paper's
 nowhere; its notes are SEARCH.md. The second round has the best forms and what they have in common on more breeds and other
 seeds; SECOND.md says which form goes on. The measures are on the twelve held-out breeds: the trainer as it stands (with
 --flags), the paper's loop as the suite's tables have it, the same at the best rate and schedule that the search found for
-each budget, and gradient textual inversion. Their tables are RESULTS.md and, with --page, stand in that page. A run is scored along the
-way at every budget, where its schedule allows that. Interrupted, the same command continues.
+each budget, and gradient textual inversion. Their tables are RESULTS.md and, with --page, stand in that page. A run is
+scored along the way at every budget, where its schedule allows that. Interrupted, the same command continues.
 """
 
 from __future__ import annotations
