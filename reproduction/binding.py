@@ -187,10 +187,10 @@ def images_of(job: Job, output: Path) -> list[Image.Image]:
 
 
 def measure_costs(args: argparse.Namespace) -> dict:
-    """Processor seconds of a picture by itself, with the rows in turn on eight prompts: other programs do not count."""
+    """Processor seconds of a picture by itself, with the rows in turn on up to eight prompts: other programs do not count."""
     torch.set_num_threads(1)
     found = []
-    tasks = tasks_of("S1", "development")[:8]
+    tasks = tasks_of("S1", "development")[: min(8, args.prompts)]
     for warm, task in enumerate([tasks[0], *tasks]):  # the first is not counted
         for row in CORE + ("published",):
             job = Job("S1", row, "none", (task,), (0,), settings_of(row, args.steps, args.guidance), args.scheduler, "")

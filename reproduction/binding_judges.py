@@ -145,7 +145,7 @@ def train_counter(folder: Path, pictures: int) -> None:
     right = {str(of): (read == counts[fresh])[counts[fresh] == of].float().mean().item() for of in range(3)}
     save_file(counter.state_dict(), folder / "counter.safetensors")
     write_json(folder / "counter.json", dict(pictures=pictures, fresh=len(fresh), right=right, drawn=counter_on_drawn(counter),
-                                             classifier=classifier_on_pairs()))  # fmt: skip
+                                             classifier=classifier_on_pairs(min(100, pictures))))  # fmt: skip
 
 
 @torch.no_grad()
@@ -180,7 +180,7 @@ def counter_on_drawn(counter: AttributeClassifier) -> dict[str, list[int]]:
     return dict(sorted(found.items()))
 
 
-def classifier_on_pairs(pairs: int = 100) -> dict[str, float]:
+def classifier_on_pairs(pairs: int) -> dict[str, float]:
     """How often the classifier is right on halves as the test pictures should be: two renders of one scene side by side, through
     the VAE."""
     specs = [pair_specs(np.random.default_rng([SEED, 1, k])) for k in range(pairs)]
