@@ -371,7 +371,7 @@ def main(args: argparse.Namespace) -> None:
     compare = lambda: compare_steps(pipeline_of("none", ()), prompts, **how)  # noqa: E731
     records = dict(
         arguments=plain_arguments(vars(args)), **environment(), counter=load_counter(output)[1],
-        costs=once(output / f"costs-{weights}-{args.scheduler}-{args.steps}-{min(8, args.prompts)}.json", lambda: measure_costs(args)),
+        costs=once(output / f"costs-{weights}-{args.scheduler}-{args.steps}-{len(prompts)}.json", lambda: measure_costs(args)),
         steps=once(output / f"steps-{weights}-{len(prompts)}-{args.forwards}.json", compare),
         pictures=read_pictures(jobs, output),
     )  # fmt: skip
