@@ -29,6 +29,7 @@ import torch
 from miniature.critters import held_out_breeds, spare_breeds
 from reproduction import plans, runs, workers
 from reproduction.fewer_forwards_forms import (
+    BESIDE,
     BETWEEN,
     BUDGETS,
     DEFAULT,
@@ -268,7 +269,7 @@ def measures_of(args: argparse.Namespace, best: dict[int, dict[str, Form]]) -> P
     ours = Form(DEFAULT.label, args.trainer_flags)
     gradients = Form(GRADIENTS, dict(use_cc=True), "ti")
     rivals = {IN_TABLES.label: IN_TABLES} | {form.label: form for of in best.values() for form in of.values()}
-    return Part([ours, *rivals.values(), gradients], list(args.breeds), args.seeds, make_settings(args, args.images))
+    return Part([ours, BESIDE, *rivals.values(), gradients], list(args.breeds), args.seeds, make_settings(args, args.images))
 
 
 def estimated_seconds(job: Job, settings: Settings) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from reproduction.declarations import COLUMNS
-from reproduction.fewer_forwards_forms import BUDGETS, CHOSEN_AT, DEFAULT, END, GRADIENTS, IN_TABLES, RIVALS, START, Form
+from reproduction.fewer_forwards_forms import BESIDE, BUDGETS, CHOSEN_AT, DEFAULT, END, GRADIENTS, IN_TABLES, RIVALS, START, Form
 from reproduction.stats import Records, by_subject, paired_differences, values_of
 from zoodip.records import mean_interval, table
 
@@ -242,7 +242,10 @@ def rivals_at(budget: int, best: dict[int, dict[str, Form]]) -> dict[str, tuple[
     rivals = {"the paper's loop as the suite's tables have it": (IN_TABLES.label, IN_TABLES.label)}
     if of:
         rivals["the paper's loop at its best there"] = (of["loss"].label, of["attributes"].label)
-    return rivals | {"gradient TI at equal cost": (GRADIENTS, GRADIENTS)}
+    return rivals | {
+        "gradient TI at equal cost": (GRADIENTS, GRADIENTS),
+        "itself with a basis of 24": (BESIDE.label, BESIDE.label),
+    }
 
 
 def comparison(found: dict, ours: str, budget: int, rival: tuple[str, str]) -> tuple[dict[str, str], dict[str, str]]:

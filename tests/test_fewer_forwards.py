@@ -14,6 +14,7 @@ from tiny import scheduler_of
 from miniature.critters import all_breeds, held_out_breeds, spare_breeds
 from reproduction import fewer_forwards, runs
 from reproduction.fewer_forwards_forms import (
+    BESIDE,
     BUDGETS,
     DEFAULT,
     END,
@@ -104,7 +105,7 @@ def test_plan_and_hours(capsys, tmp_path):
     assert not (tmp_path / "runs").exists()
     best = {budget: {"loss": RIVALS[1], "attributes": RIVALS[-1]} for budget in BUDGETS}
     jobs = fewer_forwards.measures_of(args, best).jobs()
-    assert len({runs.digest(job.spec) for job in jobs}) == len(jobs) == 12 * 7  # two ends, ours, TI, the loop, two rivals
+    assert len({runs.digest(job.spec) for job in jobs}) == len(jobs) == 12 * 8  # two ends, ours, one beside it, TI, the loop, two rivals
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -201,7 +202,7 @@ def test_verdict_in_pictures(attributes, clip, said):
 def invented(better: float = 0.0, breeds: int = 3) -> dict:
     """Of every row a curve that closes half of what is left of the gap at every budget; ours closes `better` of it besides."""
     found = {}
-    for form in (*FORMS, *RIVALS, Form(GRADIENTS, method="ti")):
+    for form in (*FORMS, *RIVALS, Form(GRADIENTS, method="ti"), BESIDE):
         of = {}
         for number, budget in enumerate(sorted((*BUDGETS, 300, 600))):
             records = {}
@@ -278,7 +279,7 @@ def test_tables_and_page():
     tables = measured_tables(found, DEFAULT.label, best_rivals(found))
     first = tables["verdicts"].splitlines()[2].split(" | ")
     assert first[0] == "| 100" and first[2:] == ["wins", "wins |"]
-    assert len(tables["verdicts"].splitlines()) == 2 + 3 * len(BUDGETS)
+    assert len(tables["verdicts"].splitlines()) == 2 + 4 * len(BUDGETS)
     page = (ROOT / "docs/gauss_newton.md").read_text()
     filled = fill(page, tables)
     assert fill(filled, tables) == filled and all(text in filled for text in tables.values())
