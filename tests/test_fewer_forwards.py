@@ -105,7 +105,7 @@ def test_plan_and_hours(capsys, tmp_path):
     assert not (tmp_path / "runs").exists()
     best = {budget: {"loss": RIVALS[1], "attributes": RIVALS[-1]} for budget in BUDGETS}
     jobs = fewer_forwards.measures_of(args, best).jobs()
-    assert len({runs.digest(job.spec) for job in jobs}) == len(jobs) == 12 * 8  # two ends, ours, one beside it, TI, the loop, two rivals
+    assert len({runs.digest(job.spec) for job in jobs}) == len(jobs) == 12 * 8  # two ends, ours, its neighbour, TI, loop, rivals
 
 
 @pytest.mark.parametrize("argv, says", [
