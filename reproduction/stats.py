@@ -113,7 +113,7 @@ def paired_differences(a: Records, b: Records, score: str) -> list[float]:
 def best_of_others(rows: dict[str, Records], label: str, score: str) -> Records:
     """Of each subject its records in the best of all rows but one, chosen on the other subjects (of a single one, other seeds).
 
-    A row that were chosen on the runs that it is judged on would be better by chance: of twenty some are.
+    A row chosen on the runs that it is judged on would be better by chance: of twenty some are.
     """
     sign = -1 if COLUMNS[score].lower_is_better else 1
     others = {name: {run: record for run, record in records.items() if score in record}
