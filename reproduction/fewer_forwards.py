@@ -256,6 +256,14 @@ class Part:
     def collect(self) -> dict:
         return collect(self.forms, self.subjects, self.seeds, self.settings)
 
+    def commits(self) -> list[str]:
+        """Of the code that made the runs that are done."""
+        found = set()
+        for job in self.jobs():
+            path = points_path(job, self.settings) if isinstance(job, FormJob) else self.settings.folder(job.spec) / "result.json"
+            found |= {json.loads(path.read_text()).get("commit") or "unknown"} if path.exists() else set()
+        return sorted(found)
+
 
 def search_of(args: argparse.Namespace) -> Part:
     forms = [form for form in FORMS if form is DEFAULT or args.forms is None or any(word in form.label for word in args.forms)]
@@ -322,13 +330,15 @@ def main(args: argparse.Namespace) -> None:
     failures = []
     if "search" in args.parts:
         failures += run_part(search, args)
-        everything = Part([*FORMS, *RIVALS], search.subjects, search.seeds, search.settings).collect()
-        write_report(args.report, "SEARCH.md", search_notes(everything, FORMS, len(search.subjects)))
+        whole = Part([*FORMS, *RIVALS], search.subjects, search.seeds, search.settings)
+        everything = whole.collect()
+        write_report(args.report, "SEARCH.md", search_notes(everything, FORMS, len(search.subjects)), whole.commits())
         write_json(args.report / "search.json", plain(everything), indent=1)
     if "second" in args.parts:
         failures += run_part(second, args)
         everything = second.collect()
-        write_report(args.report, "SECOND.md", second_notes(everything, SECOND_ROUND, len(second.subjects), len(second.seeds)))
+        text = second_notes(everything, SECOND_ROUND, len(second.subjects), len(second.seeds))
+        write_report(args.report, "SECOND.md", text, second.commits())
         write_json(args.report / "second.json", plain(everything), indent=1)
     if "measures" in args.parts:
         best = best_rivals(Part(list(RIVALS), search.subjects, search.seeds, search.settings).collect())
@@ -342,7 +352,8 @@ def main(args: argparse.Namespace) -> None:
             f"{len(measures.subjects)} breeds, {len(measures.seeds)} seed(s); trainer's flags: {args.flags or 'its defaults'}.\n"
         )
         write_report(args.report, "RESULTS.md", "# Fewer forwards\n\n" + breeds
-                     + "".join(f"\n## {name.capitalize()}\n\n{text}\n" for name, text in tables.items()))  # fmt: skip
+                     + "".join(f"\n## {name.capitalize()}\n\n{text}\n" for name, text in tables.items()),
+                     measures.commits())  # fmt: skip
         write_json(args.report / "results.json", plain(found), indent=1)
         if args.page is not None:
             write_atomically(args.page, fill(args.page.read_text(), tables).encode())
@@ -356,10 +367,11 @@ def plain(found: dict) -> dict:
                     for budget, records in of.items()} for label, of in found.items()} | environment()  # fmt: skip
 
 
-def write_report(folder: Path, name: str, text: str) -> None:
+def write_report(folder: Path, name: str, text: str, commits: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     where = environment()
-    foot = f"\nMade by `python -m reproduction.fewer_forwards` on {where['device']}; commit {where['commit']}.\n"
+    foot = (f"\nMade by `python -m reproduction.fewer_forwards` on {where['device']}; runs of commit {', '.join(commits)}, this page "
+            f"of {where['commit']}.\n")  # fmt: skip
     write_atomically(folder / name, (text.rstrip() + "\n" + foot).encode())
     print(folder / name)
 
