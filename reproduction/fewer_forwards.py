@@ -370,8 +370,8 @@ def plain(found: dict) -> dict:
 def write_report(folder: Path, name: str, text: str, commits: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     where = environment()
-    foot = (f"\nMade by `python -m reproduction.fewer_forwards` on {where['device']}; runs of commit {', '.join(commits)}, this page "
-            f"of {where['commit']}.\n")  # fmt: skip
+    foot = f"\nMade by `python -m reproduction.fewer_forwards` on {where['device']}; runs of commit {', '.join(commits)}, "
+    foot += f"this page of {where['commit']}.\n"
     write_atomically(folder / name, (text.rstrip() + "\n" + foot).encode())
     print(folder / name)
 
