@@ -23,6 +23,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from zoodip.records import peak_resident_bytes
+
 STAGE, LAYER = "stage:", "layer:"  # beginnings of the names of profiler ranges
 
 
@@ -110,8 +112,7 @@ def peak_counters(device: str) -> dict[str, int]:
             reserved=torch.cuda.max_memory_reserved(),
             nvidia_smi=gpu_bytes()[os.getpid()],
         )
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return dict(rss=next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
+    return dict(rss=peak_resident_bytes())
 
 
 def gpu_bytes() -> Counter[int]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import lzma
 import os
@@ -298,9 +297,7 @@ def write_sheets(jobs: Sequence[Job], output: Path, report: Path) -> None:
         if drawn:
             write_image(output / f"{name}.png", sheet(drawn, output))
         if core:
-            content = io.BytesIO()
-            sheet(core, output, most=6).save(content, "JPEG", quality=90)
-            write_atomically(report / f"{name}.jpg", content.getvalue())
+            write_image(report / f"{name}.jpg", sheet(core, output, most=6))
 
 
 # ------------------------------------------------------------------------------------------------------------------- main

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ COUNTS = {"count": ("0", "1", "2")}
 EXPECTED = (0.1, 0.8, 0.1)  # of drawn halves, about as those of COUNTED: 6 without, 98 with one, 4 with two
 COUNTED = ROOT / "reproduction" / "binding_development" / "counted.png"
 EPOCHS, BATCH = 6, 48
+Of = TypeVar("Of")
 
 
 # ----------------------------------------------------------------------------------------------------- renders to learn from
@@ -106,21 +108,24 @@ def halves_of(wide: torch.Tensor) -> torch.Tensor:
     return torch.cat([wide[..., :SIDE], wide[..., SIDE:]])
 
 
+def left_first(pairs: Sequence[Sequence[Of]]) -> list[Of]:
+    """What is known of the halves of pictures, in the order of `halves_of`."""
+    return [pair[k] for k in range(2) for pair in pairs]
+
+
 def train_counter(folder: Path, pictures: int) -> None:
     """counter.safetensors, of the network that counts creatures in a half, and counter.json: its share right on fresh renders
     through the VAE, and on drawn pictures that were counted by eye."""
-    count = pictures + max(30, pictures // 4)
-    drawn = [counted_picture(i) for i in tqdm(range(count), desc="counter: renders", leave=False)]
-    clean = wide_pixels([picture for picture, _ in drawn])
-    decoded = through_vae(clean)
-    counts = torch.tensor([of for k in range(2) for of in (halves[k] for _, halves in drawn)])
-    learned = torch.cat([torch.arange(pictures), count + torch.arange(pictures)])
+    drawn = [counted_picture(i) for i in tqdm(range(pictures + max(30, pictures // 4)), desc="counter: renders", leave=False)]
+    wide = wide_pixels([picture for picture, _ in drawn])
+    wide_decoded = through_vae(wide)
+    clean, decoded, fresh = halves_of(wide[:pictures]), halves_of(wide_decoded[:pictures]), halves_of(wide_decoded[pictures:])
+    counts, fresh_counts = (torch.tensor(left_first([of for _, of in some])) for some in (drawn[:pictures], drawn[pictures:]))
     generator = torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         counter = AttributeClassifier(COUNTS)
-    clean, decoded = halves_of(clean), halves_of(decoded)
-    batches = math.ceil(len(learned) / BATCH)
+    batches = math.ceil(len(counts) / BATCH)
     optimizer = torch.optim.AdamW(counter.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=EPOCHS * batches)
 
@@ -128,7 +133,7 @@ def train_counter(folder: Path, pictures: int) -> None:
         return torch.rand(*shape, 1, 1, 1, generator=generator)
 
     for _ in tqdm(range(EPOCHS), desc="counter: epochs", leave=False):
-        for chosen in learned[torch.randperm(len(learned), generator=generator)].split(BATCH):
+        for chosen in torch.randperm(len(counts), generator=generator).split(BATCH):
             # as far from a render as the VAE leaves it, and half as far again: a drawn picture is rougher still
             seen = torch.lerp(clean[chosen], decoded[chosen], 1.5 * share(len(chosen)))
             soft = F.avg_pool2d(F.pad(seen, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -140,9 +145,8 @@ def train_counter(folder: Path, pictures: int) -> None:
             loss.backward()
             optimizer.step()
             schedule.step()
-    fresh = torch.cat([torch.arange(pictures, count), count + torch.arange(pictures, count)])
-    read = counted(counter.eval(), decoded[fresh]).argmax(1)
-    right = {str(of): (read == counts[fresh])[counts[fresh] == of].float().mean().item() for of in range(3)}
+    read = counted(counter.eval(), fresh).argmax(1)
+    right = {str(of): (read == fresh_counts)[fresh_counts == of].float().mean().item() for of in range(3)}
     save_file(counter.state_dict(), folder / "counter.safetensors")
     write_json(folder / "counter.json", dict(pictures=pictures, fresh=len(fresh), right=right, drawn=counter_on_drawn(counter),
                                              classifier=classifier_on_pairs(min(100, pictures))))  # fmt: skip
@@ -172,7 +176,7 @@ def counter_on_drawn(counter: AttributeClassifier) -> dict[str, list[int]]:
         pictures = [grid.convert("RGB").crop((x, y, x + 2 * SIDE, y + SIDE)) for x, y in boxes]
     read = map(str, counted(counter, halves_of(wide_pixels(pictures))).argmax(1).tolist())
     found: dict[str, list[int]] = {}
-    for label, count in zip([label[k] for k in range(2) for label in labels], read, strict=True):
+    for label, count in zip(left_first(labels), read, strict=True):
         if len(label) == 1:
             of = found.setdefault(label, [0, 0])
             of[0] += label == count
@@ -186,9 +190,8 @@ def classifier_on_pairs(pairs: int) -> dict[str, float]:
     specs = [pair_specs(np.random.default_rng([SEED, 1, k])) for k in range(pairs)]
     wide = through_vae(wide_pixels([side_by_side(*(render(spec, SIDE) for spec in pair)) for pair in specs]))
     read = classifier().read(halves_of(wide))
-    of_halves = [pair[k] for k in range(2) for pair in specs]
     return {
-        name: float(np.mean([each[name] == truth(spec)[name] for each, spec in zip(read, of_halves, strict=True)]))
+        name: float(np.mean([each[name] == truth(spec)[name] for each, spec in zip(read, left_first(specs), strict=True)]))
         for name in ("colour", "accessory", "scene")
     }
 

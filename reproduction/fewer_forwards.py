@@ -318,10 +318,10 @@ def main(args: argparse.Namespace) -> None:
     search = search_of(args)
     second = Part(list(SECOND_ROUND), search.subjects, search.seeds, search.settings)
     if args.dry_run:
-        if "second" in args.parts:
-            print_plan("second round", second, args.jobs)
         if "search" in args.parts:
             print_plan("search", search, args.jobs)
+        if "second" in args.parts:
+            print_plan("second round", second, args.jobs)
         if "measures" in args.parts:
             best = best_rivals(Part(list(RIVALS), search.subjects, search.seeds, search.settings).collect())
             expected = best or {budget: {"loss": list(rates_and_schedules(budget))[1]} for budget in BUDGETS}

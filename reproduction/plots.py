@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from functools import singledispatch
@@ -14,7 +13,7 @@ from reproduction.declarations import COLUMNS, HeatMaps, Histograms, PictureGrid
 from reproduction.runs import Settings, pictures_path
 from reproduction.scores import slug
 from reproduction.stats import Records, spread_of_cells, values_of
-from zoodip.files import write_atomically, write_image
+from zoodip.files import write_image
 from zoodip.pictures import picture_sheet
 from zoodip.records import ROOT, mean_interval
 from zoodip.subject import find_images, open_image
@@ -200,10 +199,8 @@ def row_sheet(records: Records, settings: Settings, kind: str, path: Path) -> bo
             reference = find_images(settings.world.data / subject)[0]
             blocks.append(([open_image(picture) for picture in (reference, *found)], subject))
     if blocks:
-        content = io.BytesIO()
-        picture_sheet(blocks, columns=2, cell=64, gap=3).save(content, "JPEG", quality=85)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content.getvalue())
+        write_image(path, picture_sheet(blocks, columns=2, cell=64, gap=3))
     return bool(blocks)
 
 

@@ -222,7 +222,7 @@ def claims_section(findings: list[Finding]) -> Section:
     ranked = sorted(findings, key=lambda finding: order.index(finding.verdict) if finding.verdict in order else len(order))
     judged = sum(finding.verdict != TOO_FEW for finding in findings)
     sources = dict.fromkeys(claim.source for claim in CLAIMS)  # in the order of their first claims
-    lines = [f"{sentence(finding)}" + ("" if source == next(iter(sources)) else f" [{source}]")
+    lines = [sentence(finding) + ("" if source == next(iter(sources)) else f" [{source}]")
              for source in sources for finding in ranked if finding.claim.source == source]  # fmt: skip
     note = CLAIMS_NOTE + f" Of {judged} claims that were judged about {round(judged / 20)} intervals may mislead."
     return Section("What became of the claims", [], table=claims_table(findings), bullets=lines,

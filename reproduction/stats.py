@@ -20,7 +20,7 @@ from reproduction.declarations import AT_THE_END, CLAIM_COLUMNS, COLUMNS
 from reproduction.experiments import BY_NAME
 from reproduction.variations import varied
 from train_zoodip import low_variance_directions
-from zoodip.records import T_975, mean_interval
+from zoodip.records import T_975, mean_interval, quantile
 
 Run = tuple[str, int]  # subject, seed
 Records = dict[Run, dict]
@@ -120,15 +120,15 @@ def best_of_others(rows: dict[str, Records], label: str, score: str) -> Records:
               for name, records in rows.items() if name != label}  # fmt: skip
     everyone = dict.fromkeys(run for records in others.values() for run in records)
     one_subject = len({subject for subject, _ in everyone}) == 1
+
+    def unit(run: Run) -> Run | str:
+        return run if one_subject else run[0]
+
     result = {}
     for run in everyone:
-
-        def is_left_out(other: Run, run: Run = run) -> bool:
-            return other == run if one_subject else other[0] == run[0]
-
         means = {name: sign * float(np.mean(values)) for name, records in others.items()
                  if run in records and (values := units({other: record[score] for other, record in records.items()
-                                                         if not is_left_out(other)}))}  # fmt: skip
+                                                         if unit(other) != unit(run)}))}  # fmt: skip
         if means:
             result[run] = others[max(means, key=lambda name: means[name])][run]
     return result
@@ -197,10 +197,6 @@ def smallest_effect(half_width: float, count: int) -> float:
     if count < 2:
         return float("nan")
     return half_width * (1 + quantile(T_80, 0.842, count - 1) / quantile(T_975, 1.960, count - 1))
-
-
-def quantile(table: tuple[float, ...], normal: float, freedom: int) -> float:
-    return table[freedom - 1] if freedom <= len(table) else normal
 
 
 @dataclass

@@ -46,9 +46,9 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) 
 
 
 def write_image(path: Path, image: Image.Image) -> None:
-    """A PNG, whole or not at all. Raises InputError."""
+    """A PNG, or by its name a JPEG, whole or not at all. Raises InputError."""
     content = io.BytesIO()
-    image.save(content, "PNG")
+    image.save(content, "JPEG" if path.suffix == ".jpg" else "PNG", quality=85)  # which a PNG has none of
     write_atomically(path, content.getvalue())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -51,13 +50,18 @@ def peak_memory_gb(device: torch.device) -> float:
         import psutil
 
         return psutil.Process().memory_info().peak_wset / 1e9
+    if sys.platform == "linux":
+        return peak_resident_bytes() / 1e9
     import resource
 
-    with suppress(OSError, StopIteration):  # Linux: ru_maxrss would start at what the process that started this one held
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def peak_resident_bytes() -> int:
+    """Of this program, on Linux: ru_maxrss would start at what the process that started it held."""
+    with open("/proc/self/status", "rb") as status:
+        return int(status.read().partition(b"VmHWM:")[2].split(maxsplit=1)[0]) * 1024
 
 
 def plain_arguments(flags: dict) -> dict:
@@ -93,11 +97,16 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 
          2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
 
 
+def quantile(table: tuple[float, ...], normal: float, freedom: int) -> float:
+    """Of Student's t, from a table for 1, 2, ... degrees of freedom; beyond it the distance to the normal's falls as 1 / n."""
+    if freedom <= len(table):
+        return table[freedom - 1]
+    return normal + (table[-1] - normal) * len(table) / freedom
+
+
 def mean_interval(values: list[float]) -> tuple[float, float]:
     """Mean and half width of its 95 % interval (Student's t, values taken as independent); nan for one value."""
     array = np.asarray(values, float)
     if len(array) < 2:
         return float(array.mean()), float("nan")
-    freedom = len(array) - 1
-    quantile = T_975[freedom - 1] if freedom <= len(T_975) else 1.96 + 2.4 / freedom  # within .002
-    return float(array.mean()), float(quantile * array.std(ddof=1) / np.sqrt(len(array)))
+    return float(array.mean()), float(quantile(T_975, 1.960, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array)))
