@@ -13,19 +13,19 @@ from zoodip.errors import InputError
 from zoodip.files import write_atomically
 
 ARCHIVE = "runs.tar.xz"  # in the folder of a report: token, curve and scores of each of its runs; tuned weights are too large
-ARCHIVED = re.compile(r"[0-9a-f]{12}/(?:(?:spec|result|scores-[0-9a-f]{12})\.json|learned_embeds(?:-steps-[0-9]+)?\.safetensors)")
+ARCHIVED = re.compile(
+    r"[0-9a-f]{12}/(?:(?:spec|result|(?:scores|points)-[0-9a-f]{12})\.json|learned_embeds(?:-steps-[0-9]+)?\.safetensors)"
+)
 
 
 def pack_runs(jobs: list[Job], settings: Settings, path: Path) -> None:
     """All that tables are made of, of the jobs that are done, in one compressed file. The same runs give the same bytes."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:
-        for job in sorted(jobs, key=lambda job: digest(job.spec)):
-            folder, of_snapshot = settings.folder(job.spec), "learned_embeds-steps-"
-            for file in sorted(folder.glob("*")):
-                if file.name.startswith(of_snapshot) and "along" not in job.kinds:
-                    continue  # no picture is of it
-                if (folder / "result.json").exists() and ARCHIVED.fullmatch(name := f"{folder.name}/{file.name}"):
+        for job in sorted((job for job in jobs if job.done(settings)), key=lambda job: digest(job.spec)):
+            folder = settings.folder(job.spec)
+            for file in sorted([*folder.glob("*.json"), *job.tokens(settings)]):
+                if ARCHIVED.fullmatch(name := f"{folder.name}/{file.name}"):
                     entry = tarfile.TarInfo(name)
                     entry.size = file.stat().st_size
                     archive.addfile(entry, io.BytesIO(file.read_bytes()))
@@ -33,7 +33,9 @@ def pack_runs(jobs: list[Job], settings: Settings, path: Path) -> None:
 
 
 def unpack_runs(path: Path, output: Path) -> None:
-    """The runs of `pack_runs` into <output>/runs, where a file is not there yet. Raises InputError."""
+    """The runs of `pack_runs`, where there are any, into <output>/runs, where a file is not there yet. Raises InputError."""
+    if not path.exists():
+        return
     try:
         with tarfile.open(fileobj=io.BytesIO(lzma.decompress(path.read_bytes()))) as archive:
             for entry in archive:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import lzma
 import os
 import sys
 import time
@@ -35,7 +34,7 @@ from tqdm import tqdm
 from miniature.critters import held_out_breeds
 from reproduction import plans, runs, tables, workers
 from reproduction.binding_judges import MODEL, SIDE, load_counter, read_halves, train_counter
-from reproduction.binding_report import write_report
+from reproduction.binding_report import read_records, write_records, write_report
 from reproduction.binding_rows import CORE, SETTINGS, ceiling_latents, passes, rows_of, settings_of
 from reproduction.binding_sets import SETS, TEST_PROMPTS, Task, tasks_of
 from reproduction.binding_steps import compare_steps
@@ -43,7 +42,7 @@ from zoodip.arguments import new_parser
 from zoodip.binding_drawing import decode, draw_bound
 from zoodip.binding_settings import Settings
 from zoodip.errors import InputError, run_script
-from zoodip.files import write_atomically, write_image, write_json
+from zoodip.files import write_image, write_json
 from zoodip.folder import model_digest
 from zoodip.model import SCHEDULERS, build_scheduler, load_pipeline
 from zoodip.pictures import picture_sheet
@@ -264,18 +263,6 @@ def read_pictures(jobs: Iterable[Job], output: Path) -> list[dict]:
             about = dict(set=job.set_name, quantization=job.quantization, row=job.row, prompt=prompt, seed=seed)
             found.append(dict(about, **cost, halves=read_halves(image, counter)))
     return found
-
-
-def write_records(path: Path, records: dict) -> None:
-    write_atomically(path, lzma.compress(json.dumps(records).encode()))
-
-
-def read_records(path: Path) -> dict:
-    """Raises InputError."""
-    try:
-        return json.loads(lzma.decompress(path.read_bytes()))
-    except (OSError, lzma.LZMAError, ValueError) as error:
-        raise InputError(f"{path}: is no whole file of records ({error}); make it without --report_only") from error
 
 
 def sheet(jobs: Sequence[Job], output: Path, most: int = 8) -> Image.Image:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import lzma
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,6 +30,18 @@ samples through the UNet of a picture. The second table of a set is of what a me
 HARMED = ("right_one_each", "one_each", "several", "empty", "uninvited", "scene")
 
 Scores = dict[str, list[float]]  # {prompt, or breed: scores of its pictures}
+
+
+def write_records(path: Path, records: dict) -> None:
+    write_atomically(path, lzma.compress(json.dumps(records).encode()))
+
+
+def read_records(path: Path) -> dict:
+    """Raises InputError."""
+    try:
+        return json.loads(lzma.decompress(path.read_bytes()))
+    except (OSError, lzma.LZMAError, ValueError) as error:
+        raise InputError(f"{path}: is no whole file of records ({error}); make it without --report_only") from error
 
 
 class Table:

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from miniature.critters import held_out_breeds, spare_breeds
-from reproduction import plans, runs, workers
+from reproduction import archives, plans, runs, workers
 from reproduction.fewer_forwards_forms import (
     BESIDE,
     BETWEEN,
@@ -44,7 +44,15 @@ from reproduction.fewer_forwards_forms import (
     Form,
     rates_and_schedules,
 )
-from reproduction.fewer_forwards_tables import best_rivals, fill, measured_tables, search_notes, second_notes
+from reproduction.fewer_forwards_tables import (
+    best_rivals,
+    fill,
+    measured_tables,
+    read_found,
+    search_notes,
+    second_notes,
+    write_found,
+)
 from reproduction.judging import TokenJudge
 from reproduction.runs import Job, Settings, digest
 from reproduction.stats import Records, add_gaps
@@ -53,10 +61,15 @@ from trainers import gauss_newton
 from zoodip.arguments import OneLineArgumentParser
 from zoodip.diffusion import Batch, FrozenModel, load_scheduler
 from zoodip.errors import InputError, run_script
-from zoodip.files import write_atomically, write_json
+from zoodip.files import write_atomically, write_image, write_json
 from zoodip.folder import find_model_folder, model_digest
+from zoodip.pictures import picture_sheet
 from zoodip.prompts import Prompts
 from zoodip.records import ROOT, environment
+from zoodip.subject import find_images, open_image
+
+SHOWN_AT = (400, 3000)  # forwards
+SHOWN = 3  # pictures of each method, on the sheets
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs of forms
@@ -72,6 +85,11 @@ class FormJob(Job):
 
     def done(self, settings: Settings) -> bool:
         return all(str(budget) in read_points(self, settings) for budget in self.points)
+
+    def tokens(self, settings: Settings) -> list[Path]:
+        folder = settings.folder(self.spec)
+        names = ["learned_embeds", *(f"learned_embeds-steps-{step}" for step in sorted(set(self.points.values())))]
+        return [path for name in names if (path := folder / f"{name}.safetensors").exists()]
 
 
 def points_path(job: Job, settings: Settings) -> Path:
@@ -124,6 +142,12 @@ def picture_scores(judge: TokenJudge, theta: torch.Tensor, sheet: str) -> dict[s
     return judge.likeness("scores", pictures)
 
 
+def token_at(judge: TokenJudge, step: int) -> torch.Tensor:
+    """A run's token after so many steps: kept along the way, or the last."""
+    name = f"learned_embeds-steps-{step}"
+    return judge.token(name) if (judge.folder / f"{name}.safetensors").exists() else judge.theta
+
+
 def do(job: Job, settings: Settings) -> None:
     """Learn, then judge the tokens of a FormJob's points, one after another: what is judged is not judged again."""
     if not isinstance(job, FormJob):
@@ -132,13 +156,13 @@ def do(job: Job, settings: Settings) -> None:
     folder, path = settings.folder(job.spec), points_path(job, settings)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "spec.json", job.spec)
-    record = workers.learn(job.spec, settings, eval_steps=0, save_steps=job.save_steps)
+    workers.learn(job.spec, settings, eval_steps=0, save_steps=job.save_steps)
     judge, points = TokenJudge(job.spec, settings), read_points(job, settings)
     scheduler = load_scheduler(judge.judged.inputs.folder)
     for budget, step in job.points.items():
         if str(budget) in points:
             continue
-        theta = judge.theta if step == record["step"] else judge.token(f"learned_embeds-steps-{step}")
+        theta = token_at(judge, step)
         points[str(budget)] = dict(
             step=step, loss=judge.loss("loss", theta), token_norm=theta.norm(dim=1).mean().item(),
             contrast=contrast(judge.judged.model, judge.judged.inputs.prompts, theta, scheduler),
@@ -323,7 +347,7 @@ def main(args: argparse.Namespace) -> None:
         if "second" in args.parts:
             print_plan("second round", second, args.jobs)
         if "measures" in args.parts:
-            best = best_rivals(Part(list(RIVALS), search.subjects, search.seeds, search.settings).collect())
+            best = searched_rivals(args.report)
             expected = best or {budget: {"loss": list(rates_and_schedules(budget))[1]} for budget in BUDGETS}
             print_plan("measures", measures_of(args, expected), args.jobs)
         return
@@ -331,49 +355,80 @@ def main(args: argparse.Namespace) -> None:
     if "search" in args.parts:
         failures += run_part(search, args)
         whole = Part([*FORMS, *RIVALS], search.subjects, search.seeds, search.settings)
-        everything = whole.collect()
-        write_report(args.report, "SEARCH.md", search_notes(everything, FORMS, len(search.subjects)), whole.commits())
-        write_json(args.report / "search.json", plain(everything), indent=1)
+        found = whole.collect()
+        write_report(args.report, "SEARCH", search_notes(found, FORMS, len(search.subjects)), found, whole.commits())
     if "second" in args.parts:
         failures += run_part(second, args)
-        everything = second.collect()
-        text = second_notes(everything, SECOND_ROUND, len(second.subjects), len(second.seeds))
-        write_report(args.report, "SECOND.md", text, second.commits())
-        write_json(args.report / "second.json", plain(everything), indent=1)
+        found = second.collect()
+        text = second_notes(found, SECOND_ROUND, len(second.subjects), len(second.seeds))
+        write_report(args.report, "SECOND", text, found, second.commits())
     if "measures" in args.parts:
-        best = best_rivals(Part(list(RIVALS), search.subjects, search.seeds, search.settings).collect())
+        best = searched_rivals(args.report)
         if not best:
             print("without a search the paper's loop has no best rate yet: its row is left out", file=sys.stderr)
         measures = measures_of(args, best)
+        archives.unpack_runs(args.report / archives.ARCHIVE, args.output)
         failures += run_part(measures, args)
         found = measures.collect()
         tables = measured_tables(found, DEFAULT.label, best)
-        breeds = (
-            f"{len(measures.subjects)} breeds, {len(measures.seeds)} seed(s); trainer's flags: {args.flags or 'its defaults'}.\n"
-        )
-        write_report(args.report, "RESULTS.md", "# Fewer forwards\n\n" + breeds
-                     + "".join(f"\n## {name.capitalize()}\n\n{text}\n" for name, text in tables.items()),
-                     measures.commits())  # fmt: skip
-        write_json(args.report / "results.json", plain(found), indent=1)
+        text = f"# Fewer forwards\n\n{len(measures.subjects)} breeds, {len(measures.seeds)} seed(s); "
+        text += f"trainer's flags: {args.flags or 'its defaults'}.\n"
+        text += "".join(f"\n## {name.capitalize()}\n\n{table.markdown()}\n" for name, table in tables.items())
+        for budget in SHOWN_AT:
+            if write_sheet(measures, args.report / f"sheet-{budget}.jpg", budget, best):
+                text += f"\n![After {budget:,} forwards: a line for each breed](sheet-{budget}.jpg)\n"
+        write_report(args.report, "RESULTS", text, found, measures.commits())
+        archives.pack_runs(measures.jobs(), measures.settings, args.report / archives.ARCHIVE)
         if args.page is not None:
             write_atomically(args.page, fill(args.page.read_text(), tables).encode())
     if failures:
         raise InputError(f"{len(failures)} runs failed, the first: {failures[0]}; fix it and start the same command again")
 
 
-def plain(found: dict) -> dict:
-    """What `collect` found, as JSON has it."""
-    return {label: {str(budget): [dict(record, subject=subject, seed=seed) for (subject, seed), record in records.items()]
-                    for budget, records in of.items()} for label, of in found.items()} | environment()  # fmt: skip
+def searched_rivals(report: Path) -> dict[int, dict[str, Form]]:
+    """The paper's loop at its best for each budget, as the search of this report found it; none before it is done."""
+    path = report / "search.json"
+    return best_rivals(read_found(path)[0]) if path.exists() else {}
 
 
-def write_report(folder: Path, name: str, text: str, commits: list[str]) -> None:
+def write_sheet(measures: Part, path: Path, budget: int, best: dict[int, dict[str, Form]]) -> bool:
+    """A line for each breed: a photograph, then what each method draws after so many forwards -> whether it could be made.
+
+    From the pictures that were scored; one that is not on this machine is drawn again.
+    """
+    labels = {"loop": IN_TABLES.label, "gradient TI": GRADIENTS, "Gauss-Newton": DEFAULT.label}
+    if budget in best:
+        labels["loop at its best"] = best[budget]["attributes"].label
+    by_label = {form.label: form for form in measures.forms if budget in form.budgets}
+    forms = {heading: by_label[label] for heading, label in labels.items() if label in by_label}
+    lines = []
+    for subject in measures.subjects:
+        jobs = [job_of(form, subject, measures.seeds[0], measures.settings) for form in forms.values()]
+        if not all(str(budget) in read_points(job, measures.settings) for job in jobs):
+            continue
+        drawn = []
+        for job in jobs:
+            judge, step = TokenJudge(job.spec, measures.settings), job.points[budget]
+            prompts = measures.settings.prompts(subject)[:SHOWN]
+            of = judge.drawn("scores").of(judge.as_token(token_at(judge, step)))
+            drawn += [row[0] for row in of.pictures(prompts, range(1))]
+        photograph = find_images(measures.settings.world.data / subject)[0]
+        lines.append(([open_image(photograph), *drawn], subject))
+    if lines:
+        headings = ["photograph", *(heading for heading in forms for _ in range(SHOWN))]
+        write_image(path, picture_sheet(lines, cell=96, headings=headings))
+    return bool(lines)
+
+
+def write_report(folder: Path, name: str, text: str, found: dict, commits: list[str]) -> None:
+    """<NAME>.md and <name>.json."""
     folder.mkdir(parents=True, exist_ok=True)
     where = environment()
     foot = f"\nMade by `python -m reproduction.fewer_forwards` on {where['device']}; runs of commit {', '.join(commits)}, "
     foot += f"this page of {where['commit']}.\n"
-    write_atomically(folder / name, (text.rstrip() + "\n" + foot).encode())
-    print(folder / name)
+    write_atomically(folder / f"{name}.md", (text.rstrip() + "\n" + foot).encode())
+    write_found(folder / f"{name.lower()}.json", found, commits)
+    print(folder / f"{name}.md")
 
 
 if __name__ == "__main__":

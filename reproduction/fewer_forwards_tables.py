@@ -1,20 +1,45 @@
 """The reports of `fewer_forwards.py`: the rule of its verdicts, the aims, the notes of the search, the tables of the measures.
 
-What was found is {label of a form: {budget: {(subject, seed): scores}}}, as `fewer_forwards.collect` gives it.
+What was found is {label of a form: {budget: {(subject, seed): scores}}}, as `fewer_forwards.collect` gives it and
+`read_found` reads it again.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from reproduction.declarations import COLUMNS
 from reproduction.fewer_forwards_forms import BESIDE, BUDGETS, CHOSEN_AT, DEFAULT, END, GRADIENTS, IN_TABLES, RIVALS, START, Form
+from reproduction.pages import Table
 from reproduction.stats import Records, by_subject, paired_differences, values_of
-from zoodip.records import mean_interval, table
+from zoodip.files import write_json
+from zoodip.records import environment, mean_interval, table
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_found(path: Path, found: dict, commits: list[str]) -> None:
+    """What was found, and of which code, as JSON."""
+    plain = {label: {str(budget): [dict(record, subject=subject, seed=seed) for (subject, seed), record in records.items()]
+                     for budget, records in of.items()} for label, of in found.items()}  # fmt: skip
+    write_json(path, dict(found=plain, commits=commits, **environment()), indent=1)
+
+
+def read_found(path: Path) -> tuple[dict, list[str]]:
+    """What `write_found` wrote."""
+    content = json.loads(path.read_text())
+    found = {label: {int(budget): {(record["subject"], record["seed"]): record for record in records}
+                     for budget, records in of.items()} for label, of in content["found"].items()}  # fmt: skip
+    return found, content["commits"]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Verdicts
@@ -261,33 +286,35 @@ def comparison(found: dict, ours: str, budget: int, rival: tuple[str, str]) -> t
     return texts, verdicts
 
 
-def measured_tables(found: dict, ours: str, best: dict[int, dict[str, Form]]) -> dict[str, str]:
-    """{name: table in Markdown}: the scores by budget, the differences with their verdicts, and the aims."""
+def measured_tables(found: dict, ours: str, best: dict[int, dict[str, Form]]) -> dict[str, Table]:
+    """{name: table}: the scores by budget, the differences with their verdicts, and the aims."""
     scored, verdicts, differences = [], [], []
     labels = list(dict.fromkeys(label for label in found if label not in (START, END)))
     for budget in BUDGETS:
         for label in labels:
             records = found[label].get(budget, {})
             if records:
-                scored.append([f"{budget:,}", label, *(cell(records, score) for score in ("gap", *JUDGED[1:])), len(records)])
+                scored.append(
+                    [f"{budget:,}", label, *(cell(records, score) for score in ("gap", *JUDGED[1:])), str(len(records))]
+                )
         for heading, rival in rivals_at(budget, best).items():
             texts, said = comparison(found, ours, budget, rival)
             if texts:
                 differences.append([f"{budget:,}", heading, *(texts.get(score, "") for score in JUDGED)])
                 verdicts.append([f"{budget:,}", heading, said.get("loss", ""), in_pictures(said)])
+    reached = {True: "yes", False: "no", None: ""}
     return {
-        "verdicts": table(["forwards", "against", "in loss", "in pictures"], verdicts),
-        "scores": table(["forwards", "", "gap closed", *JUDGED[1:], "runs"], scored),
-        "differences": table(["forwards", "Gauss-Newton minus", *JUDGED], differences),
-        "aims": table(["aim", "found", "reached"], [[aim, text, {True: "yes", False: "no", None: ""}[reached]]
-                                                   for aim, text, reached in aims(found, ours)]),
-    }  # fmt: skip
+        "verdicts": Table(["forwards", "against", "in loss", "in pictures"], verdicts),
+        "aims": Table(["aim", "found", "reached"], [[aim, text, reached[is_so]] for aim, text, is_so in aims(found, ours)]),
+        "scores": Table(["forwards", "", "gap closed", *JUDGED[1:], "runs"], scored),
+        "differences": Table(["forwards", "Gauss-Newton minus", *JUDGED], differences),
+    }
 
 
 MARK = re.compile(r"(<!-- measured by reproduction\.fewer_forwards: (\w+) -->\n)(?:\n|\|.*\n|Not measured yet\.\n)*")
 
 
-def fill(page: str, tables: dict[str, str]) -> str:
+def fill(page: str, tables: dict[str, Table]) -> str:
     """A page with the tables below its marks `<!-- measured by reproduction.fewer_forwards: NAME -->`."""
-    filled = MARK.sub(lambda match: f"{match[1]}\n{tables[match[2]]}\n\n", page)
+    filled = MARK.sub(lambda match: f"{match[1]}\n{tables[match[2]].markdown()}\n\n", page)
     return filled.rstrip("\n") + "\n"

@@ -1,26 +1,22 @@
-"""What runs say, in words: RESULTS.md and RESULTS.html with plots and sheets of pictures, results.json, and the runs, packed.
-
-Both pages are the same `Section`s through a template of `templates/`.
-"""
+"""What runs say, in words: RESULTS.md and RESULTS.html with plots and sheets of pictures, results.json, and the runs, packed."""
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from reproduction import archives, plans, plots, runs
 from reproduction.claims import CLAIMS
 from reproduction.declarations import CLAIM_COLUMNS, COLUMNS, Experiment, Row
 from reproduction.experiments import BY_NAME, CLASS_WORD, EXPERIMENTS
 from reproduction.memory_claims import memory_claims
+from reproduction.other_reports import other_reports
+from reproduction.pages import Image, Section, Table, write_pages
 from reproduction.runs import Job, Settings
 from reproduction.stats import (
     CONTRADICTED,
@@ -76,12 +72,6 @@ def cell(values: list[float], score: str, published: float | None) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Table:
-    header: list[str]
-    lines: list[list[str]]
 
 
 def declared_rows(experiment: Experiment) -> list[Row]:
@@ -250,42 +240,6 @@ CURVES_NOTE = ("Loss on the judging set (t in [500, 900)), and scores of picture
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Image:
-    caption: str
-    path: str  # from the report's folder
-
-
-@dataclass
-class Section:
-    """In this order; paragraphs and cells may hold `code` and **bold**."""
-
-    title: str
-    paragraphs: list[str]
-    bullets: list[str] = field(default_factory=list)
-    table: Table | None = None
-    after: list[str] = field(default_factory=list)
-    after_bullets: list[str] = field(default_factory=list)
-    images: list[Image] = field(default_factory=list)
-    sheets: list[Image] = field(default_factory=list)  # shown where they are asked for
-
-
-def html_text(text: str) -> str:
-    """HTML of `code` and **bold**, all else escaped."""
-    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
-    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked)
-
-
-def render(template: str, title: str, sections: list[Section]) -> bytes:
-    """The report by a template. Raises where it names what there is not."""
-    templates = FileSystemLoader(Path(__file__).resolve().parent / "templates")
-    environment = Environment(loader=templates, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-                              autoescape=template.endswith(".html"), keep_trailing_newline=True)  # fmt: skip
-    environment.filters |= dict(text=html_text, verdict=lambda text: re.sub("[^a-z]", "-", text))
-    text = environment.get_template(template).render(title=title, sections=sections)
-    return (re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n").encode()
-
-
 def command_of(names: list[str], settings: Settings) -> str:
     """The command that makes these tables, as it is given again."""
     world, dry = settings.world, settings.dry_steps
@@ -381,6 +335,8 @@ def write_report(names: list[str], jobs: list[Job], settings: Settings, folder: 
     if {"2", "S10"} & set(names) and settings.world.name == "miniature":  # the other measures its own
         sections.append(Section("Memory", [MEMORY_NOTE], bullets=memory_claims()))
     sections += [section_of(BY_NAME[name], collect, settings, folder) for name in names]
+    if "1" in names and settings.world.name == "miniature":
+        sections += other_reports(folder)
     panels = {BY_NAME[name].curves: last_tokens(BY_NAME[name], collect) for name in names if BY_NAME[name].curves}
     if panels:
         plots.draw_curves(panels, folder / "plots" / "curves.png")
@@ -389,9 +345,7 @@ def write_report(names: list[str], jobs: list[Job], settings: Settings, folder: 
     for sheet in (folder / "sheets").glob("*.jpg"):
         if f"sheets/{sheet.name}" not in shown:  # of runs that have joined others since
             sheet.unlink()
-    title = f"Results: {settings.world.name}"
-    for template, name in (("results.md", "RESULTS.md"), ("results.html", "RESULTS.html")):
-        write_atomically(folder / name, render(template, title, sections))
+    write_pages(f"Results: {settings.world.name}", sections, folder)
     everything = {name: {label: list(map(figures_of, records.values())) for label, records in collect(name).items()}
                   for name in names}  # fmt: skip
     write_atomically(folder / "results.json", (json.dumps(everything) + "\n").encode())

@@ -189,6 +189,11 @@ class Job:
         folder = settings.folder(self.spec)
         return (folder / "result.json").exists() and not any(self.to_score(settings))
 
+    def tokens(self, settings: Settings) -> list[Path]:
+        """The tokens that something is judged of: the last, and the snapshots where pictures are scored along the way."""
+        every = "learned_embeds*.safetensors" if "along" in self.kinds else "learned_embeds.safetensors"
+        return sorted(settings.folder(self.spec).glob(every))
+
     def to_score(self, settings: Settings) -> list[str]:
         """The evaluations that are not there, in the order in which they need one another."""
         folder = settings.folder(self.spec)

@@ -169,7 +169,7 @@ def main(args: argparse.Namespace) -> None:
     settings = make_settings(args)
     jobs = plans.plan((BY_NAME[name] for name in args.tables), settings)
     folder = args.report or settings.output
-    if not args.dry_run and (folder / archives.ARCHIVE).exists():
+    if not args.dry_run:
         archives.unpack_runs(folder / archives.ARCHIVE, settings.output)
     if args.dry_run:
         print_plan(jobs, args, settings)

@@ -15,7 +15,7 @@ from PIL import ImageOps
 from miniature.drawing import render
 from miniature.words import ACCESSORIES
 from miniature.world import random_spec
-from reproduction import binding, binding_judges
+from reproduction import binding, binding_judges, binding_report
 from reproduction.binding_judges import SIDE, counted_picture, load_counter, middles_of, read_halves, score, train_counter
 from reproduction.binding_report import Table, above_control, aims, cost_ratios, tables_of, verdict, write_report
 from reproduction.binding_rows import ROWS, SWEEP, ceiling_latents, join_windows, passes, rows_of, settings_of, split_windows
@@ -249,7 +249,7 @@ def test_tables_come_from_the_records_alone(tmp_path):
     )
     write_report(records, tmp_path)
     report = (tmp_path / "RESULTS.md").read_bytes()
-    binding.write_records(tmp_path / "records.json.xz", records)
+    binding_report.write_records(tmp_path / "records.json.xz", records)
     (tmp_path / "RESULTS.md").unlink()
     binding.main(binding.parse_args(["--report_only", "--report", str(tmp_path)]))
     assert (tmp_path / "RESULTS.md").read_bytes() == report and (tmp_path / "steps.png").stat().st_size > 1000
@@ -274,7 +274,7 @@ def test_the_command_goes_on_where_it_stopped(tmp_path):
     binding.main(binding.parse_args(argv))
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 6
     assert all(path.stat().st_mtime_ns == moment for path, moment in first.items())
-    records = binding.read_records(tmp_path / "records.json.xz")
+    records = binding_report.read_records(tmp_path / "records.json.xz")
     assert len(records["pictures"]) == 6 and {len(each["halves"]) for each in records["pictures"]} == {2}
     text = (tmp_path / "RESULTS.md").read_text()
     assert "### S1, unquantised" in text and "2 prompts, 2 pictures a row." in text

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import MINIATURE, ROOT, run_cli
+from PIL import Image
 from test_reproduction import TinyWorld
 from tiny import scheduler_of
 
 from miniature.critters import all_breeds, held_out_breeds, spare_breeds
-from reproduction import fewer_forwards, runs
+from reproduction import archives, fewer_forwards, runs
 from reproduction.fewer_forwards_forms import (
     BESIDE,
     BUDGETS,
@@ -39,10 +40,12 @@ from reproduction.fewer_forwards_tables import (
     gap_at,
     in_pictures,
     measured_tables,
+    read_found,
     search_notes,
     second_notes,
     stopping_notes,
     verdict,
+    write_found,
 )
 from reproduction.worlds import Miniature
 from trainers import gauss_newton
@@ -158,6 +161,26 @@ def test_scored_along_the_way(settings, tmp_path):
     fewer_forwards.do(late, settings)
     began = fewer_forwards.read_points(late, settings)["112"]["token_norm"]
     assert began == pytest.approx(on_the_way.norm().item(), rel=0.2) and late.done(settings)
+
+
+def test_sheet_and_archive(settings, tmp_path):
+    """A line for each breed that is done; the archive holds the tokens that were judged and their scores, and no others."""
+    form = replace(SMALL, label=DEFAULT.label)
+    measures = fewer_forwards.Part([form], ["dog6"], [0], settings)
+    assert not fewer_forwards.write_sheet(measures, tmp_path / "none.jpg", 200, {})
+    (job,) = (job for job in measures.jobs() if isinstance(job, fewer_forwards.FormJob))
+    fewer_forwards.do(job, settings)
+    assert fewer_forwards.write_sheet(measures, tmp_path / "sheet.jpg", 200, {})
+    with Image.open(tmp_path / "sheet.jpg") as sheet:
+        assert sheet.width > 3 * 96 and sheet.height < 2 * 128  # a photograph and two pictures in one line
+    job = replace(job, points={200: 40})
+    archives.pack_runs([job], settings, tmp_path / "runs.tar.xz")
+    archives.unpack_runs(tmp_path / "runs.tar.xz", tmp_path / "other")
+    name = settings.folder(job.spec).name
+    assert {path.name for path in (tmp_path / "other" / "runs" / name).iterdir()} == {
+        "spec.json", fewer_forwards.points_path(job, settings).name, "learned_embeds.safetensors",
+        "learned_embeds-steps-40.safetensors"}  # fmt: skip
+    assert job.done(replace(settings, output=tmp_path / "other"))
 
 
 def test_contrast(tiny):
@@ -277,13 +300,24 @@ def test_tables_and_page():
     """Our row wins where it is better on every breed, in loss too, where lower is better; and a page is filled twice alike."""
     found = invented(better=0.1)
     tables = measured_tables(found, DEFAULT.label, best_rivals(found))
-    first = tables["verdicts"].splitlines()[2].split(" | ")
-    assert first[0] == "| 100" and first[2:] == ["wins", "wins |"]
-    assert len(tables["verdicts"].splitlines()) == 2 + 4 * len(BUDGETS)
+    first = tables["verdicts"].lines[0]
+    assert first[0] == "100" and first[2:] == ["wins", "wins"]
+    assert len(tables["verdicts"].lines) == 4 * len(BUDGETS)
     page = (ROOT / "docs/gauss_newton.md").read_text()
     filled = fill(page, tables)
-    assert fill(filled, tables) == filled and all(text in filled for text in tables.values())
+    assert fill(filled, tables) == filled and all(table.markdown() in filled for table in tables.values())
     assert "Not measured yet.\n" not in filled
+
+
+def test_records_are_read_as_they_were_written(tmp_path):
+    found = invented()
+    write_found(tmp_path / "results.json", found, ["0123456"])
+    assert read_found(tmp_path / "results.json") == (
+        {label: {budget: {key: dict(record, subject=key[0], seed=key[1]) for key, record in records.items()}
+                 for budget, records in of.items()} for label, of in found.items()}, ["0123456"])  # fmt: skip
+    assert fewer_forwards.searched_rivals(tmp_path) == {}  # there was no search
+    write_found(tmp_path / "search.json", found, ["0123456"])
+    assert fewer_forwards.searched_rivals(tmp_path) == best_rivals(found) != {}
 
 
 def test_search_notes():

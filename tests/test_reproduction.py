@@ -35,6 +35,7 @@ from reproduction import (
     evaluate,
     judging,
     memory_claims,
+    pages,
     plans,
     plots,
     prompts,
@@ -499,7 +500,7 @@ def test_the_report_names_the_command_that_makes_it(tmp_path, flags):
     settings = tables.make_settings(args)
     jobs = plan_of(settings, *args.tables)
     section = report.introduction(args.tables, settings, jobs, 0)
-    text = report.render("results.md", "x", [section]).decode()
+    text = pages.render("results.md", "x", [section]).decode()
     command = re.search("`python -m reproduction.tables ([^`]*)`", text)[1].split()
     again = tables.parse_args(command)
     assert [job.spec for job in plan_of(tables.make_settings(again), *again.tables)] == [job.spec for job in jobs]
@@ -945,16 +946,16 @@ class PageReader(HTMLParser):
 
 def test_both_pages_say_the_same(tmp_path):
     """The HTML page is whole, its pictures are there, markup in a text is text, and every cell of the Markdown is on it."""
-    section = report.Section(
-        "Table <1> & 2", ["a **bold** `x < y` <script>"], ["one", "two"], report.Table(["", "b"], [["c", "d*"]]), ["after"],
-        ["three"], [report.Image("plot", "plots/a.png")], [report.Image("row", "sheets/b.jpg")],
+    section = pages.Section(
+        "Table <1> & 2", ["a **bold** `x < y` <script>"], ["one", "two"], pages.Table(["", "b"], [["c", "d*"]]), ["after"],
+        ["three"], [pages.Image("plot", "plots/a.png")], [pages.Image("row", "sheets/b.jpg")],
     )  # fmt: skip
-    text = report.render("results.md", "Results: x", [report.Section("", ["first"]), section]).decode()
+    text = pages.render("results.md", "Results: x", [pages.Section("", ["first"]), section]).decode()
     paragraphs = ["# Results: x", "first", "## Table <1> & 2", "a **bold** `x < y` <script>", "- one\n- two",
                   "|  | b |\n|---|---|\n| c | d* |", "after", "- three", "![plot](plots/a.png)",
                   "Pictures: [row](sheets/b.jpg)"]  # fmt: skip
     assert text == "\n\n".join(paragraphs) + "\n"
-    page = report.render("results.html", "Results: x", [report.Section("", ["first"]), section]).decode()
+    page = pages.render("results.html", "Results: x", [pages.Section("", ["first"]), section]).decode()
     reader = PageReader()
     reader.feed(page)
     assert reader.open == [] and reader.pictures == ["plots/a.png", "sheets/b.jpg"]
