@@ -4,14 +4,17 @@
     python -m reproduction.fewer_forwards --dry_run             # what would run, and about how long
     python -m reproduction.fewer_forwards --jobs 2              # the search, then the measures
     python -m reproduction.fewer_forwards --parts second --spare 6 --seeds 1 2
+    python -m reproduction.fewer_forwards --parts third --seeds 1
     python -m reproduction.fewer_forwards --parts measures --flags "--starts 2" --page docs/gauss_newton.md
 
 The search compares forms of the trainer, and rates and schedules of the paper's loop, on spare breeds that are reported
 nowhere; its notes are SEARCH.md. The second round has the best forms and what they have in common on more breeds and other
 seeds; SECOND.md says which form goes on. The measures are on the twelve held-out breeds: the trainer as it stands (with
 --flags), the paper's loop as the suite's tables have it, the same at the best rate and schedule that the search found for
-each budget, and gradient textual inversion. Their tables are RESULTS.md and, with --page, stand in that page. A run is
-scored along the way at every budget, where its schedule allows that. Interrupted, the same command continues.
+each budget, and gradient textual inversion; their tables are RESULTS.md and, with --page, stand in that page. The third round
+has the basis of 24, which was above the trainer in the first two, on these breeds with a new seed; THIRD.md says whether it
+takes the trainer's place, by the same rule from all runs together. A run is scored along the way at every budget, where its
+schedule allows that. Interrupted, the same command continues.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ from reproduction.fewer_forwards_tables import (
     read_found,
     search_notes,
     second_notes,
+    third_notes,
     write_found,
 )
 from reproduction.judging import TokenJudge
@@ -205,8 +209,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--parts",
         nargs="+",
         default=["search", "measures"],
-        choices=["search", "second", "measures"],
-        help="which of the three, in this order",
+        choices=["search", "second", "measures", "third"],
+        help="which of the four, in this order",
     )
     add("--forms", nargs="+", default=None, metavar="WORDS", help="of the search only forms whose label holds one of these words")
     add("--flags", default="", help="of the trainer, in the measures: the form that the search showed to be best")
@@ -341,11 +345,14 @@ def run_part(part: Part, args: argparse.Namespace) -> list[str]:
 def main(args: argparse.Namespace) -> None:
     search = search_of(args)
     second = Part(list(SECOND_ROUND), search.subjects, search.seeds, search.settings)
+    third = Part([DEFAULT, BESIDE], list(args.breeds), args.seeds, make_settings(args, args.images))
     if args.dry_run:
         if "search" in args.parts:
             print_plan("search", search, args.jobs)
         if "second" in args.parts:
             print_plan("second round", second, args.jobs)
+        if "third" in args.parts:
+            print_plan("third round", third, args.jobs)
         if "measures" in args.parts:
             best = searched_rivals(args.report)
             expected = best or {budget: {"loss": list(rates_and_schedules(budget))[1]} for budget in BUDGETS}
@@ -381,6 +388,11 @@ def main(args: argparse.Namespace) -> None:
         archives.pack_runs(measures.jobs(), measures.settings, args.report / archives.ARCHIVE)
         if args.page is not None:
             write_atomically(args.page, fill(args.page.read_text(), tables).encode())
+    if "third" in args.parts:
+        failures += run_part(third, args)
+        found, before = third.collect(), ("search.json", "second.json", "results.json")
+        rounds = [read_found(path)[0] for name in before if (path := args.report / name).exists()]
+        write_report(args.report, "THIRD", third_notes(found, rounds), found, third.commits())
     if failures:
         raise InputError(f"{len(failures)} runs failed, the first: {failures[0]}; fix it and start the same command again")
 

@@ -181,6 +181,28 @@ def second_notes(found: dict, forms: Sequence[Form], count: int, seeds: int) -> 
     return "".join([*text, smallest_gaps(found, forms), differences_from_default(found, forms), the_choice(found, forms)])
 
 
+def pooled(rounds: Sequence[dict]) -> dict:
+    """The trainer's runs and those of the basis of 24, of all rounds together; rounds have it by the one or the other name."""
+    found: dict[str, dict[int, Records]] = {DEFAULT.label: {}, BESIDE.label: {}}
+    for of_round in rounds:
+        for name, label in ((DEFAULT.label, DEFAULT.label), (BESIDE.label, BESIDE.label), ("basis 24", BESIDE.label)):
+            for budget, records in of_round.get(name, {}).items():
+                found[label].setdefault(budget, {}).update(records)
+    return found
+
+
+def third_notes(found: dict, rounds: Sequence[dict]) -> str:
+    """THIRD.md: the basis of 24 with new seeds, and the choice from all runs of all rounds."""
+    forms, count = (DEFAULT, BESIDE), len(by_subject(gap_at(found[BESIDE.label], 400)))
+    text = [f"# Forms of the Gauss-Newton trainer, third round\n\nMeans over the {count} breeds of the measures, a new seed.\n"]
+    text += scores_by_budget("The trainer", found, forms)
+    text += [smallest_gaps(found, forms), differences_from_default(found, forms, BUDGETS), the_choice(found, forms)]
+    everything = pooled([*rounds, found])
+    breeds = len(by_subject(gap_at(everything[BESIDE.label], 400)))
+    text.append(f"\n# All rounds together\n\n{breeds} breeds, each the mean of its seeds.\n")
+    return "".join([*text, differences_from_default(everything, forms), the_choice(everything, forms)])
+
+
 def scores_by_budget(title: str, found: dict, forms: Sequence[Form]) -> list[str]:
     text, budgets = [], [budget for budget in BUDGETS if any(budget in form.budgets for form in forms)]
     for score in ("gap", "attributes", "CLIP-I", "accessory"):
