@@ -40,10 +40,12 @@ from reproduction.fewer_forwards_tables import (
     gap_at,
     in_pictures,
     measured_tables,
+    pooled,
     read_found,
     search_notes,
     second_notes,
     stopping_notes,
+    third_notes,
     verdict,
     write_found,
 )
@@ -294,6 +296,21 @@ def test_choice_of_a_form():
     shift(found, basis, (1500,), "gap", -0.1)
     assert chosen_form(found, FORMS).label == clip  # the other loses somewhere
     assert chosen_form({form.label: {} for form in FORMS}, FORMS) is DEFAULT
+
+
+def test_third_round():
+    """The rule that the new seed alone cannot satisfy is satisfied by all rounds together; the search's shorter name counts."""
+    first, third = invented(), {label: invented()[label] for label in (DEFAULT.label, BESIDE.label)}
+    for budget in (200, 400):
+        for breed, record in enumerate(first["basis 24"][budget].values()):
+            record["attributes"] += 0.1 + 0.01 * breed
+    del first[BESIDE.label]
+    for records in (*third[DEFAULT.label].values(), *third[BESIDE.label].values()):
+        for seed_0 in list(records):
+            records[seed_0[0], 1] = records.pop(seed_0)
+    alone, together = third_notes(third, [first]).split("# All rounds together")
+    assert "Chosen: Gauss-Newton.\n" in alone and f"Chosen: {BESIDE.label}.\n" in together
+    assert len(pooled([first, third])[BESIDE.label][200]) == 6 and "3 breeds, each the mean" in together
 
 
 def test_tables_and_page():
