@@ -408,9 +408,10 @@ def write_sheet(measures: Part, path: Path, budget: int, best: dict[int, dict[st
 
     From the pictures that were scored; one that is not on this machine is drawn again.
     """
-    labels = {"loop": IN_TABLES.label, "gradient TI": GRADIENTS, "Gauss-Newton": DEFAULT.label}
+    labels = {"loop": IN_TABLES.label}
     if budget in best:
         labels["loop at its best"] = best[budget]["attributes"].label
+    labels |= {"Gauss-Newton": DEFAULT.label, "gradient TI": GRADIENTS}
     by_label = {form.label: form for form in measures.forms if budget in form.budgets}
     forms = {heading: by_label[label] for heading, label in labels.items() if label in by_label}
     lines = []
