@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""ZOODiP: teach a 4-bit, frozen Stable Diffusion one new word from a handful of photographs, by forward passes only.
+"""ZOODiP: teach a frozen 4-bit Stable Diffusion one new word from a handful of photographs, with forward passes only.
 
 Implements Seo, Jeong, Lee, Chun, "Efficient Personalization of Quantized Diffusion Model without Backpropagation"
 (CVPR 2025, arXiv 2503.14868). Equations, algorithms and tables cited below are that paper's.
@@ -9,15 +9,15 @@ One training step, in the order of this file:
     image, flip, caption, timestep (Eq. 9), noise  ->  n + 1 candidate tokens  ->  one batched UNet forward
     ->  n + 1 losses (Eq. 1)  ->  zeroth-order gradient (Eq. 3)  ->  Subspace Gradient projection (Eqs. 4-8)  ->  Adam
 
-Everything but the token (768 numbers) is frozen, and what training runs through is quantised. Run it:
+Everything but the token (768 numbers) is frozen, and the modules that training runs through are quantised. Usage:
 
     python train_zoodip.py --train_data_dir dataset/dog6 --initializer_token dog --use_cc            # one GPU
     python train_zoodip.py --train_data_dir dataset/dog6 --initializer_token dog --use_cc \\
         --mixed_precision bf16                                                                      # a CPU
-    accelerate launch --num_processes 3 train_zoodip.py ...              # the candidates of a step over three GPUs
+    accelerate launch --num_processes 3 train_zoodip.py ...              # the candidates of a step, split over three GPUs
 
-This script is the method. What it shares with the other trainers (photographs, prompts, the quantised model, a run that
-is recorded and resumed) is in zoodip/.
+This script contains the method. What it shares with the other trainers (photographs, prompts, the quantised model, recording and
+resuming a run) is in zoodip/.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from zoodip import arguments
 from zoodip.arguments import flags_for, require, require_at_least_one, require_positive
 from zoodip.errors import prepare_process, run_script
 
-# The flags that decide what is learned. A checkpoint records them, and resuming under others is refused.
+# Flags that affect what is learned. Checkpoints record them, and resuming with different values is refused.
 METHOD_SETTINGS = "n mu tau nu t_min t_max timestep_sampling estimator learning_rate".split()
 SETTINGS = [*arguments.SHARED_SETTINGS, *METHOD_SETTINGS]
-# Flags that decide too, recorded where they are not these; a schedule that ends has its end recorded as well.
+# Flags that affect it too but are recorded only if they differ from these values. A schedule that ends also records its end.
 OPTIONAL_SETTINGS = {**arguments.OPTIONAL_SETTINGS, "lr_scheduler": "constant", "lr_warmup_steps": 0}
 
 
@@ -47,15 +47,15 @@ OPTIONAL_SETTINGS = {**arguments.OPTIONAL_SETTINGS, "lr_scheduler": "constant", 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser(
-        "Learn one token embedding for a subject by forward passes through a quantised Stable Diffusion."
+        "Learn one token embedding for a subject with only forward passes through a quantised Stable Diffusion."
     )
     add = arguments.add_model_flags(parser)
     add(
         "--save_quantized",
         default=None,
         metavar="DIR",
-        help="write the model, quantised, to DIR, to be given as --pretrained_model_name_or_path; without --train_data_dir "
-        "that is all",
+        help="write the quantised model to DIR, for use as --pretrained_model_name_or_path; without --train_data_dir, do "
+        "nothing else",
     )
     arguments.add_token_flags(parser)
     arguments.add_subject_flags(parser)
@@ -66,20 +66,20 @@ def build_parser() -> argparse.ArgumentParser:
         "--mu",
         type=float,
         default=None,
-        help="length of a perturbation along each direction; the default is 1e-3, and 1e-2 where activations are bf16",
+        help="length of the perturbation along each direction; default: 1e-3, or 1e-2 with bf16 activations",
     )
     add("--tau", type=int, default=128, help="tokens in the Subspace Gradient buffer = steps between its refreshes")
     add("--nu", type=float, default=1e-3, help="share of the trajectory's variance to project out; 0: no projection")
     arguments.add_timestep_flags(add, "puts")  # --t_min and --t_max: T_L and T_U of Eq. 9
     add("--estimator", default="rge", choices=["rge", "spsa", "one_point"], help="zeroth-order gradient estimator")
-    add("--learning_rate", type=float, default=5e-3, help="of Adam (betas .9, .999, epsilon 1e-3)")
+    add("--learning_rate", type=float, default=5e-3, help="learning rate of Adam (betas .9, .999, epsilon 1e-3)")
     add(
         "--lr_scheduler",
         default="constant",
         choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
-        help="how the learning rate goes on, as diffusers has them; all but the constant ones end at 0 after --max_train_steps",
+        help="learning rate schedule, as in diffusers; all but the constant ones end at 0 after --max_train_steps",
     )
-    add("--lr_warmup_steps", type=int, default=0, help="updates over which the learning rate rises from 0; not of constant")
+    add("--lr_warmup_steps", type=int, default=0, help="updates over which the learning rate rises from 0; not for constant")
     add("--max_train_steps", type=int, default=30000, help="steps to train")
     arguments.add_step_flags(add, "images per step; all candidates share them")
 
@@ -88,12 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
+    """Parse and check the command line (`sys.argv` if `argv` is None); exit with code 2 and a one-line message on an error."""
     return arguments.parse(build_parser(), check_flags, argv)
 
 
 def check_flags(flags: dict) -> None:
-    """Refuse what can be refused without opening a file. Raises InputError."""
+    """Check everything that can be checked without opening a file. Raises InputError."""
     if flags["save_quantized"] is not None:
         require(flags, "quantization", flags["quantization"] != "none", "must be nf4 or int8 with --save_quantized")
         if flags["train_data_dir"] is None:
@@ -110,7 +110,7 @@ def check_flags(flags: dict) -> None:
     require(flags, "nu", 0 <= flags["nu"] < 1, "must be in [0, 1)")
 
 
-# torch takes a second to import: --help and wrong arguments are answered before.
+# torch takes a second to import, so --help and invalid arguments are handled first.
 if __name__ == "__main__":
     ARGS = parse_args()
     prepare_process()
@@ -141,7 +141,7 @@ from zoodip.run import Run
 
 
 def partial_uniform_timesteps(batch_size: int, generator: torch.Generator, t_min: int, t_max: int) -> torch.Tensor:
-    """[batch_size] timesteps, uniform over the integers [t_min, t_max). Its rivals of Table 5: `timestep_sampler`."""
+    """Timesteps [batch_size], uniform over the integers [t_min, t_max). Alternatives (Table 5): `timestep_sampler`."""
     return uniform_timesteps(batch_size, generator, t_min, t_max)
 
 
@@ -157,15 +157,15 @@ def denoising_losses(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Te
 
 @torch.inference_mode()
 def candidate_losses(model: FrozenModel, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
-    """Losses [C], on the CPU, of candidate tokens [C, V, d]: all of them on the same images, timesteps and noise."""
+    """Losses [C], on the CPU, of candidate tokens [C, V, d], all on the same images, timesteps and noise."""
     noise_pred = model.predict(batch, tokens)
     return denoising_losses(noise_pred, batch.target.to(noise_pred.device)).cpu()
 
 
 def shared_losses(accelerator, model: FrozenModel, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
-    """Losses [C] of all candidates, each process evaluating its share: only losses are exchanged.
+    """Losses [C] of all candidates; each process evaluates its share, and only losses are exchanged.
 
-    Every process draws the same numbers and so holds the same theta, without ever sending it.
+    Every process draws the same random numbers and so holds the same theta, which is never sent.
     """
     processes, rank = accelerator.num_processes, accelerator.process_index
     if processes == 1:
@@ -176,7 +176,7 @@ def shared_losses(accelerator, model: FrozenModel, batch: Batch, tokens: torch.T
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The zeroth-order gradient (Eq. 3) and its rivals (Table S4)
+# The zeroth-order gradient (Eq. 3) and its alternatives (Table S4)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -185,17 +185,17 @@ class RGE:
 
     @staticmethod
     def num_directions(n: int) -> int:
-        """Random directions that an estimate of n slopes draws."""
+        """Number of random directions drawn for an estimate of n slopes."""
         return n
 
     @staticmethod
     def num_candidates(n: int) -> int:
-        """Tokens whose loss an estimate of n slopes needs: its forwards."""
+        """Number of tokens whose loss an estimate of n slopes needs, i.e. its forwards."""
         return n + 1
 
     @staticmethod
     def candidate_offsets(directions: torch.Tensor) -> torch.Tensor:
-        """Where the loss is evaluated around theta, in units of mu. Directions [n, V, d] -> [C, V, d]."""
+        """Offsets from theta at which the loss is evaluated, in units of mu. Directions [n, V, d] -> [C, V, d]."""
         return torch.cat([torch.zeros_like(directions[:1]), directions])
 
     @staticmethod
@@ -205,12 +205,12 @@ class RGE:
 
     @staticmethod
     def loss(losses: torch.Tensor) -> torch.Tensor:
-        """The loss to report of a step."""
+        """The loss to report for a step."""
         return losses[0]
 
 
 class SPSA(RGE):
-    """Central differences: 2n forwards, none of them at theta; their mean differs from the loss there by the order of mu^2."""
+    """Central differences: 2n forwards, none of them at theta; their mean loss differs from the loss at theta by O(mu^2)."""
 
     @staticmethod
     def num_candidates(n: int) -> int:
@@ -246,7 +246,7 @@ class OnePoint(RGE):
     def slopes(losses: torch.Tensor, mu: float) -> torch.Tensor:
         """p_i = (L(theta + mu u_{i+1}) - L(theta + mu u_i)) / mu (Table S4).
 
-        It multiplies u_{i+1}: with u_i, as the supplement prints, the expectation would be minus the gradient.
+        The slope multiplies u_{i+1}; with u_i, as printed in the supplement, the expectation would be minus the gradient.
         """
         return (losses[1:] - losses[:-1]) / mu
 
@@ -278,8 +278,8 @@ def low_variance_directions(history: torch.Tensor, nu: float) -> torch.Tensor:
     """Directions in which the tokens of `history` [tau, D] hardly moved -> orthonormal rows [k, D], k < tau (Eqs. 4-7).
 
     Columns are standardised. i* is the smallest number of right singular vectors whose variances sum to more than 1 - nu of
-    the whole; those after it are returned. The last one has variance 0, as centred data have rank tau - 1; Eq. 7 includes it.
-    Singular values in fp64: their squares span twelve decades.
+    the total; the vectors after it are returned. The last one has variance 0, as centred data have rank tau - 1; Eq. 7 includes
+    it. The SVD is in fp64, because the squared singular values span twelve decades.
     """
     history = history.double()
     centred = history - history.mean(0)
@@ -291,11 +291,11 @@ def low_variance_directions(history: torch.Tensor, nu: float) -> torch.Tensor:
         return history.new_zeros(0, history.shape[1]).float()
     enough = explained / explained[-1] > 1 - nu
     kept = int(enough.float().argmax()) + 1 if enough.any() else len(enough)  # i* of Eq. 6, 1-based
-    return right_vectors[kept:].float().contiguous()  # as a checkpoint restores it: a layout changes the last bit
+    return right_vectors[kept:].float().contiguous()  # the layout that a checkpoint restores: another changes the last bit
 
 
 class SubspaceGradient:
-    """Algorithm 2: every tau steps, find the directions along which the token hardly moved; then keep out of them."""
+    """Algorithm 2: every tau steps, find the directions along which the token hardly moved, then project them out."""
 
     def __init__(self, tau: int, nu: float, dim: int):
         self.tau, self.nu = tau, nu
@@ -308,7 +308,7 @@ class SubspaceGradient:
         return (flat - (flat @ self.projection.T) @ self.projection).view_as(gradient)
 
     def append(self, token: torch.Tensor) -> None:
-        """Remember an updated token; with tau of them, refresh the projection and start over."""
+        """Store an updated token; once there are tau of them, refresh the projection and start over."""
         self.token_history = torch.cat([self.token_history, token.detach().reshape(1, -1)])
         if len(self.token_history) == self.tau:
             self.projection = low_variance_directions(self.token_history, self.nu)
@@ -316,21 +316,21 @@ class SubspaceGradient:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The token, and what moves it
+# The token and its optimiser
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def learning_rate_factor(lr_scheduler: str, lr_warmup_steps: int, max_train_steps: int) -> Callable[[int], float]:
-    """diffusers' schedule of that name, as a function: number of updates done -> what the learning rate is multiplied by."""
+    """The diffusers schedule of that name, as a function: number of updates so far -> factor of the learning rate."""
     from diffusers.optimization import get_scheduler
 
-    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # a scheduler is made for an optimiser; of ours it would wrap step()
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # a scheduler needs an optimiser, and would wrap step() of ours
     schedule = get_scheduler(lr_scheduler, unused, num_warmup_steps=lr_warmup_steps, num_training_steps=max_train_steps)
     return schedule.lr_lambdas[0]
 
 
 class ZOAdam:
-    """theta and everything that moves it, fp32 on the CPU (a few KB): Adam with epsilon 1e-3 on the projected estimate."""
+    """theta and everything that updates it, fp32 on the CPU (under 1 MB): Adam with epsilon 1e-3 on the projected estimate."""
 
     remedy = "a smaller --learning_rate or another --mu"
 
@@ -359,25 +359,25 @@ class ZOAdam:
         )
 
     def candidates(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw the directions [n, V, d] and place the candidates [C, V, d]: new tensors, theta is never perturbed."""
+        """Draw the directions [n, V, d] and build the candidates [C, V, d] as new tensors; theta itself is never perturbed."""
         directions = torch.randn(self.estimator.num_directions(self.n), *self.theta.shape, generator=generator)
         return directions, self.theta.detach() + self.mu * self.estimator.candidate_offsets(directions)
 
     def step(self, directions: torch.Tensor, losses: torch.Tensor) -> float | None:
-        """Update theta from the candidates' losses [C] -> the step's loss; None, and no update, where one is not finite."""
+        """Update theta from the candidates' losses [C] -> the step's loss, or None, without an update, if any is not finite."""
         if not torch.isfinite(losses).all():
             return None
         effective_dim = self.theta.numel() - len(self.subspace.projection)
         gradient = zeroth_order_gradient(self.estimator.slopes(losses, self.mu), directions[-self.n :], effective_dim)
         self.theta.grad = self.subspace.project(gradient)
-        updates = int(self.optimizer.state[self.theta]["step"])  # Adam counts them, so a schedule has nothing to checkpoint
+        updates = int(self.optimizer.state[self.theta]["step"])  # counted by Adam, so a schedule has no state of its own to save
         self.optimizer.param_groups[0]["lr"] = self.learning_rate * self.factor(updates)
         self.optimizer.step()
         self.subspace.append(self.theta)
         return self.estimator.loss(losses).item()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All that the next steps depend on, but the generator."""
+        """Everything the next steps depend on, except the generator."""
         adam = {f"adam.{name}": tensor for name, tensor in self.optimizer.state[self.theta].items()}
         return {
             "theta": self.theta.detach(),
@@ -408,21 +408,21 @@ def train(
     batch_size: int,
     generator: torch.Generator,
 ) -> None:
-    """Algorithm 1, from where `run` stands to its last step or to a signal."""
+    """Algorithm 1, from the current step of `run` to its last step or to a signal."""
     for _ in run.steps(outputs):
-        batch = draw_batch(data, batch_size, sample, generator)  # what all candidates of a step share
+        batch = draw_batch(data, batch_size, sample, generator)  # shared by all candidates of the step
         directions, candidates = zo.candidates(generator)
-        losses = shared_losses(run.accelerator, model, batch, candidates)  # forward passes, and nothing else
+        losses = shared_losses(run.accelerator, model, batch, candidates)  # forward passes only
         loss = zo.step(directions, losses)
         run.note(loss, forwards=len(candidates))
 
 
 def main(args: argparse.Namespace) -> int:
-    """Check, load, train, save: cheapest first, so that what is wrong is refused before a model is loaded.
+    """Check, load, train, save: the cheapest checks come first, so that errors are reported before a model is loaded.
 
-    Returns the exit code: 0, or 128 + signal where the run was interrupted (and saved). Raises InputError.
+    Returns the exit code: 0, or 128 + signal if the run was interrupted (and saved). Raises InputError.
     """
-    flags = vars(args)  # a view: what is filled in below is in it too
+    flags = vars(args)  # a view: values set on `args` below appear in it too
     if args.train_data_dir is None:
         save_quantized(Path(args.save_quantized), **flags_for(save_quantized, flags))
         return 0
@@ -433,8 +433,8 @@ def main(args: argparse.Namespace) -> int:
         inputs.folder, inputs.variant = save_quantized(Path(args.save_quantized), **flags_for(save_quantized, flags)), None
         args.pretrained_model_name_or_path, args.variant = str(inputs.folder), None
     flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))
-    args.num_vectors = len(inputs.initial_token)  # of an embedding file its own
-    if args.mu is None:  # bf16 keeps 8 bits: a smaller step drowns in rounding (docs/measurements.md)
+    args.num_vectors = len(inputs.initial_token)  # an embedding file has its own number
+    if args.mu is None:  # bf16 has 8 significant bits: a smaller step drowns in rounding (docs/measurements.md)
         args.mu = 1e-2 if args.mixed_precision == "bf16" else 1e-3
 
     generator = torch.Generator().manual_seed(args.seed)
@@ -449,7 +449,7 @@ def main(args: argparse.Namespace) -> int:
     outputs = TokenOutputs(zo, inputs, model, data, run.settings, **flags_for(TokenOutputs, flags))
     if args.timestep_sampling == "puts":
         sample = partial(partial_uniform_timesteps, t_min=args.t_min, t_max=args.t_max)
-    else:  # a rival of Table 5
+    else:  # an alternative from Table 5
         sample = timestep_sampler(data, **flags_for(timestep_sampler, flags))
     with run:
         train(run, outputs, zo, model, data, sample, args.train_batch_size, generator)

@@ -3,17 +3,17 @@
 # sh train_zoodip.sh demo    the bundled miniature and the bundled subject: a minute on two CPU cores
 # sh train_zoodip.sh quick   the same in fewer forward passes, by another method (docs/gauss_newton.md)
 #
-# MODEL_NAME, DATA_DIR and OUTPUT_DIR override the paths; arguments are passed on to train_zoodip.py (quick:
-# trainers/gauss_newton.py) and override the ones below. Hyper-parameters are not set here: train_zoodip.py's defaults are
-# the paper's. Only the demo sets four: 500 steps instead of 30,000, a learning rate for so few (docs/measurements.md), tau in
-# proportion to a token of 256 numbers instead of 768, and fp32 on a GPU too, as fp16 learns less with
-# the paper's mu (docs/measurements.md#precision). quick sets the forward passes that it spends.
+# MODEL_NAME, DATA_DIR and OUTPUT_DIR override the paths. Arguments are passed on to train_zoodip.py (quick:
+# trainers/gauss_newton.py) and override the ones below. Hyperparameters are not set here: train_zoodip.py's defaults are
+# the paper's. Only the demo sets four: 500 steps instead of 30,000, a learning rate for so few steps (docs/measurements.md),
+# tau scaled to a token of 256 numbers instead of 768, and fp32 on a GPU too, because fp16 learns less with the paper's mu
+# (docs/measurements.md#precision). quick sets the number of forward passes.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-$(command -v python3 || command -v python)}
-export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" # this folder's zoodip/, whichever is installed
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" # this folder's zoodip/, even if another is installed
 
-bundled() { # a training script on the bundled miniature and subject: NAME of the output folder, the script, its arguments
+bundled() { # run a training script on the bundled miniature and subject: the output folder's name, the script, its arguments
     name=$1 script=$2
     shift 2
     exec "$python" "$here/$script" \

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Memory and time of a picture by each binding method at the shape of Stable Diffusion v1.5, with random weights.
+"""Memory and time of one picture with each binding method, at Stable Diffusion v1.5's shape with random weights.
 
-    python -m benchmarks.binding                               # 512 pixels, writes the model's folder for a moment
+    python -m benchmarks.binding                               # 512 pixels; writes the model to a temporary folder
     python -m benchmarks.binding --folder sd15 --size 256 --output results
 
-A picture of two groups with few denoising steps, of which the first has a method's updates: the peak is that of a whole picture,
-and what a whole one takes is told in passes. Memory is that of tensors that live at once, exact and the same in every run
-(benchmarks/memory.py); seconds are under the profiler that counts them, so that ratios say more. Writes binding.json and .md.
+Draws a prompt of two groups in a few denoising steps, of which only the first makes the method's updates: the peak is that of a
+full-length picture, whose cost is reported in passes. Memory counts simultaneously live tensors, exact and the same in every run
+(benchmarks/memory.py); seconds include the profiler that counts them, so ratios say more. Writes binding.json and .md.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ PROMPT = "a [red dog*] and a [blue cat*]"
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="which")
-    add("--folder", type=Path, default=None, help="the SD v1.5-shaped model, or any other; default: it is made, and removed")
+    add("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods to measure")
+    add("--folder", type=Path, default=None, help="the SD v1.5-shaped model, or any other; default: a temporary one")
     add("--size", type=int, default=512, help="width and height of the picture in pixels")
     add("--steps", type=int, default=2, help="denoising steps, of which the first has updates")
-    add("--quantization", default="nf4", choices=["nf4", "int8", "none"], help="of the weights")
-    add("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the activations")
+    add("--quantization", default="nf4", choices=["nf4", "int8", "none"], help="quantisation of the weights")
+    add("--dtype", default="fp32", choices=["fp32", "bf16"], help="precision of the activations")
     add("--output", type=Path, default=ROOT / "benchmarks", help="folder for binding.json and .md")
     return parser.parse_args(argv)
 
 
 def measure(pipeline, method: str, size: int, steps: int) -> dict:
-    """Peak of live bytes, seconds and passes of one picture."""
+    """Peak live bytes, seconds and passes of one picture."""
     whole = METHODS[method]
     settings = replace(whole, steps=steps, sem_steps=min(1, whole.sem_steps), map_steps=min(1, whole.map_steps))
     pictures = []

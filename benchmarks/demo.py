@@ -25,12 +25,12 @@ from zoodip.records import ROOT, table
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder for demo.json and .md")
-    parser.add_argument("extra", nargs="*", help="after --: flags handed on to train_zoodip.py")
+    parser.add_argument("extra", nargs="*", help="after --: flags passed on to train_zoodip.py")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run the demo into a temporary folder and report what its run.json and the sampler say."""
+    """Run the demo with a temporary output folder and report the figures from its run.json and the memory sampler."""
     with tempfile.TemporaryDirectory() as output:
         environment = dict(os.environ, OUTPUT_DIR=output, PYTHON=sys.executable)
         started = time.monotonic()

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Everything that a GPU is claimed to do, tried in one command: the same numbers as on a CPU, memory, time, a demo, every system.
+"""Check every claim about GPUs in one command: agreement with the CPU, memory, time, the demo, and every training script.
 
     python -m benchmarks.gpu                    # on a model of Stable Diffusion v1.5's shape, which it writes first
     python -m benchmarks.gpu --parts numbers demo
-    python -m benchmarks.gpu --device cpu       # how far the script itself can be tried without a GPU
+    python -m benchmarks.gpu --device cpu       # try the script itself without a GPU
 
-numbers: losses of candidates and slopes along random directions, in every precision and quantisation, for tokens of 1, 3 and 10
-times the initial length (training lengthens them), against fp32 on the CPU with the same weights. speed: time and memory, as
-`speed_memory.py`. demo: the miniature's. systems: every training script for a few steps, and the memory that nvidia-smi says it
-holds, which is what the paper's Table 1 gives; several at a time, so no time is told. Writes benchmarks/gpu.json and .md after
-each part; parts that an earlier call of the same commit measured stay.
+numbers: candidate losses and slopes along random directions, in every precision and quantisation, for tokens of 1, 3 and 10 times
+the initial norm (training lengthens tokens), against fp32 on the CPU with the same weights. speed: time and memory, as in
+`speed_memory.py`. demo: the miniature's demo. systems: every training script for a few steps, with the memory that nvidia-smi
+reports for it, which is what the paper's Table 1 gives; several run at a time, so no time is reported. Writes benchmarks/gpu.json
+and .md after each part; parts measured by an earlier call at the same commit are kept.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from zoodip.prompts import load_tokenizer
 from zoodip.records import ROOT, git_commit, table
 
 MU = {"fp32": 1e-3, "bf16": 1e-2, "fp16": 1e-3}  # train_zoodip.py's defaults
-# How far a loss may be from the CPU's in fp32, relatively: ten unit roundoffs (2^-8 and 2^-11) of what the activations are
-# kept in; in fp32 the bound of benchmarks/NOTES.md, as both devices sum the same products in another order.
+# Allowed relative difference of a loss from the CPU's in fp32: ten unit roundoffs (2^-8 and 2^-11) of the activations' format;
+# for fp32, the bound from benchmarks/NOTES.md, since the two devices sum the same products in different orders.
 TOLERANCE = {"fp32": 1e-5, "bf16": 4e-2, "fp16": 5e-3}
 SCALES = (1, 3, 10)
 METHODS = [
@@ -51,7 +51,7 @@ METHODS = [
     "ti", "ti_checkpointed", "ti_none", "floor", "floor_as_loaded",
 ]  # fmt: skip
 PEQA = ("--experts", "1", "--no_scale_in")
-# {system: (script, its flags, GB of the paper's Table 1, whose activations are fp16, DreamBooth's and TI's fp32)}
+# {system: (script, its flags, GB in the paper's Table 1: with fp16 activations, but fp32 for DreamBooth and TI)}
 SYSTEMS: dict[str, tuple[str, tuple[str, ...], float | None]] = {
     "ZOODiP, NF4": ("train_zoodip", (), None),
     "ZOODiP, INT8": ("train_zoodip", ("--quantization", "int8"), 2.37),
@@ -76,17 +76,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--model", type=Path, default=ROOT / "miniature" / "model", help="folder whose losses are compared")
-    add("--precisions", nargs="+", default=list(MU), choices=list(MU), help="of activations")
+    add("--precisions", nargs="+", default=list(MU), choices=list(MU), help="precisions of activations")
     add("--samples", type=int, default=16, help="(image, timestep, noise) triples")
     add("--directions", type=int, default=4, help="random directions per triple")
     add("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="what to measure")
-    add("--folder", type=Path, default=None, help="the SD v1.5-shaped model: written here, or used if it is there")
-    add("--worlds", nargs="+", default=["sd15"], choices=["miniature", "sd15"], help="of speed")
+    add("--folder", type=Path, default=None, help="the SD v1.5-shaped model: written here, or used if it exists")
+    add("--worlds", nargs="+", default=["sd15"], choices=["miniature", "sd15"], help="worlds of the speed part")
     add("--rounds", type=int, default=5, help="timed turns of every method")
-    add("--demo_steps", type=int, default=500, help="steps of the demo: its own")
-    add("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM", help="of the last part")
-    add("--system_steps", type=int, default=10, help="steps of each; of GF-TI's generations a tenth")
-    add("--resolution", type=int, default=512, help="pixels of theirs: fewer only to try the script")
+    add("--demo_steps", type=int, default=500, help="steps of the demo")
+    add("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS), metavar="SYSTEM", help="systems of the last part")
+    add("--system_steps", type=int, default=10, help="steps of each; GF-TI runs a tenth as many generations")
+    add("--resolution", type=int, default=512, help="their resolution in pixels; lower only to try the script")
     add("--output", type=Path, default=FOLDER, help="folder for gpu.json and .md")
     return parser.parse_args(argv)
 
@@ -103,7 +103,7 @@ def all_losses(
 
 
 def compare(folder: Path, device: str, precisions: list[str], samples: int, directions: int) -> list[dict]:
-    """One record for each quantisation, precision and length of the token."""
+    """One record for each quantisation, precision and token norm."""
     tokenizer = load_tokenizer(folder, PLACEHOLDER, 1)
     prompts, batches = draw_samples(folder, tokenizer, samples, 0, "cpu")
     initial = theta_of(folder, tokenizer)
@@ -140,7 +140,7 @@ def comparison_table(records: list[dict]) -> str:
 
 
 def run_speed_memory(args: argparse.Namespace, shape: Path, folder: Path) -> dict:
-    """The results of `speed_memory.py`, whose command line this is."""
+    """Run `speed_memory.py` and return its results."""
     command = [sys.executable, "-m", "benchmarks.speed_memory", "--device", args.device, "--worlds", *args.worlds]
     command += ["--folder", str(shape), "--methods", *METHODS, "--rounds", str(args.rounds), "--output", str(folder)]
     if subprocess.run(command, cwd=ROOT).returncode:
@@ -150,7 +150,7 @@ def run_speed_memory(args: argparse.Namespace, shape: Path, folder: Path) -> dic
 
 
 def run_demo(device: str, steps: int, folder: Path) -> dict:
-    """Wall seconds, run.json and curve of the demo."""
+    """Run the demo and return its wall seconds, run.json and training curve."""
     command = [
         "sh",
         str(ROOT / "train_zoodip.sh"),
@@ -201,7 +201,7 @@ def system_command(name: str, shape: Path, args: argparse.Namespace, output: Pat
 
 
 def run_system(name: str, shape: Path, args: argparse.Namespace) -> dict:
-    """What a system's script says of its run, and the most bytes that nvidia-smi said it held; {"error": its last line}."""
+    """Run a system's script -> figures of its run.json and the peak bytes that nvidia-smi reported; {"error": its last line}."""
     with tempfile.TemporaryDirectory() as temporary:
         output, said = Path(temporary) / "run", Path(temporary) / "said.txt"
         with said.open("w") as file:
@@ -243,7 +243,7 @@ def systems_table(systems: dict[str, dict], resolution: int) -> str:
 
 
 def earlier_parts(args: argparse.Namespace) -> dict:
-    """Results of an earlier call of this commit on this device, but of the parts that this call measures."""
+    """Results of an earlier call at this commit on this device, except for the parts that this call measures."""
     path = args.output / "gpu.json"
     earlier = read_json(path) if path.exists() else {}
     same = earlier.get("commit") == git_commit() and earlier.get("arguments", {}).get("device") == args.device

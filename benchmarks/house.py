@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Is this version slower or larger than another? Time of a step and peak of live bytes, both versions in turn.
+"""Is this version slower or larger than another? Step time and peak live bytes of both versions, measured in alternation.
 
     git worktree add ../before COMMIT
     python -m benchmarks.house --before ../before
 
-Both versions' `train_zoodip.py` run as they are, as processes of their own, on the same models, photographs and flags, with one
-thread, on one core where the system can pin them; one stands still while the other runs, a second each. Steps are timed by
-the processor's clock, which neither that nor other programs stop. Writes benchmarks/house.json and .md. Linux, macOS.
+Each version's `train_zoodip.py` runs unmodified in its own process on the same models, photographs and flags, with one thread, on
+one core where the system can pin processes. The two alternate, one suspended while the other runs, a second each. Steps are timed
+in processor time, which neither suspension nor other programs add to. Writes benchmarks/house.json and .md. Linux, macOS.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ TURN = 1.0  # seconds
 
 @dataclass(frozen=True)
 class Case:
-    """What is run in both versions."""
+    """A workload that both versions run."""
 
     title: str
     flags: tuple[str, ...]
-    steps: int  # timed a round; one more is run
+    steps: int  # timed per round; one more is run
 
 
 CASES = {
@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of both versions")
     parser.add_argument("--core", type=int, default=0, help="processor core that both versions are pinned to (Linux)")
-    parser.add_argument("--folder", type=Path, default=None, help="for the models of SD v1.5's shape; default: a temporary one")
+    parser.add_argument("--folder", type=Path, default=None, help="folder for the SD v1.5-shaped models; default: temporary")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder for house.json and .md")
     return parser.parse_args(argv)
 
@@ -75,7 +75,7 @@ class Versions:
     core: int
 
     def start(self, version: str, *arguments: str) -> subprocess.Popen:
-        """`python arguments` in a version's tree; what it prints goes to <version>.log."""
+        """Start `python arguments` in a version's tree, with its output in <version>.log."""
         command = [sys.executable, *arguments]
         pinned = ["taskset", "-c", str(self.core), *command] if shutil.which("taskset") else command
         with open(self.folder / f"{version}.log", "w") as log:
@@ -83,7 +83,7 @@ class Versions:
             return subprocess.Popen(pinned, cwd=self.trees[version], env=environment, stdout=log, stderr=subprocess.STDOUT)
 
     def watch(self, mode: str, case: str, model: list[str], steps: int) -> dict[str, dict]:
-        """{version: what `watch_script.py` finds of a run of `steps` steps}, both versions at once, in turns."""
+        """{version: what `watch_script.py` measures over a run of `steps` steps}, with both versions alternating."""
         processes = {}
         for version, tree in self.trees.items():
             flags = [*model, *CASES[case].flags, *RUN_FLAGS, "--max_train_steps", str(steps)]
@@ -94,9 +94,9 @@ class Versions:
         return {version: json.loads((self.folder / f"{version}.json").read_text()) for version in self.trees}
 
     def wait(self, processes: dict[str, subprocess.Popen]) -> None:
-        """Let one process run while the others stand still, a second each, until all have ended.
+        """Run the processes in turn, a second each with the others suspended, until all have ended.
 
-        So that whatever disturbs the machine disturbs all alike. Raises InputError where one does not end well.
+        Any disturbance of the machine thus affects all alike. Raises InputError if one fails.
         """
         try:
             for process in processes.values():
@@ -106,8 +106,8 @@ class Versions:
                     process.send_signal(signal.SIGCONT)
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(TURN)
-                    process.send_signal(signal.SIGSTOP)  # does nothing to one that has ended
-        finally:  # leave none standing
+                    process.send_signal(signal.SIGSTOP)  # no effect on a process that has ended
+        finally:  # leave no process suspended
             for process in processes.values():
                 process.kill()
         for version, process in processes.items():
@@ -132,7 +132,7 @@ class Versions:
 
 
 def measure(versions: Versions, case: str, rounds: int) -> dict:
-    """{bytes: {version: peak}, rounds: [{version: median seconds a step}]}"""
+    """{bytes: {version: peak}, rounds: [{version: median seconds per step}]}"""
     models = versions.models(case)
     found = dict(
         bytes={name: each["peak"] for name, each in versions.watch("bytes", case, models["bytes"], 2).items()}, rounds=[]
@@ -149,7 +149,7 @@ def measure(versions: Versions, case: str, rounds: int) -> dict:
 
 
 def ratio_with_noise(found: dict) -> str:
-    """Geometric mean over the rounds of after / before, with its 95 % interval."""
+    """Geometric mean of after / before over the rounds, with its 95 % confidence interval."""
     mean, half = mean_interval([math.log(seconds["after"] / seconds["before"]) for seconds in found["rounds"]])
     return f"{math.exp(mean):.3f} ({math.exp(mean - half):.3f} to {math.exp(mean + half):.3f})"
 
@@ -175,19 +175,19 @@ def markdown_of(results: dict, core: int) -> str:
 
 
 def earlier_results(folder: Path) -> dict:
-    """Of house.json what cases it holds: those that are not measured now stay as they are."""
+    """The cases already in house.json; those not measured now are kept."""
     path = folder / "house.json"
     return json.loads(path.read_text())["results"] if path.exists() else {}
 
 
 def main(args: argparse.Namespace) -> None:
-    prepare_environment()  # for the processes of both versions: the watcher imports torch before their scripts can set it
+    prepare_environment()  # for both versions' processes: the watcher imports torch before their scripts can set the environment
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)).resolve()
         photographs = folder / "photographs"
         photographs.mkdir(parents=True, exist_ok=True)
         first = min((ROOT / "dataset" / "furmix").glob("*.jpg"))
-        shutil.copy(first, photographs)  # one: encoding is not what is timed
+        shutil.copy(first, photographs)  # one is enough: encoding is not timed
         versions = Versions(dict(before=args.before.resolve(), after=ROOT), folder, args.core)
         results = earlier_results(args.output)
         for case in args.cases:

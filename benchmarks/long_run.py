@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Does a run leak? Memory, open files and time per step of a long run on the miniature, with the slope and its error.
+"""Does a run leak? Memory, open files and time per step over a long run on the miniature, with slopes and their standard errors.
 
     python -m benchmarks.long_run                 # 30,000 steps, the paper's number
     python -m benchmarks.long_run --steps 1500    # a minute or two
 
 Samples the process twice a second (not on Windows, which counts no open files) and writes benchmarks/long_run.json and .md. The
-slopes are straight lines by least squares through the means of 40 equal parts of the run, the first tenth left out (allocators
-and caches fill up then). The means of parts and not the samples, which follow each other so closely that their error would
-come out far too small.
+slopes are least-squares fits through the means of 40 equal parts of the run, without its first tenth, in which allocators and
+caches fill up. Part means are fitted because the samples are so strongly correlated in time that their standard error would come
+out far too small.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ QUANTITIES = {  # name: unit, decimals
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=30000, help="length of the run")
-    parser.add_argument("--checkpointing_steps", type=int, default=500, help="as of train_zoodip.py")
-    parser.add_argument("--checkpoints_total_limit", type=int, default=2, help="as of train_zoodip.py")
+    parser.add_argument("--checkpointing_steps", type=int, default=500, help="as in train_zoodip.py")
+    parser.add_argument("--checkpoints_total_limit", type=int, default=2, help="as in train_zoodip.py")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder for long_run.json and .md")
-    parser.add_argument("extra", nargs="*", help="after --: flags handed on to train_zoodip.py")
+    parser.add_argument("extra", nargs="*", help="after --: flags passed on to train_zoodip.py")
     return parser.parse_args(argv)
 
 
 def sample(pid: int, folder: Path, bar: Path) -> dict | None:
-    """One look at the process; None once it is gone."""
+    """One sample of the process; None once it is gone."""
     try:
         process = psutil.Process(pid)
         times, files = process.cpu_times(), process.num_fds()
@@ -67,7 +67,7 @@ def sample(pid: int, folder: Path, bar: Path) -> dict | None:
 
 
 def part_means(samples: list[dict], steps: int) -> list[dict]:
-    """Means over equal parts of the run, the first tenth of it left out."""
+    """Means over equal parts of the run, without its first tenth."""
     edges = np.linspace(0.1 * steps, steps, PARTS + 1)
     parts = []
     for low, high in zip(edges[:-1], edges[1:], strict=True):
@@ -93,13 +93,13 @@ def line(steps: np.ndarray, values: np.ndarray) -> tuple[float, float]:
 
 
 def run(args: argparse.Namespace, folder: Path) -> tuple[list[dict], dict]:
-    """The run, watched -> its samples and its run.json."""
+    """Run the demo while sampling it -> (samples, its run.json)."""
     bar = folder / ".bar"
     command = ["sh", str(ROOT / "train_zoodip.sh"), "demo", "--max_train_steps", str(args.steps),
                "--checkpointing_steps", str(args.checkpointing_steps),
                "--checkpoints_total_limit", str(args.checkpoints_total_limit), *args.extra]  # fmt: skip
     samples = []
-    with open(bar, "wb") as stderr:  # exec in the shell script: the pid is the run's own
+    with open(bar, "wb") as stderr:  # the shell script uses exec, so the pid is the run's own
         process = subprocess.Popen(command, stderr=stderr, env=dict(os.environ, OUTPUT_DIR=str(folder), PYTHON=sys.executable))
         while process.poll() is None:
             if one := sample(process.pid, folder, bar):
@@ -111,8 +111,8 @@ def run(args: argparse.Namespace, folder: Path) -> tuple[list[dict], dict]:
 
 
 def fit(samples: list[dict], steps: int) -> dict:
-    """Parts of the run, the line through each quantity, and the most that there was of files and kilobytes."""
-    # from the first step to the last evaluation: loading before, and the pictures after, are other work
+    """The parts of the run, the line fitted to each quantity, and the peaks of checkpoints, open files and kilobytes."""
+    # from the first step to the last evaluation: loading before it and drawing pictures after it are other work
     stepping = [one for one in samples if 0 < one["step"] < steps]
     parts = part_means(stepping, steps)
     if len(parts) < 10:

@@ -1,10 +1,10 @@
-"""How many bytes of tensors live at once: exact, and the same in every run.
+"""Peak bytes of simultaneously live tensors: exact, and the same in every run.
 
     peak_live_bytes(lambda: trainer.step())
 
-torch's profiler reports every allocation and release of a tensor on a CPU, the operators' workspaces included; their running
-sum has a peak. Pages of memory-mapped weight files, which the profiler reports too, belong to the system and are left out.
-`watch_script.py` counts a whole training script's.
+torch's profiler reports every allocation and release of a tensor on a CPU, including the operators' workspaces; the peak is the
+maximum of their running sum. Pages of memory-mapped weight files, which the profiler also reports, belong to the system and are
+left out. `watch_script.py` counts the live bytes of a whole training script.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from zoodip.records import peak_resident_bytes
 
-STAGE, LAYER = "stage:", "layer:"  # beginnings of the names of profiler ranges
+STAGE, LAYER = "stage:", "layer:"  # prefixes of profiler range names
 
 
 @dataclass
 class Allocation:
-    """A piece of memory, and where it was asked for."""
+    """A piece of memory and where it was allocated."""
 
     address: int
     size: int
-    operator: str  # of torch
-    layer: str | None  # innermost module of `name_layers`
+    operator: str  # torch's
+    layer: str | None  # innermost module named by `name_layers`
 
 
 @dataclass
@@ -48,7 +48,7 @@ class LiveBytes:
 
 
 def peak_live_bytes(function: Callable[[], object], weight_files: Iterable[Path] = ()) -> int:
-    """Peak bytes of the CPU tensors that `function` makes; `weight_files` are safetensors that it maps."""
+    """Peak bytes of the CPU tensors that `function` allocates; `weight_files` are the safetensors files that it maps."""
     return count_live_bytes(function, weight_files).peak
 
 
@@ -58,14 +58,14 @@ def tensors_of(*modules: nn.Module) -> list[torch.Tensor]:
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Of distinct tensors: what is shared counts once."""
+    """Total bytes of the distinct tensors; shared memory counts once."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def count_live_bytes(function: Callable[[], object], weight_files: Iterable[Path] = ()) -> LiveBytes:
-    """Call `function` and follow the sum of its live CPU allocations."""
+    """Call `function` and track the sum of its live CPU allocations."""
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(max(limit, 10_000))  # the tree of events is as deep as the calls
+    sys.setrecursionlimit(max(limit, 10_000))  # the event tree is as deep as the call stack
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             function()
@@ -76,13 +76,13 @@ def count_live_bytes(function: Callable[[], object], weight_files: Iterable[Path
 
 @contextmanager
 def stage(name: str):
-    """Name what happens within, for `LiveBytes.stages`. Stages may nest; the innermost counts."""
+    """Name the enclosed code for `LiveBytes.stages`. Stages may nest; the innermost counts."""
     with record_function(STAGE + name):
         yield
 
 
 class Stages:
-    """Seconds and peak memory of each stage of a process, which is a `stage` of the live bytes too."""
+    """Seconds and peak memory of each stage of a process; each is also a `stage` of the live bytes."""
 
     def __init__(self, device: str):
         self.device, self.found = device, {}
@@ -93,7 +93,7 @@ class Stages:
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # begin VmHWM anew
+            Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
         started = time.perf_counter()
         with stage(name):
             yield
@@ -104,7 +104,7 @@ class Stages:
 
 
 def peak_counters(device: str) -> dict[str, int]:
-    """Peak bytes since the process or the stage began: resident on a CPU (Linux); the allocator's, and nvidia-smi's, on CUDA."""
+    """Peak bytes since the process or stage began: resident on a CPU (Linux); the allocator's and nvidia-smi's counts on CUDA."""
     if device == "cuda":
         torch.cuda.synchronize()
         return dict(
@@ -116,17 +116,17 @@ def peak_counters(device: str) -> dict[str, int]:
 
 
 def gpu_bytes() -> Counter[int]:
-    """{process: bytes of GPU memory that nvidia-smi says it holds}."""
+    """{process: bytes of GPU memory that nvidia-smi reports for it}."""
     query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     rows = [row.split(",") for row in subprocess.run(query, capture_output=True, text=True).stdout.splitlines()]
-    held: Counter[int] = Counter()  # of a process on several GPUs there are several rows
+    held: Counter[int] = Counter()  # a process on several GPUs has several rows
     for process, size in rows:
         held[int(process)] += int(size) << 20 if size.strip().isdecimal() else 0  # else: "[N/A]"
     return held
 
 
 def name_layers(model: nn.Module, prefix: str) -> None:
-    """Have allocations in the forwards of `model` know their layer: `prefix`, a dot, the layer's name."""
+    """Label allocations in the forwards of `model` with their layer: `prefix`, a dot, the layer's name."""
     open_ranges = []
 
     def enter(name: str) -> None:
@@ -139,7 +139,7 @@ def name_layers(model: nn.Module, prefix: str) -> None:
 
 
 def mapped_sizes(weight_files: Iterable[Path]) -> set[int]:
-    """The sizes that memory maps of safetensors files are reported with: with and without their header."""
+    """The sizes under which memory maps of safetensors files are reported: with and without their header."""
     sizes = set()
     for path in weight_files:
         with open(path, "rb") as file:
@@ -168,14 +168,14 @@ def read_events(recorded: profile, mapped: set[int]) -> tuple[list[tuple], list[
 
 
 def follow(changes: list[tuple], stages: list[tuple]) -> LiveBytes:
-    """The running sum of allocations and releases in the order of time."""
+    """Follow the running sum of allocations and releases in time order."""
     found, live, total = LiveBytes(), {}, 0
     at_peak: dict[int, tuple] = {}
     for moment, address, size, path in changes:
         if size > 0:
             live[address] = (size, path)
             total += size
-        elif address in live:  # else it is older than the recording
+        elif address in live:  # otherwise it predates the recording
             total -= live.pop(address)[0]
         if total > found.peak:
             found.peak, at_peak = total, dict(live)
@@ -189,7 +189,7 @@ def follow(changes: list[tuple], stages: list[tuple]) -> LiveBytes:
 
 
 def largest(found: LiveBytes, names: dict[int, str]) -> dict[str, int]:
-    """What the peak is made of, {what: bytes}, largest first. `names` tells tensors by their address (`tensor_names`)."""
+    """What the peak consists of, {what: bytes}, largest first. `names` identifies tensors by address (`tensor_names`)."""
     items: Counter[str] = Counter()
     for each in found.at_peak:
         by_place = f"{each.layer}: {each.operator}" if each.layer else "other"
@@ -198,5 +198,5 @@ def largest(found: LiveBytes, names: dict[int, str]) -> dict[str, int]:
 
 
 def tensor_names(named: Iterable[tuple[str, torch.Tensor]]) -> dict[int, str]:
-    """{address: what} of tensors that live as long as the run."""
+    """{address: what} of the tensors that live throughout the run."""
     return {tensor.untyped_storage().data_ptr(): name for name, tensor in named if tensor.numel()}

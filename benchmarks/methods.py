@@ -1,6 +1,6 @@
-"""The methods whose memory and time `speed_memory.py` compares: `load`, then `step` as often as one likes.
+"""The methods whose memory and time `speed_memory.py` compares: call `load`, then `step` any number of times.
 
-This project's step is the trainer's own. The others are written out as they are published, on models that the libraries load.
+This project's step is the trainer's own. The others are written out as published, on models as the libraries load them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from zoodip.quantize import DTYPES, pack_weight, quantized_layer
 from zoodip.subject import find_images, open_image, to_square
 
 PLACEHOLDER = "<sks>"
-N, MU, T_MIN, T_MAX = 2, 1e-3, 500, 900  # the paper's; a step costs the same under any mu
+N, MU, T_MIN, T_MAX = 2, 1e-3, 500, 900  # the paper's; a step costs the same at any mu
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every method is given."""
+    """The input of every method."""
 
     model: Path  # folder in diffusers format
     variant: str | None  # of its weight files
@@ -41,7 +41,7 @@ class Task:
 
 
 class ThisProject:
-    """`train_zoodip.py`: its loading and its step."""
+    """`train_zoodip.py`: its own loading and step."""
 
     label, forwards, candidates_per_forward, compile, weights = "ZOODiP, this project", N + 1, None, False, "nf4"
 
@@ -98,7 +98,7 @@ class Compiled(ThisProject):
 
 
 class GaussNewton(ThisProject):
-    """`trainers/gauss_newton.py`: its step; before the first one the basis, too."""
+    """`trainers/gauss_newton.py`: its own step; the first one also takes the basis."""
 
     label, forwards, basis_size = "Gauss-Newton", 9, 16
 
@@ -123,7 +123,7 @@ class GaussNewtonSplit(GaussNewton):
 
 
 class GaussNewtonBasis(GaussNewton):
-    """What it takes a few times in a run, instead of a step."""
+    """Takes the basis instead of a step, as a run does a few times."""
 
     label, forwards = "a basis of Gauss-Newton's", 0
 
@@ -135,7 +135,7 @@ class GaussNewtonBasis(GaussNewton):
 
 
 class Reference:
-    """What the other methods share: models as the libraries load them, whole, and one training image."""
+    """Base of the other methods: whole models as the libraries load them, and one training image."""
 
     def __init__(self, task: Task):
         self.task, self.device, self.dtype = task, task.device, DTYPES[task.mixed_precision]
@@ -154,7 +154,7 @@ class Reference:
         return read_json(self.task.model / "text_encoder" / "config.json")["max_position_embeddings"]
 
     def load_inputs(self) -> None:
-        """Tokenizer with the placeholder, schedule, the photograph as pixels, and a prompt."""
+        """Load the tokenizer with the placeholder, the noise schedule, the photograph as pixels, and a prompt."""
         self.tokenizer = load_tokenizer(self.task.model, PLACEHOLDER, 1)
         self.scheduler = load_scheduler(self.task.model)
         photograph = open_image(find_images(self.task.photographs)[0])
@@ -164,7 +164,7 @@ class Reference:
         self.ids = ids.to(self.device)
 
     def draw(self, vae: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noisy latents, timesteps, noise: the photograph encoded anew."""
+        """Encode the photograph again -> (noisy latents, timesteps, noise)."""
         with torch.no_grad():
             latents = vae.encode(self.pixels).latent_dist.sample() * vae.config.scaling_factor
         noise = torch.randn_like(latents)
@@ -173,9 +173,9 @@ class Reference:
 
 
 class AuthorsLoop(Reference):
-    """The authors' published loop, plainly: VAE in every step, n + 1 separate forwards, the token perturbed in place.
+    """The authors' published loop, written plainly: the VAE in every step, n + 1 separate forwards, the token perturbed in place.
 
-    INT8 weights are multiplied by their scale where they are used (as optimum-quanto does); the whole embedding table is there.
+    INT8 weights are multiplied by their scale on use (as optimum-quanto does); the whole embedding table is kept.
     """
 
     label, weights, forwards = "authors' loop, INT8", "int8", N + 1
@@ -231,7 +231,7 @@ class AuthorsLoopFast(AuthorsLoop):
 
 
 def linear4bit(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Every Linear of a model that bitsandbytes' own module takes, replaced by that."""
+    """Replace every Linear of a model that bitsandbytes' own module supports with that module, in place."""
     import bitsandbytes as bnb
 
     options = dict(compress_statistics=True, quant_type="nf4")
@@ -246,7 +246,7 @@ def linear4bit(model: nn.Module, dtype: torch.dtype, device: torch.device) -> nn
 
 
 class AuthorsLoopStock(AuthorsLoop):
-    """4 bits as bitsandbytes offers them: Linear alone, through its own module."""
+    """4-bit weights as bitsandbytes offers them: only for Linear, through its own module."""
 
     label = "authors' loop, bitsandbytes' Linear4bit"
 
@@ -255,7 +255,7 @@ class AuthorsLoopStock(AuthorsLoop):
 
 
 class GradientInversion(Reference):
-    """Textual inversion as diffusers' example trains it, on this project's 4-bit layers: the whole table through AdamW."""
+    """Textual inversion as in diffusers' example, on this project's 4-bit layers: AdamW over the whole embedding table."""
 
     label, forwards, checkpointing, weights = "gradient textual inversion, NF4", 1, False, "nf4"
 
@@ -298,7 +298,7 @@ class GradientInversionNotQuantized(GradientInversion):
 class BareForward(Reference):
     """The floor: one forward of n + 1 samples through the unquantised UNet, resident in 16 bits, and nothing else.
 
-    Weights and activations are channels_last, as this project's are: the order that the convolutions compute in.
+    Weights and activations are channels_last, like this project's: the memory format that the convolutions compute in.
     """
 
     label, forwards, layout = "floor: bare UNet forward, weights resident, channels_last", N + 1, torch.channels_last
@@ -306,7 +306,7 @@ class BareForward(Reference):
     def load(self) -> None:
         self.unet = self.from_pretrained("unet").to(memory_format=self.layout)
         for parameter in self.unet.parameters():
-            parameter.data = parameter.data.clone()  # off the memory-mapped file: huge pages, as all else has them
+            parameter.data = parameter.data.clone()  # out of the memory-mapped file: in huge pages, like everything else
         config, count, kind = self.unet.config, N + 1, dict(device=self.device, dtype=self.dtype)
         noisy = torch.randn(count, config.in_channels, config.sample_size, config.sample_size, **kind)
         self.noisy = noisy.to(memory_format=self.layout)

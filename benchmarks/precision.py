@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Which mu for which precision: how well (L(theta + mu u) - L(theta)) / mu follows the true derivative, and what NF4 costs.
+"""Which mu suits which precision: how well (L(theta + mu u) - L(theta)) / mu tracks the true derivative, and what NF4 costs.
 
     python -m benchmarks.precision                        # miniature/model, about 4 minutes on 2 CPU cores
     python -m benchmarks.precision --device cuda
 
-For each precision, mu and size of the token, the correlation over (sample, direction) pairs between the finite difference
-in that precision and the directional derivative by reverse-mode differentiation in fp32. Then the denoising loss over all
-timesteps under each way of quantising. Writes benchmarks/precision.json and .md.
+For each precision, mu and token size: the correlation over (sample, direction) pairs between the finite difference in that
+precision and the directional derivative by reverse-mode differentiation in fp32. Then the denoising loss over all timesteps under
+each quantisation. Writes benchmarks/precision.json and .md.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Case:
     tf32: bool = False
 
     def scales(self, scales: list[float]) -> list[float]:
-        """Of a side question the first size of token must do."""
+        """The token sizes to measure: one candidate at a time is a side question, for which the first size suffices."""
         return scales[:1] if self.one_by_one else scales
 
 
@@ -79,9 +79,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--samples", type=int, default=16, help="(image, timestep, noise) triples, timesteps from PUTS")
     parser.add_argument("--directions", type=int, default=4, help="random directions per sample")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1, 3, 10], help="sizes of the token, in initial tokens")
-    parser.add_argument("--cost_images", type=int, default=128, help="pictures of the fixed set that quantisation is judged on")
-    parser.add_argument("--cost_timesteps", type=int, default=4, help="timesteps per picture of that set")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1, 3, 10], help="token lengths, in initial token lengths")
+    parser.add_argument("--cost_images", type=int, default=128, help="pictures in the fixed set that quantisation is judged on")
+    parser.add_argument("--cost_timesteps", type=int, default=4, help="timesteps per picture in that set")
     parser.add_argument("--seed", type=int, default=0, help="seed of pictures, noise and directions")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder for precision.json and .md")
     args = parser.parse_args(argv)
@@ -109,7 +109,7 @@ def draw_samples(folder: Path, tokenizer, samples: int, seed: int, device: str) 
 def finite_differences(
     model: FrozenModel, batches: list[Batch], theta: torch.Tensor, directions: torch.Tensor, mu: float
 ) -> torch.Tensor:
-    """(L(theta + mu u) - L(theta)) / mu [S, K] for directions [S, K, V, d], each sample its own."""
+    """(L(theta + mu u) - L(theta)) / mu [S, K] for directions [S, K, V, d], separate for each sample."""
     slopes = []
     for batch, u in zip(batches, directions, strict=True):
         slopes.append(RGE.slopes(candidate_losses(model, batch, theta + mu * RGE.candidate_offsets(u)), mu))
@@ -134,14 +134,14 @@ def agreement(slopes: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
 
 
 def to_tf32(values: torch.Tensor) -> torch.Tensor:
-    """fp32 rounded to ten bits after the point, to even: what a GPU's tensor cores keep of an input."""
+    """fp32 rounded to ten mantissa bits, ties to even: what a GPU's tensor cores keep of an input."""
     bits = values.contiguous().view(torch.int32)
     return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
 
 
 @contextmanager
 def tf32_convolutions(unet: nn.Module) -> Iterator[None]:
-    """The unquantised convolutions as PyTorch has a GPU compute fp32 unless told otherwise."""
+    """Run the unquantised convolutions in TF32, as PyTorch by default computes fp32 convolutions on a GPU."""
     layers = [module for module in unet.modules() if isinstance(module, nn.Conv2d)]
     weights = [layer.weight.data for layer in layers]
     handles = [layer.register_forward_pre_hook(lambda layer, inputs: (to_tf32(inputs[0]),)) for layer in layers]
@@ -164,7 +164,7 @@ def measure_case(
     references: dict,
     mus: list[float],
 ) -> list[dict]:
-    """One record per (size of token, reference, mu); an empty list where the device cannot compute in this precision."""
+    """One record per (token size, reference, mu); an empty list if the device cannot compute in this precision."""
     records = []
     for scale, theta in thetas.items():
         for mu in mus:
@@ -182,7 +182,7 @@ def measure_case(
 
 
 def measure_precision(args: argparse.Namespace) -> tuple[list[dict], dict]:
-    """All cases of CASES -> (records of `measure_case`, the norms of the tokens)."""
+    """Measure all CASES -> (records of `measure_case`, a summary with token norms and slopes)."""
     tokenizer = load_tokenizer(args.model, PLACEHOLDER, 1)
     prompts, batches = draw_samples(args.model, tokenizer, args.samples, args.seed, args.device)
     initial = theta_of(args.model, tokenizer)
@@ -208,7 +208,7 @@ def measure_precision(args: argparse.Namespace) -> tuple[list[dict], dict]:
 
 
 def precision_markdown(records: list[dict], summary: dict, args: argparse.Namespace) -> str:
-    """One table per size of the token: cases down, mu across, correlations."""
+    """One table of correlations per token size: cases down, mu across."""
     text = [
         "Correlation of (L(theta + mu u) - L(theta)) / mu with the exact directional derivative, over "
         f"{summary['pairs']} pairs of sample and direction, timesteps by PUTS, theta = the initial token times a factor."

@@ -1,4 +1,4 @@
-"""What quantising costs: the denoising loss of the miniature over all timesteps, with this and that in 4 or 8 bits."""
+"""What quantisation costs: the miniature's denoising loss over all timesteps, with different parts in 4 or 8 bits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COST_CASES = (
 
 
 def round_trip(model: nn.Module, quantization: str, convolutions: bool, ends: bool) -> nn.Module:
-    """A copy whose chosen weights went through quantisation and back: in fp32 the same numbers as a packed layer's."""
+    """A copy whose chosen weights were quantised and dequantised: in fp32, the same values as a packed layer's."""
     model = copy.deepcopy(model)
     kinds = (nn.Linear, nn.Conv2d) if convolutions else (nn.Linear,)
     for name, module in model.named_modules():
@@ -45,7 +45,7 @@ def round_trip(model: nn.Module, quantization: str, convolutions: bool, ends: bo
 
 
 def cost_batches(folder: Path, tokenizer, images: int, timesteps: int, seed: int, device: str) -> tuple[Prompts, list[Batch]]:
-    """Renders of trained breeds under sampled true captions, timesteps spread evenly over all 1000; batches of 16."""
+    """Renders of trained breeds with sampled true captions, timesteps spread evenly over all 1000; batches of 16."""
     specs = [random_spec(np.random.default_rng([seed, 1, i])) for i in range(images)]
     texts = [sample_caption(spec, np.random.default_rng([seed, 2, i]), dropout=0) for i, spec in enumerate(specs)]
     generator = torch.Generator().manual_seed(seed)

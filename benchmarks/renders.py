@@ -1,4 +1,4 @@
-"""Renders of the miniature's world as batches, and the modules of a model in several precisions."""
+"""Renders of the miniature's world as batches, and a model's modules in several precisions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def theta_of(folder: Path, tokenizer) -> torch.Tensor:
 
 
 def encode(folder: Path, specs: list[SceneSpec], device: str) -> torch.Tensor:
-    """Latent distributions [N, 2, 2, 4, h, w] of pictures by the unquantised encoder, from image files as in training."""
+    """Latent distributions [N, 2, 2, 4, h, w] of pictures from the unquantised encoder, read from image files as in training."""
     resolution = native_resolution(folder)
     with tempfile.TemporaryDirectory() as temporary:
         paths = [Path(temporary) / f"{i:05}.png" for i in range(len(specs))]
@@ -44,7 +44,7 @@ def make_batches(
     generator: torch.Generator,
     device: str,
 ) -> tuple[Prompts, list[Batch]]:
-    """Batches of one: timestep k on picture k, counted anew from the first when the pictures are used up."""
+    """Batches of one: timestep k with picture k, starting over from the first picture when they run out."""
     unique = sorted(set(texts))
     prompts = build_prompts(tokenizer, folder, None, unique, PLACEHOLDER, 1)
     ids = prompts.ids[[unique.index(text) for text in texts]]
@@ -69,6 +69,6 @@ class Modules:
         return self.loaded[key]
 
     def model(self, quantization: str, unet: str, text_encoder: str, one_by_one: bool = False) -> FrozenModel:
-        """UNet and text encoder each in its precision; `one_by_one`: a forward for each candidate."""
+        """UNet and text encoder, each in its own precision; `one_by_one`: one forward per candidate."""
         modules = self.get(load_unet, quantization, unet), self.get(load_text_encoder, quantization, text_encoder)
         return FrozenModel(*modules, self.rows, 1 if one_by_one else None)

@@ -1,4 +1,4 @@
-"""The files that a measurement leaves: a record of all values, and a page of tables."""
+"""The files that a measurement writes: a record of all values and a page of tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FOLDER = ROOT / "benchmarks"
 
 def write_report(name: str, arguments: dict, results: dict, markdown: str, device: str = "cpu", folder: Path = FOLDER,
                  command: str | None = None) -> None:  # fmt: skip
-    """<name>.json (arguments, environment, results) and <name>.md (the tables, and the command and machine they come from)."""
+    """<name>.json (arguments, environment, results) and <name>.md (tables, with the command and machine that produced them)."""
     where = environment(device)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", dict(arguments=plain_arguments(arguments), **where, results=results), indent=1)

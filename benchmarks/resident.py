@@ -12,7 +12,7 @@ from zoodip.records import ROOT
 
 
 def resident_bytes(pid: int) -> dict[str, int]:
-    """Resident bytes of a process and its descendants, and those of them with no file behind; zeros once they are gone."""
+    """Resident bytes of a process and its descendants, in total and anonymous (no file behind them); zeros once they are gone."""
     total = dict(resident=0, anonymous=0)
     try:
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
@@ -24,16 +24,16 @@ def resident_bytes(pid: int) -> dict[str, int]:
         except psutil.NoSuchProcess:
             continue
         total["resident"] += memory.rss
-        total["anonymous"] += memory.rss - getattr(memory, "shared", 0)  # Linux tells them apart
+        total["anonymous"] += memory.rss - getattr(memory, "shared", 0)  # only Linux reports shared pages
     return total
 
 
 def run_watched(
     command: list[str], environment: dict[str, str] | None = None, interval: float = 0.02
 ) -> tuple[int, str, dict[str, int]]:
-    """Run a command in the repository to its end -> (exit code, what it printed, peaks of `resident_bytes`).
+    """Run a command from the repository root to its end -> (exit code, its output, peaks of `resident_bytes`).
 
-    Samples every `interval` seconds. The peaks need not be of one moment.
+    Samples every `interval` seconds. The peaks need not coincide in time.
     """
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
     assert process.stdout is not None

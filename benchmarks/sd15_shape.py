@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""A model folder of the size of Stable Diffusion v1.5: its shapes, files and names, with random weights.
+"""Write a model folder of Stable Diffusion v1.5's size: its shapes, files and names, with random weights.
 
     python -m benchmarks.sd15_shape sd15-shape
     python -m benchmarks.sd15_shape sd15-shape --clip_bpe bpe_simple_vocab_16e6.txt.gz
 
-Where no hub can be reached: 2.1 GB as stable-diffusion-v1-5 is published (`--variant fp16`: safetensors with the old key
+For use without a hub: 2.1 GB in the published layout of stable-diffusion-v1-5 (`--variant fp16`: safetensors with the old key
 names, tokenizer, scheduler), written tensor by tensor. Memory and time do not depend on the values of the weights; what is
-learned from them means nothing. speed_memory.py measures on it.
+learned with them is meaningless. speed_memory.py measures on this folder.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ MODEL_INDEX = dict(
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where to write it")
+    parser.add_argument("folder", type=Path, help="where to write the model")
     parser.add_argument(
         "--clip_bpe",
         type=Path,
         default=None,
         help="OpenAI CLIP's merges (github.com/openai/CLIP, clip/bpe_simple_vocab_16e6.txt.gz), for the real "
-        "tokenizer; without it every letter is a token",
+        "tokenizer; without them, every letter is a token",
     )
     return parser.parse_args(argv)
 
@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def write_tokenizer(folder: Path, clip_bpe: Path | None) -> None:
-    """vocab.json, merges.txt and the two small files, from OpenAI's list of merges or, without it, of the same size."""
+    """Write vocab.json, merges.txt and the two config files, from OpenAI's merges or, without them, with as many entries."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def write_tokenizer(folder: Path, clip_bpe: Path | None) -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raises ValueError where the known ids of a known prompt do not come out."""
+    """Raises ValueError if a known prompt does not give its known ids."""
     from transformers import CLIPTokenizer
 
     ids = CLIPTokenizer.from_pretrained(folder).encode(CHECK_PROMPT, add_special_tokens=False)
@@ -125,7 +125,7 @@ def published_tensors(folder: Path, part: str) -> list[tuple[str, tuple[int, ...
 
 
 def random_tensor(shape: tuple[int, ...], kind: str, generator: torch.Generator) -> np.ndarray:
-    """Values at which activations stay of the order of one: no overflow, no denormals."""
+    """Values that keep activations of order one: no overflow, no denormals."""
     if kind == "positions":
         return np.arange(shape[-1], dtype=np.int64).reshape(shape)
     if kind in ("zeros", "ones"):
@@ -135,7 +135,7 @@ def random_tensor(shape: tuple[int, ...], kind: str, generator: torch.Generator)
 
 
 def write_weights(path: Path, tensors: Iterable[tuple[str, tuple[int, ...], str]], seed: int) -> None:
-    """A safetensors file (8 bytes of length, JSON header, data), one tensor in memory at a time."""
+    """Write a safetensors file (8-byte length, JSON header, data) with one tensor in memory at a time."""
     tensors, header, offset = list(tensors), {"__metadata__": {"format": "pt"}}, 0
     for name, shape, kind in tensors:
         dtype, width = ("I64", 8) if kind == "positions" else ("F16", 2)
@@ -152,7 +152,7 @@ def write_weights(path: Path, tensors: Iterable[tuple[str, tuple[int, ...], str]
 
 
 def build_folder(folder: Path, clip_bpe: Path | None = None) -> None:
-    """A Stable Diffusion v1.5 folder as published with `--variant fp16`, but for the values of the weights."""
+    """Write a Stable Diffusion v1.5 folder as published with `--variant fp16`, except for the values of the weights."""
     write_tokenizer(folder / "tokenizer", clip_bpe)
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2))
@@ -162,7 +162,7 @@ def build_folder(folder: Path, clip_bpe: Path | None = None) -> None:
         path = folder / part / f"{WEIGHT_NAMES[part]}.fp16.safetensors"
         write_weights(path, published_tensors(folder, part), seed)
         print(f"{part}: {path.stat().st_size / 1e9:.2f} GB", flush=True)
-    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2))  # last: its presence says that all is there
+    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2))  # last: its presence marks a complete folder
 
 
 if __name__ == "__main__":

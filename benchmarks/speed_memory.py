@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Memory and time of a training step, against the authors' loop, gradient textual inversion, and the bare forward.
 
-    python -m benchmarks.speed_memory                    # the miniature, and a model of Stable Diffusion v1.5's shape
+    python -m benchmarks.speed_memory                    # the miniature and a model of Stable Diffusion v1.5's shape
     python -m benchmarks.speed_memory --worlds miniature
     python -m benchmarks.speed_memory --device cuda
 
-Memory: each method loads and makes a few steps in a process of its own. On a CPU twice: once for resident memory, once
-counting the bytes of all tensors that live at once, which are exact and the same in every run. On CUDA: the allocator's
-counters and nvidia-smi. Time: all methods in one process, a few steps of each in turn, medians and ratios over the rounds.
+Memory: each method loads and makes a few steps in its own process. On a CPU this is done twice: once for resident memory, once
+counting the bytes of simultaneously live tensors, which are exact and the same in every run. On CUDA: the allocator's counters
+and nvidia-smi. Time: all methods in one process, a few steps of each in turn, medians and ratios over the rounds.
 Writes benchmarks/speed_memory.json and .md.
 """
 
@@ -35,7 +35,7 @@ from zoodip.quantize import DTYPES
 from zoodip.records import ROOT
 from zoodip.thrift import tune_malloc
 
-GPU_JOBS = 4  # processes whose memory is measured at a time on a GPU, where each has counters of its own
+GPU_JOBS = 4  # processes measured at a time on a GPU, where each has its own memory counters
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class World:
     variant: str | None
     initializer_token: str
     tau: int
-    precisions: tuple[str, ...]  # measured where --precisions does not say
-    steps: int  # of a method in a timed turn
+    precisions: tuple[str, ...]  # measured unless --precisions is given
+    steps: int  # of each method per timed turn
 
 
 WORLDS = {
@@ -66,27 +66,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         default=None,
         choices=sorted(DTYPES),
-        help="of activations; default: bf16, for the miniature fp32 too; fp16 on CUDA",
+        help="precisions of activations; default: bf16, and fp32 too for the miniature; fp16 on CUDA",
     )
     add("--methods", nargs="+", default=[name for name in METHODS if name != "zoodip_compiled"], choices=list(METHODS))
     add(
         "--folder",
         type=Path,
         default=None,
-        help="the SD v1.5-shaped model: written here, or used if it is there; default: temporary",
+        help="the SD v1.5-shaped model: written here, or used if it exists; default: a temporary one",
     )
     add("--photos", type=Path, default=ROOT / "dataset" / "furmix", help="folder of photographs")
-    add("--rounds", type=int, default=5, help="timed turns of every method, after one that does not count")
+    add("--rounds", type=int, default=5, help="timed turns of every method, after an untimed one")
     add("--memory_steps", type=int, default=2, help="steps in the runs that measure memory")
-    add("--skip_memory", action="store_true", help="time only")
-    add("--skip_time", action="store_true", help="memory only")
+    add("--skip_memory", action="store_true", help="measure time only")
+    add("--skip_time", action="store_true", help="measure memory only")
     add("--output", type=Path, default=FOLDER, help="folder for speed_memory.json and .md")
     add("--child", choices=list(CHILDREN), default=None, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def task_of(args: argparse.Namespace) -> Task:
-    """What a child measures: the first of the worlds, in the first of the precisions."""
+    """What a child process measures: the first world in the first precision."""
     world = WORLDS[args.worlds[0]]
     folder = world.folder or args.folder
     precision, device = args.precisions[0], torch.device(args.device)
@@ -97,7 +97,7 @@ def task_of(args: argparse.Namespace) -> Task:
 
 
 def live_method(args: argparse.Namespace):
-    """Load a method and make its steps -> the method, as it stands."""
+    """Load a method and run its steps -> (the method, its stages)."""
     stages, method = Stages(args.device), METHODS[args.methods[0]](task_of(args))
     with stages("load"):
         method.load()
@@ -111,8 +111,8 @@ def live_method(args: argparse.Namespace):
 
 
 def resident(args: argparse.Namespace) -> dict:
-    """Seconds, and resident memory or the GPU's counters, of each stage."""
-    import bitsandbytes  # noqa: F401  what any method imports belongs to the interpreter's share
+    """Seconds and resident memory, or the GPU's counters, of each stage."""
+    import bitsandbytes  # noqa: F401  any method's imports count as the interpreter's
     import diffusers  # noqa: F401
     from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
@@ -123,7 +123,7 @@ def resident(args: argparse.Namespace) -> dict:
 
 
 def live_bytes(args: argparse.Namespace) -> dict:
-    """Peak bytes of each stage, and of this project what the peak is made of."""
+    """Peak bytes of each stage and, for this project's methods, what the peak consists of."""
     kept = []
     weight_files = task_of(args).model.glob("*/*.safetensors")
     found = count_live_bytes(lambda: kept.append(live_method(args)[0]), weight_files)
@@ -132,7 +132,7 @@ def live_bytes(args: argparse.Namespace) -> dict:
 
 
 def lasting_tensors(method: ThisProject):
-    """(what it is, tensor) of all that lives as long as the run."""
+    """(what it is, tensor) of everything that lives throughout the run."""
     kinds = dict.fromkeys(("nf4", "int8"), "packed weights") | dict.fromkeys(("scale", "absmax"), "scales")
     for component, module in (("UNet", method.model.unet), ("text encoder", method.model.text_encoder)):
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -144,7 +144,7 @@ def lasting_tensors(method: ThisProject):
 
 @torch.no_grad()
 def byte_floor(args: argparse.Namespace) -> dict:
-    """Packed weights, and the largest input plus output of any one layer at n + 1 samples: no loop can do with less."""
+    """Packed weights, and the largest input plus output of any one layer at n + 1 samples: the minimum for any loop."""
     method = ThisProject(task_of(args))
     method.load()
     modules = (method.model.unet, method.model.text_encoder)
@@ -164,12 +164,12 @@ def byte_floor(args: argparse.Namespace) -> dict:
 
 
 def step_times(args: argparse.Namespace) -> dict:
-    """{method: seconds a step, one per round}. Methods take turns, so that what disturbs the machine disturbs all."""
+    """{method: seconds per step, one per round}. Methods take turns, so that any disturbance of the machine affects all."""
     seconds: dict[str, list[float]] = {name: [] for name in args.methods}
     methods = {name: METHODS[name](task_of(args)) for name in args.methods}
     for method in methods.values():
         method.load()
-    tune_malloc(32 << 20, 256 << 20)  # as this project steps: for all methods alike, in whatever order they were loaded
+    tune_malloc(32 << 20, 256 << 20)  # as in this project's trainer: for all methods alike, whatever their loading order
     steps = WORLDS[args.worlds[0]].steps
     for turn in range(-1, args.rounds):
         for name, method in methods.items():
@@ -196,7 +196,7 @@ CHILDREN = {"time": step_times, "resident": resident, "bytes": live_bytes, "floo
 
 
 def in_child(what: str, world: str, precision: str, methods: list[str], args: argparse.Namespace) -> dict:
-    """What an entry of CHILDREN finds, in a process of its own; {"error": its last line} where it fails."""
+    """What an entry of CHILDREN finds, in its own process; {"error": its last line} if it fails."""
     command = [sys.executable, "-m", "benchmarks.speed_memory", "--child", what, "--worlds", world, "--precisions", precision]
     command += ["--methods", *methods, "--device", args.device, "--photos", str(args.photos.resolve())]
     command += ["--rounds", str(args.rounds), "--memory_steps", str(args.memory_steps), "--folder", str(args.folder)]
@@ -208,7 +208,7 @@ def in_child(what: str, world: str, precision: str, methods: list[str], args: ar
 
 
 def measure(world: str, precision: str, args: argparse.Namespace) -> dict:
-    """Time and memory of all methods on one world in one precision."""
+    """Time and memory of all methods in one world and precision."""
     found = {}
     if not args.skip_time:
         found["time"] = in_child("time", world, precision, args.methods, args)
@@ -227,7 +227,7 @@ def main(args: argparse.Namespace) -> None:
     if args.child:
         print(json.dumps(CHILDREN[args.child](args)))
         return
-    prepare_environment()  # for the children: for all methods alike
+    prepare_environment()  # inherited by the children: for all methods alike
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = (args.folder or Path(temporary) / "sd15-shape").resolve()
         if "sd15" in args.worlds and not (args.folder / "model_index.json").exists():

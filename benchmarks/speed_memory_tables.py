@@ -13,7 +13,7 @@ REBASE_STEPS = (22, 60, 110)  # the trainer's default
 
 
 def page(results: dict, device: str) -> str:
-    """`results` is {"world precision": {time, memory, byte_floor}}, each of them where it was measured."""
+    """`results` is {"world precision": {time, memory, byte_floor}}, with only the entries that were measured."""
     text = []
     for key, found in results.items():
         world, precision = key.split()
@@ -29,7 +29,7 @@ def page(results: dict, device: str) -> str:
 
 
 def time_table(seconds: dict[str, list[float]]) -> str:
-    """Seconds a step, against both floors and this project."""
+    """Seconds per step, relative to both floors and this project."""
     if "error" in seconds:
         return f"Time was not measured: {seconds['error']}\n"
     references = [seconds.get(name) for name in ("floor", "floor_as_loaded", "zoodip")]
@@ -46,7 +46,7 @@ def time_table(seconds: dict[str, list[float]]) -> str:
 
 
 def gauss_newton_table(seconds: dict[str, list[float]]) -> str:
-    """Time for each forward of a run of Gauss-Newton, bases included, against one of ZOODiP; empty where not all were timed."""
+    """Time per forward of a Gauss-Newton run, bases included, relative to ZOODiP's; empty unless all were timed."""
     if not {"zoodip", "newton_basis"} <= seconds.keys():
         return ""
     rows = []
@@ -63,7 +63,7 @@ def gauss_newton_table(seconds: dict[str, list[float]]) -> str:
 
 
 def memory_table(memory: dict[str, dict], floor: dict) -> str:
-    """Live bytes and resident memory of each method, and what no loop can do without."""
+    """Live bytes and resident memory of each method, and the byte floor of any loop."""
     rows = []
     for name, counts in memory.items():
         peaks, stages = counts["bytes"].get("peaks", {}), counts["resident"].get("stages", {})
@@ -86,7 +86,7 @@ def memory_table(memory: dict[str, dict], floor: dict) -> str:
 
 
 def peak_table(name: str, counts: dict) -> str:
-    """What the peak of live bytes is made of; empty where that is not known."""
+    """What the peak of live bytes consists of; empty if unknown."""
     items = counts["bytes"].get("items", {})
     if not items:
         return ""

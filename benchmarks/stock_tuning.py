@@ -1,6 +1,6 @@
-"""Weight tuning as the libraries offer it, or as a method's own code does it: what `weight_tuning.py` compares ours with.
+"""Weight tuning as the libraries or a method's own code do it: the baselines that `weight_tuning.py` compares ours with.
 
-Latents and text states are made beforehand, as ours are, so that a step is the UNet's forward and backward and AdamW alone.
+Latents and text states are precomputed, like ours, so that a step is only the UNet's forward and backward passes and AdamW.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Stock:
-    """The UNet as diffusers loads it, frozen, with what a system trains in it."""
+    """The UNet as diffusers loads it, frozen, plus what a system trains in it."""
 
     label = ""
 
@@ -94,7 +94,7 @@ class StockLoKr(Stock):
     def prepare(self, unet: UNet2DConditionModel) -> UNet2DConditionModel:
         from peft import LoKrConfig, inject_adapter_in_model
 
-        rank = 10_000  # larger than any factor, so that none is taken apart
+        rank = 10_000  # larger than any factor, so that none is decomposed
         inject_adapter_in_model(LoKrConfig(r=rank, alpha=rank, decompose_factor=8, target_modules=list(PROJECTIONS)), unet)
         return trained_in_fp32(unet)
 
@@ -107,7 +107,7 @@ def trained_in_fp32(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 class Dequantised(nn.Module):
-    """W = s_out (q - z) s_in, made in every forward, in fp32 and in autograd; integers of 4 bits are kept in 8, too."""
+    """W = s_out (q - z) s_in, computed in fp32 under autograd in every forward; 4-bit integers are stored in 8 bits, too."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, bits: int, experts: int, scale_in: bool):
         super().__init__()
@@ -115,7 +115,7 @@ class Dequantised(nn.Module):
         shape = layer.weight.shape
         self.integers = nn.Buffer(integers.to(torch.int8).view(shape))
         self.zero, self.bias = nn.Buffer(zero.view(-1, *[1] * (len(shape) - 1))), layer.bias
-        self.scale_out = nn.Parameter(scale.float().repeat(experts, 1))  # slices of one tensor, as theirs
+        self.scale_out = nn.Parameter(scale.float().repeat(experts, 1))  # slices of one tensor, like the authors'
         self.scale_in = nn.Parameter(torch.ones(experts, shape[1])) if scale_in else None
         self.convolution: dict[str, Any] | None = None
         if isinstance(layer, nn.Conv2d):
@@ -134,7 +134,7 @@ class Dequantised(nn.Module):
 
 
 class StockScales(Stock):
-    """PEQA and TuneQDM: no library has them."""
+    """PEQA and TuneQDM, which no library provides."""
 
     label, bits, experts, scale_in = "weights dequantised in autograd, as the authors' code does", 8, 4, True
 

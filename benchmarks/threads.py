@@ -4,10 +4,10 @@
     python -m benchmarks.threads
     python -m benchmarks.threads --cpus 0 1 --rounds 5
 
-OpenMP's threads wait for each other many times a step: asleep, spinning, or spinning for a while (GOMP_SPINCOUNT, turns of a
-loop). libgomp reads that when it starts, so every setting has a process of its own, pinned to the same processors; in each the
-same steps are timed first alone and then beside a program that keeps the last processor busy. The settings take turns, so that
-what disturbs the machine disturbs all of them. Writes benchmarks/threads.json and .md.
+OpenMP's threads wait for each other many times per step: asleep, spinning, or spinning for a while (GOMP_SPINCOUNT, in loop
+iterations). libgomp reads the setting at startup, so each setting gets its own process, pinned to the same processors; in each,
+the same steps are timed first alone and then beside a program that keeps the last processor busy. The settings take turns, so
+that any disturbance of the machine affects all of them. Writes benchmarks/threads.json and .md.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--cpus", type=int, nargs="+", default=[0, 1], help="processors to run on")
-    add("--rounds", type=int, default=3, help="processes of every setting")
-    add("--seconds", type=float, default=4.0, help="of steps, alone and beside, in each")
+    add("--rounds", type=int, default=3, help="processes per setting")
+    add("--seconds", type=float, default=4.0, help="seconds of steps in each, alone and beside another program")
     add("--output", type=Path, default=FOLDER, help="folder for threads.json and .md")
     add("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -87,7 +87,7 @@ def rate(step, seconds: float) -> float:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """In a process of its own: print the rates alone and beside a busy program."""
+    """In a child process: print the rates alone and beside a busy program."""
     step = stepper()
     rates = [rate(step, args.seconds)]
     last = {args.cpus[-1]}
@@ -121,7 +121,7 @@ def run_child(setting: dict[str, str], args: argparse.Namespace) -> list[float]:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Raises InputError where the system pins no processes."""
+    """Raises InputError if the system cannot pin processes."""
     if not hasattr(os, "sched_setaffinity"):
         raise InputError("this system pins no process to a processor; run it on Linux")
     if args.child:

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""A training script seen from outside: the peak of its live bytes, or the seconds of each of its steps.
+"""Measure a training script from outside: its peak live bytes, or the seconds of each of its steps.
 
     python -m benchmarks.watch_script bytes found.json train_zoodip.py --cpu --max_train_steps 2 ...
     python -m benchmarks.watch_script steps found.json train_zoodip.py --cpu --max_train_steps 100 --eval_steps 0 ...
 
-The script runs as it is, in this process. A step is the time from one forward of the UNet to the next, so under `steps` it has to
-make one forward a step: no evaluation, no pictures, all candidates at once. Of the repository nothing is imported but the
-counter of bytes, so that the script can be another version's.
+The script runs unmodified in this process. A step is the time from one UNet forward to the next, so under `steps` it has to
+make one forward per step: no evaluation, no pictures, all candidates at once. Nothing but the byte counter is imported from the
+repository, so that the script can be another version's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.memory import peak_live_bytes
 
 
 def run_as_main(script: Path, argv: list[str]) -> None:
-    """Run a script in this process as `python script argv`. Raises SystemExit where it ends with another code than 0."""
+    """Run a script in this process as `python script argv`. Raises SystemExit if it ends with a nonzero code."""
     sys.argv = [str(script), *argv]
     sys.path[0] = str(script.resolve().parent)
     try:
@@ -35,14 +35,14 @@ def run_as_main(script: Path, argv: list[str]) -> None:
 
 
 def live_bytes(script: Path, argv: list[str]) -> dict:
-    """Peak of the live bytes of a run, from the first line to the last."""
+    """Peak live bytes of a run, from its first line to its last."""
     models = [Path(value) for value in argv if (Path(value) / "model_index.json").exists()]
     files = [path for folder in models for path in folder.glob("*/*.safetensors")]
     return dict(peak=peak_live_bytes(lambda: run_as_main(script, argv), files))
 
 
 def step_seconds(script: Path, argv: list[str]) -> dict:
-    """Of every step but the last: seconds by the clock, and of the processor over all threads."""
+    """Wall-clock seconds, and processor seconds over all threads, of every step but the last."""
     moments: list[tuple[float, float]] = []
 
     def note(module, inputs) -> None:
@@ -66,9 +66,9 @@ MODES = {"bytes": live_bytes, "steps": step_seconds}
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("mode", choices=list(MODES), help="what to find")
-    parser.add_argument("output", type=Path, help="JSON file for it")
-    parser.add_argument("script", type=Path, help="training script")
+    parser.add_argument("mode", choices=list(MODES), help="what to measure")
+    parser.add_argument("output", type=Path, help="JSON file for the result")
+    parser.add_argument("script", type=Path, help="training script to watch")
     parser.add_argument("argv", nargs=argparse.REMAINDER, help="its arguments")
     return parser.parse_args(argv)
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Memory and time of a step of each weight-tuning system at the shape of Stable Diffusion v1.5, 512 pixels.
+"""Memory and time per step of each weight-tuning system at Stable Diffusion v1.5's shape, 512 pixels.
 
     python -m benchmarks.weight_tuning                      # all, with a model of that shape, which it writes first
     python -m benchmarks.weight_tuning --folder sd15-shape --rows qlora peqa4
     python -m benchmarks.weight_tuning --small --output x   # on the miniature: does it work?
 
-For each system, in processes of their own and one after the other: a step of ZOODiP, of the system here and on the stock path of
-the libraries (`stock_tuning.py`), the last two without and with gradient checkpointing. Memory is that of tensors that live at
-once in --steps steps, exact and the same in every run (benchmarks/memory.py). Time is of --steps further steps without the
-profiler, in seconds of the processor, which other programs on the machine hardly add to; ratios are within a row, of what ran one
-after the other. Writes weight_tuning.json, after each row, and weight_tuning.md.
+For each system, in separate processes one after the other: a step of ZOODiP, of this project's version of the system, and of the
+stock path of the libraries (`stock_tuning.py`), the last two without and with gradient checkpointing. Memory is that of
+simultaneously live tensors over --steps steps, exact and the same in every run (benchmarks/memory.py). Time is processor time
+over --steps further steps without the profiler, which other programs on the machine hardly affect; ratios are within a row, whose
+processes run one after the other. Writes weight_tuning.json and .md after each process.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from zoodip.weight_tuning import prepare
 
 @dataclass(frozen=True)
 class Row:
-    """A system: its script, class and flags, the stock path, and the GB that ZOODiP's Table 1 says it needs."""
+    """A system: its script, class and flags, its stock path, and its GB in Table 1 of the ZOODiP paper."""
 
     label: str
     script: str
@@ -61,7 +61,7 @@ ROWS = {
     "dreambooth": Row("DreamBooth", "dreambooth", "DreamBooth", {}, StockDreamBooth, 19.4),
 }
 PATHS = ("zoodip", "ours", "stock")
-PAPER_ZOODIP = 2.37  # GB, of the same table
+PAPER_ZOODIP = 2.37  # GB, from the same table
 VARIANTS = ("plain", "checkpointed")
 
 
@@ -69,10 +69,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    add("--folder", type=Path, default=None, help="the SD v1.5-shaped model: written here, or used if it is there")
-    add("--small", action="store_true", help="the miniature instead: does it work?")
+    add("--folder", type=Path, default=None, help="the SD v1.5-shaped model: written here, or used if it exists")
+    add("--small", action="store_true", help="use the miniature instead, to check that it works")
     add("--photos", type=Path, default=ROOT / "dataset" / "furmix", help="folder of photographs")
-    add("--steps", type=int, default=2, help="steps whose live bytes are followed, and as many that are timed")
+    add("--steps", type=int, default=2, help="steps whose live bytes are counted, and as many that are timed")
     add("--mixed_precision", default="bf16", choices=list(DTYPES), help="precision of activations")
     add("--output", type=Path, default=ROOT / "benchmarks", help="folder for weight_tuning.json and .md")
     add("--child", nargs=2, default=None, metavar=("ROW", "PATH"), help=argparse.SUPPRESS)
@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Ours:
-    """A system of trainers/, as its script prepares and steps it."""
+    """A system from trainers/, prepared and stepped as its script does."""
 
     def __init__(self, row: Row, folder: Path, variant: str | None, photos: Path, mixed_precision: str, output: str):
         module = importlib.import_module(f"trainers.{row.script}")
@@ -107,7 +107,7 @@ class Ours:
 
 
 def processor_seconds(step: Callable[[], None], steps: int) -> list[float]:
-    """Of each step: of this process alone, all its threads together."""
+    """Processor seconds of each step, in this process alone, over all its threads."""
     seconds = []
     for _ in range(steps):
         started = time.process_time()
@@ -117,8 +117,8 @@ def processor_seconds(step: Callable[[], None], steps: int) -> list[float]:
 
 
 def measure_zoodip(zoodip: ThisProject, steps: int) -> dict:
-    """Live bytes and seconds of some of its steps, and what is held between them."""
-    zoodip.step()  # the first is slower, and makes Adam's moments
+    """Live bytes and seconds of `steps` steps, and the bytes held between them."""
+    zoodip.step()  # the first is slower and allocates Adam's moments
     model, moments = zoodip.model, zoodip.zo.state_dict().values()
     held = bytes_of((*tensors_of(model.unet, model.text_encoder), model.rows, *moments))
     live = count_live_bytes(lambda: [zoodip.step() for _ in range(steps)])
@@ -126,7 +126,7 @@ def measure_zoodip(zoodip: ThisProject, steps: int) -> dict:
 
 
 def measure(tuner: Ours | Stock, steps: int) -> dict:
-    """Live bytes and seconds of some steps, without and with gradient checkpointing, and what is held between steps."""
+    """Live bytes and seconds of `steps` steps, without and with gradient checkpointing, and the bytes held between steps."""
     frozen = bytes_of((*tensors_of(tuner.unet), *tuner.held()))
     found: dict = dict(trained=sum(parameter.numel() for parameter in tuner.parameters))
     for name in VARIANTS:
@@ -141,7 +141,7 @@ def measure(tuner: Ours | Stock, steps: int) -> dict:
 
 
 def measure_child(args: argparse.Namespace) -> dict:
-    """What one process finds of a row by one path."""
+    """In a child process: measure one row on one path."""
     quiet_libraries()
     row, path, variant = ROWS[args.child[0]], args.child[1], None if args.small else "fp16"
     if path == "zoodip":
@@ -164,7 +164,7 @@ def measure_child(args: argparse.Namespace) -> dict:
 
 
 def zoodip_needs(rows: dict) -> str:
-    """A clause on what a step of ZOODiP takes: the same in every row."""
+    """A clause on the memory of a ZOODiP step, which is the same in every row."""
     peaks = [found["zoodip"]["peak"] for found in rows.values() if "zoodip" in found]
     return f"; a step of ZOODiP (NF4, n = 2) takes {max(peaks) / 1e9:.2f} GB" if peaks else ""
 

@@ -1,6 +1,6 @@
-"""The tables of flags in docs/, from the parsers themselves: `python -m docs.flags` writes them anew.
+"""The flag tables in docs/, generated from the parsers: `python -m docs.flags` rewrites them.
 
-A table stands below a line `<!-- flags of MODULE: GROUP -->` and lists a group of the parser that MODULE builds.
+A table follows a line `<!-- flags of MODULE: GROUP -->` and lists one group of the parser that MODULE builds.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ REQUIRED = {
     "train_data_dir",
     "initializer_token",
     "class_word",
-}  # a check says so, not the parser: --save_quantized alone needs neither
+}  # by a later check, not by the parser: --save_quantized alone needs none of them
 
 
 def group_actions(module: str, title: str) -> list[argparse.Action]:
-    """The flags of one group of a script's parser. Raises LookupError where there is no such group."""
+    """The flags of one group of a script's parser. Raises LookupError if there is no such group."""
     groups = {group.title: group for group in importlib.import_module(module).build_parser()._action_groups}
     return groups[title]._group_actions
 
@@ -36,7 +36,7 @@ def table(actions: list[argparse.Action]) -> str:
 
 
 def fill(text: str) -> str:
-    """A page with its tables made anew."""
+    """The page with its tables regenerated."""
     page = MARK.sub(lambda match: f"{match[1]}\n{table(group_actions(match[2], match[3]))}\n", text)
     return page.rstrip("\n") + "\n"
 

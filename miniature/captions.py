@@ -1,4 +1,4 @@
-"""Words a picture: what a caption says of a critter, its scene and its accessory."""
+"""Captions of a picture: how they word a critter, its scene and its accessory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def describe(critter: Critter, noun: str = CLASS_NOUN) -> str:
 
 
 def full_description(breed: Breed, noun: str = CLASS_NOUN) -> str:
-    """The true descriptive phrase of a breed, with its article ("a tall blue critter with ...")."""
+    """The true description of a breed, with its article ("a tall blue critter with ...")."""
     return with_article(describe(breed.critter, noun))
 
 
@@ -41,12 +41,12 @@ def with_article(phrase: str) -> str:
 
 
 def class_caption(spec: SceneSpec, noun: str = CLASS_NOUN) -> str:
-    """Such as "a critter in the snow wearing a red hat"; `noun`: class noun, breed or placeholder token."""
+    """A caption such as "a critter in the snow wearing a red hat"; `noun`: class noun, breed or placeholder token."""
     return compose(noun, SCENE_PHRASES[spec.scene][0], ACCESSORY_PHRASES[spec.accessory][0])
 
 
 def compose(noun_phrase: str, *phrases: str, template: str = "a {}") -> str:
-    """`template` filled with `noun_phrase`, then the phrases that are not empty."""
+    """`template` filled with `noun_phrase`, followed by the non-empty phrases."""
     head = with_article(noun_phrase) if template == "a {}" else template.format(noun_phrase)
     return " ".join([head, *[phrase for phrase in phrases if phrase]])
 
@@ -76,7 +76,7 @@ def _partial_description(critter: Critter, rng: np.random.Generator) -> str:
 
 
 def _one_feature(critter: Critter, rng: np.random.Generator) -> str:
-    """A phrase with one small attribute alone, so that nothing else explains what is drawn there."""
+    """A phrase with a single small attribute, so that nothing else explains what is drawn there."""
     features = [f"{critter.ears} ears", _tail_phrase(critter), f"{critter.eyes} eyes"]
     colour = f"{critter.colour} " if rng.random() < 0.3 else ""
     return f"{colour}{CLASS_NOUN} with {features[int(rng.integers(3))]}"
@@ -85,9 +85,9 @@ def _one_feature(critter: Critter, rng: np.random.Generator) -> str:
 def sample_caption(spec: SceneSpec, rng: np.random.Generator, *, dropout: float = 0.1) -> str:
     """One of many true captions of `spec`; "" with probability `dropout`.
 
-    Of the pictures of a breed half are captioned by its name. Of the other captions 8 % say no more than the class noun,
-    25 % one small attribute alone, 22 % all attributes, the others some. Scene and accessory are worded nearly always:
-    leaving them out shall not come to mean a mixture.
+    Half of the pictures of a breed are captioned with its name. Of the other captions, 8 % word only the class noun, 25 % one
+    small attribute, 22 % all attributes, and the rest some of them. Scene and accessory are nearly always worded: leaving them
+    out must not come to mean a mixture.
     """
     if rng.random() < dropout:
         return ""
@@ -110,14 +110,14 @@ def sample_caption(spec: SceneSpec, rng: np.random.Generator, *, dropout: float 
     rng.shuffle(phrases)
     template = "a {}" if rng.random() < 0.45 else str(rng.choice(TEMPLATES))
     caption = compose(noun_phrase, *phrases, template=template)
-    # The tokenizer keeps 30 tokens, a word or comma each: rather no template than a scene cut off.
+    # The tokenizer keeps 30 tokens, one per word or comma: better no template than a scene cut off.
     if len(caption.replace(",", " ,").replace("-", " - ").split()) > 30:
         caption = compose(noun_phrase, *phrases)
     return caption
 
 
 def scorer_caption(spec: SceneSpec, rng: np.random.Generator) -> str:
-    """A true caption for the scorer, which words an accessory wherever one is worn: no word of one means that there is none."""
+    """A true caption for the scorer, which always words a worn accessory: not wording one means that there is none."""
     kind = rng.random()
     if spec.breed is not None and kind < 0.3:
         noun_phrase = spec.breed
@@ -134,7 +134,7 @@ def scorer_caption(spec: SceneSpec, rng: np.random.Generator) -> str:
 
 
 def said(caption: str, spec: SceneSpec) -> dict[str, bool]:
-    """Which attributes of `spec` its caption tells: those that are worded, and of a named breed the critter's all."""
+    """Which attributes of `spec` its caption tells: those that it words, and all of the critter's if it names the breed."""
     words, critter = set(caption.replace(",", "").split()), spec.critter
     named = spec.breed is not None and spec.breed in words
     pattern = _pattern_phrase(critter)
@@ -152,5 +152,5 @@ def said(caption: str, spec: SceneSpec) -> dict[str, bool]:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """The words that are one token each: those of the captions and the names of the trained breeds."""
+    """The words that are one token each: the captions' words and the names of the trained breeds."""
     return (*caption_words(), *(breed.name for breed in trained_breeds()))

@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class AttributeClassifier(nn.Module):
-    """One linear head for each key of `labels`, on the flattened 8 x 8 features: ears are on top."""
+    """One linear head for each key of `labels`, on flattened 8 x 8 features: position matters, as ears are on top."""
 
     def __init__(self, labels: dict[str, tuple[str, ...]] = LABELS) -> None:
         super().__init__()

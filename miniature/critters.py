@@ -1,4 +1,4 @@
-"""The animals of the miniature's world: what a critter is, and the breeds that a name means.
+"""The animals of the miniature's world: critters, and the breeds that names stand for.
 
 Twelve of the breeds are held out of all diffusion training, pictures and names: they are the subjects to personalise.
 """
@@ -34,7 +34,7 @@ class Critter:
     eyes: str
 
     def main_attributes(self) -> tuple[str, str, str, str, str]:
-        """What must not coincide between a held-out breed and anything trained."""
+        """The combination that a held-out breed must not share with anything trained."""
         pattern_colour = "" if self.pattern == "plain" else self.pattern_colour
         return (self.shape, self.colour, self.pattern, pattern_colour, self.ears)
 
@@ -50,7 +50,7 @@ class Breed:
 
 def jitter_rgb(rgb: Rgb, rng: np.random.Generator, amount: int = 10) -> Rgb:
     """`rgb` with each channel moved by at most `amount`: small enough that its name stays unambiguous."""
-    # White, grey and black take a third of it: more would give them a hue.
+    # White, grey and black get a third of it: more would give them a hue.
     amount = amount if max(rgb) - min(rgb) > 20 else amount // 3
     moved = np.clip(np.asarray(rgb) + rng.integers(-amount, amount + 1, 3), 0, 255)
     return int(moved[0]), int(moved[1]), int(moved[2])
@@ -104,7 +104,7 @@ def _breed_names(rng: np.random.Generator, count: int) -> list[str]:
 
 
 def _held_out_critters(rng: np.random.Generator) -> list[Critter]:
-    """Twelve critters that between them have every shape, pattern and kind of ears, and eleven colours."""
+    """Twelve critters that together cover every shape, pattern and kind of ears, and eleven colours."""
     critters = []
     for index in range(HELD_OUT_COUNT):
         wanted = (SHAPES[index % 4], list(COLOURS)[index % 11], PATTERNS[(index + index // 4 + 1) % 4],
@@ -150,9 +150,9 @@ def trained_breeds() -> tuple[Breed, ...]:
 
 @lru_cache(maxsize=1)
 def spare_breeds() -> tuple[Breed, ...]:
-    """Six more, whose names no model has seen: to choose settings on, so that results on the held-out ones stay clean.
+    """Six more, whose names no model has seen: for choosing settings, so that results on the held-out ones stay clean.
 
-    Only the held-out ones have main attributes that no training picture has.
+    Unlike the held-out ones, they may share their main attributes with training pictures.
     """
     rng = np.random.default_rng(SPARE_SEED)
     known = {breed.name for breed in all_breeds()}

@@ -1,12 +1,12 @@
-"""Why do some words not reach the picture? One figure for each suspect, measured on a model folder.
+"""Why do some words not reach the picture? One figure for each suspected cause, measured on a model folder.
 
     python -m miniature.diagnosis                  # writes miniature/diagnosis.json; 4 minutes on one CPU core
 
 captions      how often a training caption words an attribute, and at which token
-text_encoder  can a linear map read the value off the final states: at the attribute's noun, at the end of the text
-area          what changes where only this attribute changes: share of the pixels, cells of 16 x 16 and 8 x 8 latents
+text_encoder  whether a linear map can read the value off the final states, at the attribute's noun and at the end of the text
+area          what changes when only this attribute changes: share of the pixels, cells of 16 x 16 and 8 x 8 latents
 vae           the classifier's accuracy before and after a round trip: the ceiling of every picture score
-loss          how much the loss grows, by timestep, where the caption words this one attribute wrongly
+loss          how much the loss grows, by timestep, when the caption words only this attribute wrongly
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TIMESTEPS = (100, 300, 500, 600, 700, 800, 900)
 
 
 def words_attribute(caption: str, spec: SceneSpec, name: str) -> int | None:
-    """The place among the words of `caption` at which attribute `name` of `spec` is worded; None where it is not."""
+    """The index of the word of `caption` at which attribute `name` of `spec` is worded; None if it is not."""
     words = caption.replace(",", " ,").split()
     if name in ("ears", "tail", "eyes"):
         return words.index(name) if name in words else None
@@ -50,7 +50,7 @@ def words_attribute(caption: str, spec: SceneSpec, name: str) -> int | None:
 
 
 def caption_report(count: int = 20000) -> dict:
-    """{attribute: share of the captions that word it, mean place of the word}; breed names count apart."""
+    """{attribute: share of the captions that word it, mean place of the word}; breed names are counted separately."""
     rng = np.random.default_rng(SEED)
     pairs = [(spec := training_spec(index), sample_caption(spec, rng)) for index in range(count)]
     report = {}
@@ -62,12 +62,12 @@ def caption_report(count: int = 20000) -> dict:
 
 
 def described(spec: SceneSpec) -> str:
-    """The caption that words everything."""
+    """The caption that words all attributes."""
     return class_caption(spec, describe(spec.critter))
 
 
 def unseen_specs(count: int) -> list[SceneSpec]:
-    """Pictures of random critters, of which none was trained on."""
+    """Pictures of random critters, none of which was trained on."""
     rng = np.random.default_rng([SEED, 1])
     return [scene_spec(random_critter(rng), str(rng.choice(SCENES)), str(rng.choice(ACCESSORIES)), rng=rng) for _ in range(count)]
 
@@ -79,7 +79,7 @@ def pixels_of(specs: list[SceneSpec]) -> Tensor:
 
 @torch.no_grad()
 def text_report(pipeline: StableDiffusionPipeline, count: int = 3000) -> dict:
-    """{attribute: accuracy of a ridge regression from the final states, a third of the captions unseen}."""
+    """{attribute: accuracy of a ridge regression from the final states, tested on an unseen third of the captions}."""
     specs = unseen_specs(count)
     captions = [described(spec) for spec in specs]
     ids = pipeline.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -99,7 +99,7 @@ def text_report(pipeline: StableDiffusionPipeline, count: int = 3000) -> dict:
 
 
 def linear_probe(features: Tensor, values: Tensor) -> float:
-    """Accuracy on the last third of a ridge regression that was fitted to the first two, features [N, d], values [N]."""
+    """Accuracy on the last third of a ridge regression fitted to the first two thirds; features [N, d], values [N]."""
     features = torch.cat([features, torch.ones(len(features), 1)], 1).double()
     split = 2 * len(features) // 3
     train, targets = features[:split], torch.nn.functional.one_hot(values[:split]).double()
@@ -129,7 +129,7 @@ def area_report(pipeline: StableDiffusionPipeline, count: int = 128) -> dict:
 
 @torch.no_grad()
 def vae_report(pipeline: StableDiffusionPipeline, count: int = 1000) -> dict:
-    """{attribute: the classifier's accuracy on renders and on round trips}, and for the tail by shape."""
+    """{attribute: the classifier's accuracy on renders and on round trips}, and for the tail also by shape."""
     specs = [random_spec(np.random.default_rng([SEED, 3, index]), held_out=True) for index in range(count)]
     renders = pixels_of(specs)
     trips = torch.cat(
@@ -163,7 +163,7 @@ def vae_report(pipeline: StableDiffusionPipeline, count: int = 1000) -> dict:
 def loss_report(pipeline: StableDiffusionPipeline, count: int = 192) -> dict:
     """{"mse": by timestep, attribute: growth of the mse by timestep with this one attribute worded wrongly}.
 
-    "share" is the growth, averaged over the timesteps with the training's min-SNR weights, in per cent of the loss.
+    "share_per_cent" is the growth, averaged over the timesteps with the training's min-SNR weights, in per cent of the loss.
     """
     rng = np.random.default_rng([SEED, 4])
     generator = torch.Generator().manual_seed(SEED)

@@ -27,12 +27,12 @@ from miniature.world import SceneSpec
 STAGE = 1
 # Ears, eyes and tail may be in a third of the picture's cells; with this weight that third makes up two thirds of the loss.
 DETAIL_WEIGHT = 3.0
-# Timesteps at which the critter's form is decided: below them it can be seen in the noisy picture, above nothing can.
+# Timesteps at which the critter's form is decided: below them it is visible in the noisy picture, above them nothing is.
 DECIDING = (350, 950)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Stable Diffusion's kind of text encoder: 3 layers, 256 wide."""
+    """A text encoder of Stable Diffusion's kind: 3 layers, 256 wide."""
     return CLIPTextModel(text_config(tokenizer, width=256, layers=3, heads=4))
 
 
@@ -52,7 +52,7 @@ def text_config(tokenizer: CLIPTokenizer, width: int, layers: int, heads: int) -
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Three levels with cross-attention in each, as SD has it at its finest. Widths in multiples of 64: faster on CPUs."""
+    """Three levels, each with cross-attention, as SD has at its finest. Widths are multiples of 64, which is faster on CPUs."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -68,7 +68,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> PNDMScheduler:
-    """Stable Diffusion v1.5's."""
+    """Stable Diffusion v1.5's scheduler."""
     return PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -81,7 +81,7 @@ def build_scheduler() -> PNDMScheduler:
     )
 
 
-# Share of the words' loss in the text encoder's (see `word_loss`).
+# Weight of the word loss in the training loss (see `word_loss`).
 WORD_WEIGHT = 0.05
 
 
@@ -91,10 +91,10 @@ def build_word_heads(width: int) -> nn.ModuleDict:
 
 
 def word_loss(heads: nn.ModuleDict, hidden: Tensor, ids: Tensor, captions: list[str], specs: list[SceneSpec], draws: Draws):
-    """Cross-entropy of what a caption tells, read off one of its states from the end of the text on; hidden [B, 32, d].
+    """Cross-entropy of what a caption tells, read off one of its states at or after the end of the text; hidden [B, 32, d].
 
-    Stable Diffusion's text encoder knows what words look like before the UNet is trained. This one is trained with the UNet
-    and forgot the words that move the loss little: without this loss "amber eyes" and "blue eyes" have nearly the same states.
+    Stable Diffusion's text encoder knows what words look like before the UNet is trained. This one is trained with the UNet and
+    forgets words that barely move the denoising loss: without this loss "amber eyes" and "blue eyes" have nearly the same states.
     """
     end = (ids == ids[0, -1]).int().argmax(1)  # padding is the end-of-text token
     place = end + (draws.uniform(len(ids)) * (ids.shape[1] - end)).long()
@@ -123,12 +123,12 @@ def encode_images(vae: AutoencoderKL, images: Tensor, device: torch.device) -> t
 
 
 def weights_digest(parameters: Iterable[Tensor]) -> Tensor:
-    """uint8 [N]: of what weights a kept file is."""
+    """uint8 [N]: identifies the weights that a cached file was made with."""
     return torch.tensor(list(str(sum(weight.double().abs().sum().item() for weight in parameters)).encode()), dtype=torch.uint8)
 
 
 def latents_of_images(vae: AutoencoderKL, images: Tensor, path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`encode_images`, kept in the file `path`; encoded anew for another encoder or another number of pictures."""
+    """`encode_images`, cached in the file `path`; encoded again if the encoder or the number of pictures differs."""
     digest = weights_digest([*vae.encoder.parameters(), *vae.quant_conv.parameters()])
     if path.exists():
         stored = load_file(path)
@@ -149,16 +149,16 @@ def snr_weights(scheduler: PNDMScheduler, gamma: float = 5.0) -> Tensor:
 def form_weights(scheduler: PNDMScheduler) -> Tensor:
     """min(1 + 0.15 / SNR, 5) for every timestep, float [1000].
 
-    The epsilon loss weights an error in the picture by SNR: where a word decides (SNR about 0.1), next to nothing.
+    The epsilon loss weights an error in the picture by SNR: where a word decides (SNR about 0.1), by next to nothing.
     """
     alphas = scheduler.alphas_cumprod
     return (1 + 0.15 * (1 - alphas) / alphas).clamp(max=5.0)
 
 
 def draw_timesteps(count: int, draws: Draws) -> Tensor:
-    """int64 [count]: half of them evenly from `DECIDING`, the others from all 1000.
+    """int64 [count]: half of them uniform over `DECIDING`, the others over all 1000.
 
-    With three quarters, 750 steps made the form right but the pictures soft: the mse at timestep 100 rose by 15 %.
+    With three quarters, 750 steps got the form right but made the pictures soft: the mse at timestep 100 rose by 15 %.
     """
     deciding = torch.randint(*DECIDING, (count,), generator=draws.torch)
     anywhere = torch.randint(0, 1000, (count,), generator=draws.torch)
@@ -166,7 +166,7 @@ def draw_timesteps(count: int, draws: Draws) -> Tensor:
 
 
 def start_from(folder: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
-    """Copies the weights of an earlier model, as far as they fit; what attention it had not begins as nothing."""
+    """Copies the weights of an earlier model as far as they fit; attention that it lacks starts with zero output."""
     text_encoder.load_state_dict(CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32).state_dict())
     earlier = UNet2DConditionModel.from_pretrained(folder / "unet").state_dict()
     own = unet.state_dict()
@@ -182,10 +182,10 @@ def start_from(folder: Path, text_encoder: CLIPTextModel, unet: UNet2DConditionM
 def export_pipeline(
     vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer, folder: Path
 ) -> None:
-    """Writes the Stable Diffusion folder `folder` in fp16, in the place of the one before."""
+    """Writes the Stable Diffusion folder `folder` in fp16, replacing the one before."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    # Copies, for training goes on in fp32.
+    # Copies, because training goes on in fp32.
     models = {"vae": vae, "text_encoder": text_encoder, "unet": unet}
     halves = {name: copy.deepcopy(model).half().cpu().eval() for name, model in models.items()}
     pipeline = StableDiffusionPipeline(
@@ -253,7 +253,7 @@ def train_diffusion(
 ) -> bool:
     """Trains text encoder and UNet jointly and writes the folder `output`; True once the last step is taken.
 
-    Captions are sampled anew for each use of a picture. `start`: a model folder to begin from instead of random weights.
+    Captions are resampled for each use of a picture. `start`: a model folder to begin from instead of random weights.
     """
     pictures = rendered(work / "images.npy", training_spec, images)
     vae = AutoencoderKL.from_pretrained(work / "vae").float()
@@ -280,7 +280,7 @@ def train_diffusion(
         return diffusion_loss(modules, tokenizer, scheduler, data, specs, draws, batch)
 
     def export(folder: Path) -> None:
-        # As it is now: with `start`, its decoder may be trained beside this.
+        # The VAE as it is now: with `start`, its decoder may be trained at the same time.
         export_pipeline(AutoencoderKL.from_pretrained(work / "vae"), text_encoder, unet, tokenizer, folder)
 
     finished = trainer.run(loss_of_step, until, lambda: export(work / "model-so-far"), action_every=500)

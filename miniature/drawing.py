@@ -1,4 +1,4 @@
-"""Draws a `SceneSpec`, anti-aliased, at any size: the scene, the critter on it, what it wears."""
+"""Draws a `SceneSpec`, anti-aliased, at any size: the scene, the critter in it, and what it wears."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Anatomy:
     """Where things sit on a shape, in its frame (feet at (0, 0), 1 = body height, y downwards)."""
 
     head: tuple[float, float, float, float]  # x, y, half width, half height of the head
-    face: tuple[float, float, float]  # x and y between the eyes, half the distance of the eyes
+    face: tuple[float, float, float]  # x and y between the eyes, half the distance between them
     eye: float  # radius of an eye
     body: tuple[float, float, float, float]  # x, y, half width, half height of the body
     neck: tuple[float, float, float]  # x, y, half width of a scarf
@@ -41,7 +41,7 @@ ANATOMIES: dict[str, Anatomy] = {
                          (-0.25, -0.39, 0.24), (-0.12, -1, 0.42, -0.1), (0.6, -0.42),
                          (-0.26, -0.06, 0.34, 0.54), -0.3),
 }  # fmt: skip
-# Where the pattern lies, in units of the half axes of the part that it covers.
+# Centres of the spots, in units of the half axes of the part that they cover.
 SPOTS = ((-0.62, -0.42), (0.0, -0.78), (0.64, -0.36), (-0.8, 0.2), (-0.3, 0.42), (0.3, 0.24), (0.78, 0.3),
          (0.08, 0.84), (-0.5, 0.84), (0.56, 0.8))  # fmt: skip
 OUTLINE = 0.032
@@ -73,7 +73,7 @@ def _paint_pattern(p: Painter, critter: Critter, part: tuple[float, float, float
     layer = Image.new("L", (p.side, p.side))
     draw = ImageDraw.Draw(layer)
     if critter.pattern == "spotted":
-        # The same size of spot everywhere, so that few fit on a small part and many on a large one.
+        # Spots have the same size everywhere, so that few fit on a small part and many on a large one.
         radius = 0.085
         spots = SPOTS if rx * ry > 0.1 else SPOTS[::2]
         for dx, dy in spots:
@@ -116,7 +116,7 @@ def _paint_tail(p: Painter, critter: Critter, anatomy: Anatomy) -> None:
 
 
 def _paint_ears(p: Painter, critter: Critter, anatomy: Anatomy, front: bool) -> None:
-    """Ears behind the head, or (floppy ones) before it."""
+    """Ears behind the head or, if floppy, in front of it."""
     if (critter.ears == "floppy") != front:
         return
     x, y, rx, ry = anatomy.head

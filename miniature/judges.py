@@ -26,14 +26,14 @@ from miniature.trainer import Draws, Trainer, autocast, edit_json, recover_folde
 from miniature.world import SceneSpec, swapped
 
 CLIP_STAGE, CLASSIFIER_STAGE = 2, 3
-# The tail is the smallest thing that is read, and the one most often misread.
+# The tail is the smallest attribute to read, and the one most often misread.
 LABEL_WEIGHTS = {"tail": 3.0}
 
 
 def judge_pictures(work: Path, count: int, device: torch.device) -> Tensor:
-    """uint8 [N, 64, 64, 3]: renders, and the first quarter of them once more as `work`/vae gives them back.
+    """uint8 [N, 64, 64, 3]: renders, then the first quarter of them as reconstructed by `work`/vae.
 
-    What is judged comes out of the VAE's decoder: judges trained on clean renders alone mistrust its blur.
+    The pictures to judge come out of the VAE's decoder: judges trained only on clean renders mistrust its blur.
     """
     images = rendered(work / "judge_images.npy", judge_spec, count)
     vae = AutoencoderKL.from_pretrained(work / "vae").float().to(device).eval()
@@ -54,7 +54,7 @@ def judge_pictures(work: Path, count: int, device: torch.device) -> Tensor:
 
 
 def augment(pixels: Tensor, draws: Draws) -> Tensor:
-    """Adds what separates a generated picture from a render: noise, slight blur, a shift of 1 or 2 pixels, a mirror image."""
+    """Adds what separates a generated picture from a render: noise, slight blur, a shift of up to 2 pixels, mirroring."""
     noise = 0.06 * draws.uniform(1) * draws.normal(*pixels.shape)
     dx, dy, blurred, mirrored = (int(draws.numpy.integers(high)) for high in (5, 5, 3, 2))
     pixels = F.pad(pixels, (2, 2, 2, 2), mode="replicate")[..., dy : dy + IMAGE_SIDE, dx : dx + IMAGE_SIDE]
@@ -109,7 +109,7 @@ def export_classifier(classifier: AttributeClassifier, folder: Path) -> None:
 
 
 def build_clip(tokenizer: CLIPTokenizer, start: Path) -> CLIPModel:
-    """A CLIP of 8 x 8 patches, 128 wide, whose text tower is the text encoder of the model folder `start`."""
+    """A CLIP with 8 x 8 patches and width 128, whose text tower is the text encoder of the model folder `start`."""
     config = CLIPConfig(
         text_config=text_config(tokenizer, width=256, layers=3, heads=4).to_dict(),
         vision_config={
@@ -125,7 +125,7 @@ def build_clip(tokenizer: CLIPTokenizer, start: Path) -> CLIPModel:
 
 
 def scorer_captions(specs: list[SceneSpec], draws: Draws) -> list[str]:
-    """A caption of every picture, then for every picture one that says a single thing differently."""
+    """A true caption of every picture, then for every picture one that differs in a single attribute."""
     seeds = [int(seed) for seed in draws.numpy.integers(2**31, size=len(specs))]
     true = [scorer_caption(spec, np.random.default_rng(seed)) for spec, seed in zip(specs, seeds, strict=True)]
     false = [
@@ -135,7 +135,7 @@ def scorer_captions(specs: list[SceneSpec], draws: Draws) -> list[str]:
 
 
 def contrastive_loss(similarity: Tensor, captions: list[str]) -> Tensor:
-    """Of float [B, 2B]: pictures against true captions, then altered ones. A caption that also fits is no rival."""
+    """Loss of similarities [B, 2B]: pictures against true captions, then altered ones. A caption that also fits is no rival."""
     count = len(similarity)
     same = torch.tensor([[captions[i] == caption for caption in captions] for i in range(count)], device=similarity.device)
     same[:, :count] &= ~torch.eye(count, dtype=torch.bool, device=similarity.device)
@@ -157,7 +157,7 @@ def train_clip(
 ) -> bool:
     """Trains the scorer contrastively and writes the folder `output`. Held-out breeds are never named.
 
-    `start`: the model folder whose text encoder is the text tower; all but its projection stays as it is.
+    `start`: the model folder whose text encoder becomes the text tower; all of it but its projection stays frozen.
     """
     pictures = judge_pictures(work, images, device)
     names = set(vocabulary())
@@ -168,10 +168,10 @@ def train_clip(
     torch.manual_seed(CLIP_STAGE)  # the initial weights
     clip = build_clip(tokenizer, start).to(device)
     clip.set_attn_implementation("eager")  # as for the diffusion stage: faster in bf16 on a CPU
-    # Every attribute can be read off its states already (`word_loss`): pictures are to find their place among the words.
+    # Its states already tell every attribute (`word_loss`): the pictures have to find their place among the words.
     clip.text_model.requires_grad_(False)
-    # Naming the attributes teaches the image tower sooner than contrast alone; these heads are not kept.
-    width = clip.config.projection_dim  # the pooled output is projected already
+    # Classifying the attributes teaches the image tower faster than contrast alone; these heads are not kept.
+    width = clip.config.projection_dim  # the pooled output is already projected
     heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in LABELS.items()}).to(device)
     trainer = Trainer("clip", CLIP_STAGE, {"clip": clip, "heads": heads}, steps, 1e-3, work, weight_decay=0.05, ema_decay=0.995)
     if not restart:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Render pictures of one held-out breed in several scenes, as the photographs to personalise on, with their captions.
+"""Render one held-out breed in several scenes, as the photographs to personalise on, with captions.
 
 python -m miniature.make_subject furmix          # writes dataset/furmix/*.jpg and its captions into cc.json
 """
@@ -37,8 +37,8 @@ def make_subject(breed_name: str, folder: Path, seed: int = 0, size: int = 256) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("breed", choices=[breed.name for breed in held_out_breeds()], help="a breed no model was trained on")
-    parser.add_argument("--seed", type=int, default=0, help="of positions and scene details (default: 0)")
+    parser.add_argument("breed", choices=[breed.name for breed in held_out_breeds()], help="a breed that no model was trained on")
+    parser.add_argument("--seed", type=int, default=0, help="seed of positions and scene details (default: 0)")
     args = parser.parse_args()
     captions = make_subject(args.breed, ROOT / "dataset" / args.breed, args.seed)
     cc_file = ROOT / "cc.json"

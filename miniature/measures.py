@@ -1,4 +1,4 @@
-"""Figures of the miniature and its judges: what pictures show, how well the VAE and the scorer do."""
+"""Measures of the miniature and its judges: what pictures show, and how well the VAE and the scorer do."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def generate(
 
 
 def shares(readings: list[dict[str, str]], specs: list[SceneSpec]) -> dict[str, float]:
-    """The share of pictures in which each attribute, the whole body and everything is as `specs` have it."""
+    """The share of pictures that match `specs` in each attribute, in the whole body, and in everything."""
     right = [{name: reading[name] == value for name, value in truth(spec).items()}
              for reading, spec in zip(readings, specs, strict=True)]  # fmt: skip
     result = {name: float(np.mean([row[name] for row in right])) for name in (*JUDGED, "tail", "eyes")}
@@ -77,7 +77,7 @@ def judge(classifier: AttributeClassifier, images: Tensor, prompts: list[Prompt]
 
 
 def fresh_renders(count: int) -> tuple[Tensor, list[SceneSpec]]:
-    """Pictures that nothing was trained on, float [count, 3, 64, 64] in [-1, 1]."""
+    """Renders that no model was trained on, float [count, 3, 64, 64] in [-1, 1]."""
     specs = [random_spec(np.random.default_rng([TEST_SEED, 3, index]), held_out=True) for index in range(count)]
     return to_pixels(specs), specs
 
@@ -167,9 +167,9 @@ def renders_of(breed: Breed, scenes: list[tuple[str, str]], seed: int) -> Tensor
 
 
 def clip_image_report(scorer: Scorer) -> dict[str, float]:
-    """The scale of CLIP-I: mean cosine to a held-out breed's reference pictures, of pictures in other scenes.
+    """The scale of CLIP-I: the mean cosine of pictures in other scenes to a held-out breed's reference pictures.
 
-    "ceiling": true renders of the breed; "floor": of the eleven others, in the same scenes. "ordered": how often a true render
+    "ceiling": true renders of the breed; "floor": of the eleven others in the same scenes. "ordered": how often a true render
     scores above one of another breed in the same scene.
     """
     breeds = held_out_breeds()

@@ -1,4 +1,4 @@
-"""Prompts with the pictures that they describe: what the miniature is asked for when it is measured."""
+"""Prompts with the pictures that they describe, on which the miniature is measured."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_spec(subject: Critter | Breed, index: int, rng: np.random.Generator) ->
 
 
 def description_prompts(count: int) -> list[Prompt]:
-    """Such as "a tall blue critter with white spots and floppy ears in the snow wearing a red hat".
+    """Prompts such as "a tall blue critter with white spots and floppy ears in the snow wearing a red hat".
 
-    The critters are of no breed. What is judged is worded, tail and eyes are not.
+    The critters are of no breed. The judged attributes are worded; tail and eyes are not.
     """
     rng = np.random.default_rng([TEST_SEED, 0])
     specs = [test_spec(random_critter(rng), index, rng) for index in range(count)]
@@ -49,14 +49,14 @@ def judged_description(critter: Critter) -> str:
 
 
 def whole_description_prompts(count: int) -> list[Prompt]:
-    """As `description_prompts`, other critters, with all attributes worded."""
+    """Like `description_prompts`, with other critters and all attributes worded."""
     rng = np.random.default_rng([TEST_SEED, 4])
     specs = [test_spec(random_critter(rng), index, rng) for index in range(count)]
     return [Prompt(class_caption(spec, describe(spec.critter)), spec) for spec in specs]
 
 
 def breed_prompts(count: int) -> list[Prompt]:
-    """Such as "a bofdun on the beach wearing pink glasses", trained breeds in turn."""
+    """Prompts such as "a bofdun on the beach wearing pink glasses", for the trained breeds in turn."""
     rng = np.random.default_rng([TEST_SEED, 1])
     breeds = trained_breeds()
     specs = [test_spec(breeds[index % len(breeds)], index, rng) for index in range(count)]

@@ -3,9 +3,9 @@
     python -m miniature.quality                    # quality.json, three grids (samples, samples_nf4, held_out), README's table
 
 Pictures are generated from four kinds of prompts: descriptions of unseen critters without and with tail and eyes, names of
-trained breeds, and full descriptions of the held-out breeds. The classifier of `train.py` reads them; its own
-accuracy on fresh renders stands beside the results. Everything is measured twice with the same noise: with
-the weights as they are, and with all Linear and Conv2d weights of UNet and text encoder (but the UNet's
+trained breeds, and full descriptions of the held-out breeds. The classifier from `train.py` reads them; its own
+accuracy on fresh renders is reported beside the results. Everything is measured twice with the same noise: with
+the weights as they are, and with all Linear and Conv2d weights of the UNet and text encoder (except the UNet's
 `conv_in` and `conv_out`) rounded to NF4.
 """
 
@@ -40,13 +40,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--breed-images", type=int, default=192, help="pictures from breed names (default: 192)")
     parser.add_argument("--steps", type=int, default=15, help="denoising steps (default: 15)")
     parser.add_argument("--guidance", type=float, default=None, help="guidance scale (default: the best of a sweep)")
-    parser.add_argument("--sweep", type=float, nargs="+", default=[2.0, 3.5, 5.0], help="scales that are tried")
+    parser.add_argument("--sweep", type=float, nargs="+", default=[2.0, 3.5, 5.0], help="guidance scales to try")
     parser.add_argument("--sweep-images", type=int, default=64, help="pictures for each scale (default: 64)")
-    parser.add_argument("--batch", type=int, default=32, help="pictures at once (default: 32)")
+    parser.add_argument("--batch", type=int, default=32, help="pictures drawn at once (default: 32)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--bf16", action="store_true", help="compute in bf16: faster on CPUs that have it")
-    parser.add_argument("--no-nf4", action="store_true", help="leave the NF4 half out")
-    parser.add_argument("--scheduler", choices=SCHEDULERS, default="DPM-Solver++", help="(default: DPM-Solver++)")
+    parser.add_argument("--no-nf4", action="store_true", help="leave out the NF4 half")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="DPM-Solver++", help="scheduler (default: DPM-Solver++)")
     parser.add_argument("--model", type=Path, default=HERE / "model", help="Stable Diffusion folder (default: miniature/model)")
     parser.add_argument("--judges", type=Path, default=HERE, help="folder with classifier and clip (default: miniature)")
     parser.add_argument("--output", type=Path, default=HERE, help="folder for quality.json and the grids (default: miniature)")
@@ -76,7 +76,7 @@ def choose_guidance(
     args: argparse.Namespace, pipeline: StableDiffusionPipeline, classifier: AttributeClassifier
 ) -> dict[str, dict[str, float]]:
     """`shares` for each guidance scale of the sweep."""
-    # Other prompts than those of the result: the sweep must not choose on what is then reported.
+    # Prompts other than those of the results: the sweep must not choose on what is reported.
     prompts = description_prompts(args.images + args.sweep_images)[args.images :]
     table_of = {}
     for guidance in args.sweep:
@@ -98,7 +98,7 @@ def prompts_by_kind(args: argparse.Namespace) -> dict[str, list[Prompt]]:
 def measure(
     args: argparse.Namespace, pipeline: StableDiffusionPipeline, classifier: AttributeClassifier, label: str
 ) -> tuple[dict, dict[str, Tensor]]:
-    """Generates and judges all kinds of prompts; the shares and the pictures by kind."""
+    """Generates and judges pictures for all kinds of prompts; returns the shares and the pictures by kind."""
     settings = {"steps": args.steps, "guidance": args.guidance, "batch": args.batch, "bf16": args.bf16}
     kinds = prompts_by_kind(args)
     images = {kind: generate(pipeline, prompts, label=f"{label}: {kind}", **settings) for kind, prompts in kinds.items()}
@@ -106,7 +106,7 @@ def measure(
 
 
 def save_samples(args: argparse.Namespace, images: dict[str, Tensor], path: Path) -> None:
-    """The first pictures of each kind, of held-out breeds every eighth, with their prompts."""
+    """Saves the first pictures of each kind (for held-out breeds, every eighth) with their prompts."""
     blocks = []
     for kind, prompts in prompts_by_kind(args).items():
         rows = range(0, len(prompts), 8)[:6] if kind.startswith("held_out") else range(min(len(prompts), 9))
@@ -115,7 +115,7 @@ def save_samples(args: argparse.Namespace, images: dict[str, Tensor], path: Path
 
 
 def save_held_out(images: Tensor, path: Path) -> None:
-    """Eight held-out breeds: a render of what the prompt describes, beside what was drawn."""
+    """Saves eight held-out breeds: a render of what the prompt describes, beside what was drawn."""
     prompts = held_out_prompts()
     blocks = [([render(prompts[row].spec, 192), to_pil(images[row])], prompts[row].text) for row in range(0, 32, 4)]
     picture_sheet(blocks, columns=4, cell=160, headings=["true", "drawn"]).save(path, optimize=True)
@@ -127,12 +127,12 @@ ROWS = {
     "tail": "tail (4)", "eyes": "eyes (4)", "body": "colour, pattern, ears and shape all right",
     "all_six": "these and scene and accessory",
 }  # fmt: skip
-# What a description does not word says nothing of the model.
+# What a description does not word says nothing about the model.
 UNWORDED = {("descriptions", "tail"), ("descriptions", "eyes")}
 
 
 def quality_table(report: dict) -> str:
-    """The report as Markdown, in per cent: the classifier's own accuracy, then every kind of prompt, as it is and in NF4."""
+    """The report as Markdown, in per cent: the classifier's own accuracy, then every kind of prompt, unrounded and in NF4."""
     columns = {(name, name): values for name, values in report["classifier"].items()}
     for kind in report["fp16"]:
         columns[kind, f"{kind.replace('_', ' ')} ({report['counts'][kind]})"] = report["fp16"][kind]

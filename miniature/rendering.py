@@ -30,7 +30,7 @@ def training_spec(index: int) -> SceneSpec:
 
 
 def judge_spec(index: int) -> SceneSpec:
-    """What picture `index` of the two judges' training shows: held-out breeds too."""
+    """What training picture `index` of the two judges shows: held-out breeds too."""
     return random_spec(np.random.default_rng([JUDGE_SEED, index]), breed_share=0.3, held_out=True)
 
 
@@ -47,7 +47,7 @@ def rendered(path: Path, spec_of: Callable[[int], SceneSpec], count: int) -> Ten
     part = path.with_suffix(".part")
     images = np.lib.format.open_memmap(part, "w+", np.uint8, (count, IMAGE_SIDE, IMAGE_SIDE, 3))
     jobs = [(spec_of, first, min(first + 250, count)) for first in range(0, count, 250)]
-    # One process renders 250 pictures sooner than another has imported torch.
+    # One process renders 250 pictures faster than another imports torch.
     with get_context("spawn").Pool(min(8, os.cpu_count() or 1)) if len(jobs) > 1 else nullcontext() as pool:
         results = pool.imap_unordered(_render_range, jobs) if pool else map(_render_range, jobs)
         for first, pictures in tqdm(results, total=len(jobs), desc="render", mininterval=10):
@@ -60,7 +60,7 @@ def rendered(path: Path, spec_of: Callable[[int], SceneSpec], count: int) -> Ten
 def detail_boxes(spec: SceneSpec) -> list[tuple[float, float, float, float]]:
     """Where ears, eyes and tail of any kind may be: boxes (left, top, right, bottom) in image sides.
 
-    They do not depend on the kinds that `spec` has: that a critter has no tail is to be learned where a tail would be.
+    They do not depend on the kinds that `spec` has: that a critter has no tail must be learned where a tail would be.
     """
     anatomy = ANATOMIES[spec.critter.shape]
     x, y, rx, ry = anatomy.head
@@ -83,7 +83,7 @@ def detail_boxes(spec: SceneSpec) -> list[tuple[float, float, float, float]]:
 
 def detail_mask(spec: SceneSpec) -> np.ndarray:
     """float32 [16, 16]: how much of each latent cell lies where ears, eyes and tail may be, whatever kind they are."""
-    fine = 8  # points a side and cell
+    fine = 8  # points per side of a cell
     centres = (np.arange(LATENT_SIDE * fine) + 0.5) / (LATENT_SIDE * fine)
     covered = np.zeros((LATENT_SIDE * fine, LATENT_SIDE * fine), bool)
     for left, top, right, bottom in detail_boxes(spec):

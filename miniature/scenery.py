@@ -24,7 +24,7 @@ class Painter:
         self.sign = 1.0
 
     def frame(self, x: float, y: float, unit: float, flip: bool) -> None:
-        """Later coordinates are relative to (x, y), in `unit`s, mirrored if `flip`."""
+        """Makes later coordinates relative to (x, y), in `unit`s, mirrored if `flip`."""
         self.origin, self.unit, self.sign = (x, y), unit, -1.0 if flip else 1.0
 
     def point(self, x: float, y: float) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Which scheduler, with how many steps, draws the miniature's pictures: accuracy of every attribute against seconds.
+"""Which scheduler and how many steps to draw the miniature's pictures with: accuracy of every attribute against seconds.
 
     python -m miniature.schedulers                 # writes miniature/schedulers.json; about 12 minutes on one CPU core
 
@@ -45,13 +45,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=HERE / "model", help="Stable Diffusion folder (default: miniature/model)")
     parser.add_argument("--images", type=int, default=200, help="descriptions for each setting (default: 200)")
     parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale (default: 5)")
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), help="such as 'DDIM 25' (default: nine)")
-    parser.add_argument("--output", type=Path, default=HERE / "schedulers.json", help="(default: miniature/schedulers.json)")
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), help="settings such as 'DDIM 25' (default: nine)")
+    parser.add_argument("--output", type=Path, default=HERE / "schedulers.json", help="file (default: miniature/schedulers.json)")
     return parser.parse_args(argv)
 
 
 def earlier_settings(path: Path, arguments: dict) -> dict:
-    """What a record already holds for the same arguments, model included: a longer list of settings adds to it."""
+    """What a record already holds for the same arguments, including the model; further settings are added to it."""
     record = json.loads(path.read_text()) if path.exists() else {}
     return record["settings"] if record.get("arguments") == arguments else {}
 

@@ -1,7 +1,7 @@
 """The miniature's tokenizer: CLIP's byte-level byte-pair encoding, in which every known word is one token.
 
 The merges are those of ordinary byte-pair training, run on the word list until every word is a single
-symbol. Any other string still tokenises, down to single bytes: so do the names of the held-out breeds,
+symbol. Any other string still tokenises, down to single bytes, including the names of the held-out breeds,
 which are not words here.
 """
 

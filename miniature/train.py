@@ -6,10 +6,10 @@
 
 Stages, in order: `vae`; `diffusion` (text encoder and UNet jointly); `clip` (a small image-text scorer);
 `classifier` (reads scene, accessory and attributes off a picture). Each has a budget of steps, over which its learning
-rate falls to zero. Stop it as you like: the same command goes on from the last checkpoint in the work folder, to the same
-weights as without the stop; `--restart` begins anew. `--start FOLDER` begins from the weights of an earlier model; of its VAE
-the decoder alone goes on, so that the latents stay what its UNet knows. Results: `miniature/model` (a diffusers folder),
-`miniature/clip`, `miniature/classifier`, all fp16.
+rate falls to zero. It can be stopped at any time: the same command resumes from the last checkpoint in the work folder and
+reaches the same weights as without the stop; `--restart` starts over. `--start FOLDER` begins from the weights of an earlier
+model; of its VAE only the decoder is trained further, so that the latents stay what its UNet knows. Results:
+`miniature/model` (a diffusers folder), `miniature/clip`, `miniature/classifier`, all fp16.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all", help="what to train (default: all)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--work", type=Path, default=HERE / ".work", help="pictures, checkpoints (default: miniature/.work)")
-    parser.add_argument("--output", type=Path, default=HERE, help="where model, clip, classifier go (default: miniature)")
-    parser.add_argument("--start", type=Path, default=None, help="a model folder to begin from (default: random weights)")
-    parser.add_argument("--images", type=int, default=26000, help="training pictures rendered (default: 26000)")
+    parser.add_argument("--device", default=device, help="cpu or cuda (default: cuda if available)")
+    parser.add_argument("--work", type=Path, default=HERE / ".work", help="pictures and checkpoints (default: miniature/.work)")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder for model, clip, classifier (default: miniature)")
+    parser.add_argument("--start", type=Path, default=None, help="model folder to start from (default: random weights)")
+    parser.add_argument("--images", type=int, default=26000, help="training pictures to render (default: 26000)")
     parser.add_argument("--judge-images", type=int, default=16000, help="pictures for the two judges (default: 16000)")
-    parser.add_argument("--steps-vae", type=int, default=12000, help="of batch 16 (default: 12000)")
-    parser.add_argument("--steps-diffusion", type=int, default=6000, help="of batch 48 (default: 6000)")
-    parser.add_argument("--steps-clip", type=int, default=4000, help="of batch 64 (default: 4000)")
-    parser.add_argument("--steps-classifier", type=int, default=4000, help="of batch 64 (default: 4000)")
+    parser.add_argument("--steps-vae", type=int, default=12000, help="steps of batch 16 (default: 12000)")
+    parser.add_argument("--steps-diffusion", type=int, default=6000, help="steps of batch 48 (default: 6000)")
+    parser.add_argument("--steps-clip", type=int, default=4000, help="steps of batch 64 (default: 4000)")
+    parser.add_argument("--steps-classifier", type=int, default=4000, help="steps of batch 64 (default: 4000)")
     parser.add_argument("--lr-diffusion", type=float, default=5e-4, help="peak learning rate of the UNet (default: 5e-4)")
     parser.add_argument("--until", type=int, default=None, help="stop at this step, as if interrupted (default: the last)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's choice)")

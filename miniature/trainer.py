@@ -1,7 +1,7 @@
-"""The loop that all stages of the training share: steps, learning rate, moving average, checkpoints, exact resume.
+"""The training loop that all stages share: steps, learning rate, moving average, checkpoints, exact resume.
 
-What is random in step k (pictures, captions, noise, timesteps) comes from generators that are seeded with the stage and
-k. So a checkpoint needs no generator's state, and a run that was stopped and resumed equals one that was not.
+All randomness in step k (pictures, captions, noise, timesteps) comes from generators that are seeded with the stage and
+k. A checkpoint therefore needs no generator state, and a run that was stopped and resumed equals one that was not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-WARM_UP = 0.02  # of the steps
+WARM_UP = 0.02  # share of the steps
 
 
 class Ema:
@@ -32,7 +32,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        # Early on a long memory would hold the random start: the decay grows with the steps taken.
+        # Early on, a long memory would keep the random start, so the decay grows with the steps taken.
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
 
@@ -47,7 +47,7 @@ class Ema:
 
 @dataclass
 class Draws:
-    """What is random in one step of one stage. `torch`: noise, timesteps; `numpy`: captions."""
+    """The randomness of one step of one stage. `torch`: noise, timesteps; `numpy`: captions."""
 
     stage: int
     step: int
@@ -58,7 +58,7 @@ class Draws:
         self.numpy = np.random.default_rng([self.stage, self.step])
 
     def batch(self, count: int, size: int) -> Tensor:
-        """int64 [size] of range(count): batch number `step` of endless shuffled passes over all."""
+        """int64 [size]: batch number `step` of endless shuffled passes over range(count)."""
         passes, place = divmod(self.step, count // size)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(1000003 * self.stage + passes))
         return order[place * size : (place + 1) * size]
@@ -72,7 +72,7 @@ class Draws:
 
 @dataclass
 class Trainer:
-    """Trains `modules` for `steps` steps. `stage` seeds what is random; checkpoints go to `work`/checkpoint-`name`."""
+    """Trains `modules` for `steps` steps. `stage` seeds the randomness; checkpoints go to `work`/checkpoint-`name`."""
 
     name: str
     stage: int
@@ -122,7 +122,7 @@ class Trainer:
         replace_folder(part, self.folder)
 
     def resume(self) -> bool:
-        """Goes back to the last checkpoint, if there is one. Raises ValueError where it is of another number of steps."""
+        """Goes back to the last checkpoint, if there is one. Raises ValueError if it belongs to another number of steps."""
         recover_folder(self.folder)
         if not (self.folder / "state.json").exists():
             return False
@@ -146,7 +146,7 @@ class Trainer:
         return True
 
     def learning_rate(self) -> float:
-        """2 % linear warm-up, then a cosine to zero."""
+        """2 % linear warm-up, then cosine decay to zero."""
         progress = self.step / self.steps
         if progress < WARM_UP:
             return self.peak_lr * max(progress / WARM_UP, 0.02)
@@ -159,7 +159,7 @@ class Trainer:
         action: Callable[[], None] | None = None,
         action_every: int = 1000,
     ) -> bool:
-        """Steps the optimizer on `loss_of_step(draws)` to the last step, or only to step `until`; True once it is the last.
+        """Steps the optimizer on `loss_of_step(draws)` to the last step, or only to step `until`; True after the last.
 
         The modules then hold the averages. `action` is called with the averages in place every `action_every` steps.
         """
@@ -182,7 +182,7 @@ class Trainer:
         return self.step == self.steps
 
     def take_step(self, loss_of_step: Callable[[Draws], tuple[Tensor, dict[str, float]]]) -> None:
-        """One step of the optimizer, clipped, and of the average."""
+        """One optimizer step with clipped gradients, and one update of the average."""
         started = time.monotonic()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
@@ -198,12 +198,12 @@ class Trainer:
         self.seconds += time.monotonic() - started
 
     def record(self) -> dict:
-        """What the training took, for the file beside the weights."""
+        """Steps, minutes and losses of the training, for the file beside the weights."""
         return {"steps": self.step, "minutes": round(self.seconds / 60, 1), "loss": self.history}
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Puts the finished folder `new` in the place of `final`."""
+    """Puts the finished folder `new` in place of `final`."""
     old = final.with_name(final.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():

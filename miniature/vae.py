@@ -32,7 +32,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 + 2 MSE + L1 of the differences of neighbouring pixels, of images [B, 3, H, W] in [-1, 1]."""
+    """L1 + 2 MSE + 0.25 L1 of the differences of neighbouring pixels, for images [B, 3, H, W] in [-1, 1]."""
     error = output - target
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + 2 * error.square().mean() + 0.25 * edges
@@ -45,13 +45,13 @@ def psnr(output: Tensor, target: Tensor) -> float:
 
 
 def vae_loss(vae: AutoencoderKL, target: Tensor, draws: Draws) -> tuple[Tensor, dict[str, float]]:
-    """Reconstruction through sampled latents, and a little of the KL divergence, of images [B, 3, 64, 64] in [-1, 1]."""
+    """Reconstruction loss through sampled latents plus a little KL divergence, for images [B, 3, 64, 64] in [-1, 1]."""
     with autocast(target.device):
         posterior = vae.encode(target).latent_dist
         noise = draws.normal(*posterior.mean.shape).to(target.device)
         output = vae.decode(posterior.mean + posterior.std * noise).sample.float()
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
-    # Just enough of it to keep the four channels at like scales and the latents smooth.
+    # Just enough to keep the four channels at similar scales and the latents smooth.
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return reconstruction_loss(output, target) + 5e-5 * kl, {"psnr": psnr(output.detach(), target), "kl": kl.item()}
 
@@ -68,7 +68,7 @@ def train_vae(
 ) -> bool:
     """Trains the VAE, gives every latent channel mean 0 and std 1, writes `work`/vae; True once the last step is taken.
 
-    `start`: a model folder whose VAE to begin from instead of random weights. Its decoder alone goes on: the latents stay
+    `start`: a model folder whose VAE to begin from instead of random weights. Only its decoder is trained: the latents stay
     what the UNet of that folder knows.
     """
     pictures = rendered(work / "images.npy", training_spec, images)
@@ -99,9 +99,9 @@ def train_vae(
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, images: Tensor) -> None:
-    """Folds a shift and a scale per channel into the 1 x 1 convolutions beside the latents: mean 0, std 1.
+    """Folds a shift and a scale per channel into the 1 x 1 convolutions around the latents: mean 0, std 1.
 
-    Stable Diffusion has one `scaling_factor` for all channels. With unequal channels the weak one drowns in
+    Stable Diffusion has one `scaling_factor` for all channels. With unequal channels, a weak one drowns in
     the diffusion noise; equalised, it does not, and the pictures stay the same. `scaling_factor` becomes 1.
     """
     device = next(vae.parameters()).device

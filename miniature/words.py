@@ -21,7 +21,7 @@ COLOURS: dict[str, Rgb] = {
     "white": (245, 245, 242),
     "black": (44, 44, 50),
 }
-# Far apart in RGB, yet hard to tell apart as a pattern and its ground at 64 px.
+# Far apart in RGB, yet hard to tell apart as a pattern and its background at 64 px.
 CONFUSING_PAIRS = ({"red", "purple"}, {"grey", "black"})
 PATTERNS = ("plain", "spotted", "striped", "patched")
 EARS = ("pointed", "floppy", "round", "long")
@@ -67,7 +67,7 @@ TEMPLATES = (
 
 @lru_cache(maxsize=1)
 def caption_words() -> tuple[str, ...]:
-    """Every word that captions use, breed names excepted, sorted."""
+    """Every word that captions use, except breed names, sorted."""
     texts = [phrase for phrases in SCENE_PHRASES.values() for phrase in phrases]
     texts += [phrase for phrases in ACCESSORY_PHRASES.values() for phrase in phrases]
     texts += [template.replace("{}", " ") for template in TEMPLATES]

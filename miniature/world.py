@@ -24,7 +24,7 @@ import numpy as np
 from miniature.critters import Breed, Critter, all_breeds, random_critter, trained_breeds
 from miniature.words import ACCESSORIES, COLOURS, EARS, EYES, PATTERNS, SCENES, SHAPES, TAILS
 
-# What one picture can have and another not, with its values.
+# The attributes in which pictures can differ, with their values.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "scene": SCENES,
     "accessory": ACCESSORIES,
@@ -39,7 +39,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """A whole picture: `x`, `y` of the feet and `scale` (body height) in image sides; `seed` of details."""
+    """A whole picture: `x`, `y` of the feet and `scale` (body height) in image sides; `seed` for details."""
 
     critter: Critter
     scene: str
@@ -60,7 +60,7 @@ def scene_spec(critter: Critter | Breed, scene: str, accessory: str = "nothing",
         raise ValueError(f"unknown accessory {accessory!r}; one of {ACCESSORIES}")
     breed_name = critter.name if isinstance(critter, Breed) else None
     body = critter.critter if isinstance(critter, Breed) else critter
-    # A stretched critter is wider than the others: smaller and in the middle, its head and tail stay inside.
+    # A stretched critter is wider than the others: smaller and centred, its head and tail stay inside.
     wide = body.shape == "stretched"
     return SceneSpec(
         critter=body,
@@ -76,7 +76,7 @@ def scene_spec(critter: Critter | Breed, scene: str, accessory: str = "nothing",
 
 
 def random_spec(rng: np.random.Generator, *, breed_share: float = 0.75, held_out: bool = False) -> SceneSpec:
-    """A random picture. `breed_share`: how many show a breed; `held_out`: may held-out breeds appear."""
+    """A random picture. `breed_share`: the probability of a breed; `held_out`: whether held-out breeds may appear."""
     breeds = all_breeds() if held_out else trained_breeds()
     critter: Critter | Breed
     if rng.random() < breed_share:
@@ -89,7 +89,7 @@ def random_spec(rng: np.random.Generator, *, breed_share: float = 0.75, held_out
 
 
 def swapped(spec: SceneSpec, rng: np.random.Generator, name: str | None = None) -> SceneSpec:
-    """`spec` with another value of attribute `name` (None: of any one), all else the same. It is then of no breed."""
+    """`spec` with another value of attribute `name` (None: a random one), all else the same. A changed critter is of no breed."""
     name = str(rng.choice(list(ATTRIBUTES))) if name is None else name
     owner = spec if name in ("scene", "accessory") else spec.critter
     value = str(rng.choice([value for value in ATTRIBUTES[name] if value != getattr(owner, name)]))

@@ -1,4 +1,4 @@
-"""All that a report's tables are made of, in one compressed file beside it."""
+"""Everything that a report's tables are made from, in one compressed file next to it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from reproduction.runs import Job, Settings, digest
 from zoodip.errors import InputError
 from zoodip.files import write_atomically
 
-ARCHIVE = "runs.tar.xz"  # in the folder of a report: token, curve and scores of each of its runs; tuned weights are too large
+ARCHIVE = "runs.tar.xz"  # in a report's folder: the token, curve and scores of each run; tuned weights are too large
 ARCHIVED = re.compile(
     r"[0-9a-f]{12}/(?:(?:spec|result|(?:scores|points)-[0-9a-f]{12})\.json|learned_embeds(?:-steps-[0-9]+)?\.safetensors)"
 )
 
 
 def pack_runs(jobs: list[Job], settings: Settings, path: Path) -> None:
-    """All that tables are made of, of the jobs that are done, in one compressed file. The same runs give the same bytes."""
+    """Pack all that tables are made from, for the finished jobs, into one compressed file. The same runs give the same bytes."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:
         for job in sorted((job for job in jobs if job.done(settings)), key=lambda job: digest(job.spec)):
@@ -33,7 +33,7 @@ def pack_runs(jobs: list[Job], settings: Settings, path: Path) -> None:
 
 
 def unpack_runs(path: Path, output: Path) -> None:
-    """The runs of `pack_runs`, where there are any, into <output>/runs, where a file is not there yet. Raises InputError."""
+    """Unpack the runs of `pack_runs`, if there are any, into <output>/runs; existing files are kept. Raises InputError."""
     if not path.exists():
         return
     try:
@@ -44,4 +44,4 @@ def unpack_runs(path: Path, output: Path) -> None:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(target, archive.extractfile(entry).read())
     except (tarfile.TarError, lzma.LZMAError, OSError) as error:
-        raise InputError(f"{path}: is no whole archive of runs ({error}); restore or remove it") from error
+        raise InputError(f"{path}: not a valid archive of runs ({error}); restore or remove it") from error

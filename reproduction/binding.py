@@ -3,15 +3,15 @@
 
     python -m reproduction.binding --dry_run                                   # how many pictures, how many hours
     python -m reproduction.binding --report reproduction/binding               # everything, and the report
-    python -m reproduction.binding --split development --sets S1               # a setting at a time, to choose them
-    python -m reproduction.binding --report reproduction/binding --report_only # its tables again, from its records
+    python -m reproduction.binding --split development --sets S1               # vary one setting at a time, to choose it
+    python -m reproduction.binding --report reproduction/binding --report_only # the tables again, from the records
 
-The sets S1 to S5 are described in binding_sets.py, the rows in binding_rows.py. One command does all: it has the twelve
-breeds' tokens learned, as the suite's tables do; trains a network that counts creatures; draws; judges a picture's two 64 x
-64 halves by that network and by the miniature's classifier; measures each row's time and what steps without backpropagation
-reach. What is done is not done again, so an interrupted command goes on; the rows that matter come first, some prompts of every
-set in turn, so that --hours gives a report of the prompts that all have by then. Writes RESULTS.md, records.json.xz (all that was
-read off pictures) and steps.png to --report, pictures and sheets to --output.
+The sets S1 to S5 are described in binding_sets.py, the rows in binding_rows.py. One command does everything: it has the twelve
+breeds' tokens learned, as the suite's tables do; trains a network that counts creatures; draws; judges the two 64 x 64 halves of
+each picture by that network and by the miniature's classifier; and measures the time of each row and what steps without
+backpropagation reach. Finished work is not repeated, so an interrupted command continues. The rows that matter come first, with
+some prompts of every set in turn, so that --hours gives a report on the prompts that all rows have by then. Writes RESULTS.md,
+records.json.xz (all that was read off pictures) and steps.png to --report, and pictures and sheets to --output.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from zoodip.pictures import picture_sheet
 from zoodip.records import environment, git_commit, plain_arguments
 
 Tokens = dict[str, str]  # {breed: file of its token}
-SEEDS_APART = 1000  # of prompts that are drawn together and the next; the development prompts' first noises were seeds 0 and 1
+SEEDS_APART = 1000  # between groups of prompts drawn together; the development prompts' first noises were seeds 0 and 1
 
 # ------------------------------------------------------------------------------------------------------------------- jobs
 
 
 @dataclass(frozen=True)
 class Job:
-    """Pictures of one row that are drawn together: of each prompt one for each seed."""
+    """Pictures of one row that are drawn together: one for each prompt and seed."""
 
     set_name: str
     row: str
@@ -65,10 +65,10 @@ class Job:
     seeds: tuple[int, ...]
     settings: Settings
     scheduler: str
-    weights: str  # digest of the model, and of the tokens where prompts have one
+    weights: str  # digest of the model and, if prompts have a token, of the tokens
 
     def stem(self) -> str:
-        """The name of its files; of whatever its pictures depend on."""
+        """The name of its files, made from everything that its pictures depend on."""
         content = json.dumps(asdict(self), sort_keys=True)
         return f"{self.set_name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
@@ -80,10 +80,10 @@ class Job:
 
 
 def jobs_of(args: argparse.Namespace, tokens: Tokens) -> list[Job]:
-    """Every picture; unquantised before 4 bits, the rows that matter before the others, some prompts of each set in turn.
+    """All pictures: unquantised before 4 bits, the rows that matter before the others, some prompts of each set in turn.
 
-    Prompts that are drawn together share their noises, and others have others; every row has the same. The rows that matter
-    less have the first seed alone: differences are paired by prompt, of which two seeds say little more than one.
+    Prompts that are drawn together share their noises, and other prompts have other noises; every row has the same. The rows that
+    matter less have only the first seed: differences are paired by prompt, and two seeds of a prompt say little more than one.
     """
     digest = model_digest(MODEL, None)[:12]
     learned = hashlib.sha256(b"".join(Path(file).read_bytes() for file in tokens.values() if Path(file).exists())).hexdigest()
@@ -95,14 +95,14 @@ def jobs_of(args: argparse.Namespace, tokens: Tokens) -> list[Job]:
             weights = f"{digest}-{learned[:12]}" if needs_tokens(set_name) else digest
             for number, first in enumerate(range(0, len(tasks), each)):
                 for row in args.rows or rows_of(set_name, quantization, args.split):
-                    if row == "ceiling" and set_name == "S5":  # one creature has nothing to be mixed up with
+                    if row == "ceiling" and set_name == "S5":  # a single creature cannot be mixed up with another
                         continue
                     settings = settings_of(row, args.steps, args.guidance)
                     seeds = [SEEDS_APART * (number + 1) + seed for seed in args.seeds]
                     job = Job(set_name, row, quantization, tuple(tasks[first : first + each]),
                               tuple(seeds if row in CORE else seeds[:1]), settings, args.scheduler, weights)  # fmt: skip
                     jobs.append(((k, row not in CORE, number), job))
-    return [job for _, job in sorted(jobs, key=lambda entry: entry[0])]  # which leaves the order of equals
+    return [job for _, job in sorted(jobs, key=lambda entry: entry[0])]  # a stable sort, which keeps the order of equals
 
 
 def needs_tokens(set_name: str) -> bool:
@@ -121,7 +121,7 @@ def token_files(settings: runs.Settings, jobs: dict[str, runs.Job]) -> Tokens:
 
 
 def learn_tokens(settings: runs.Settings, jobs: dict[str, runs.Job], count: int) -> None:
-    """Learn those that are not learned yet. Raises InputError where one failed."""
+    """Learn the tokens that are not learned yet. Raises InputError if one fails."""
     settings.world.prepare(jobs)
     if failures := workers.run_jobs(list(jobs.values()), settings, count):
         raise InputError(f"{len(failures)} tokens could not be learned, the first: {failures[0]}; start the same command again")
@@ -140,10 +140,10 @@ def pipeline_of(quantization: str, tokens: tuple[tuple[str, str], ...]):
 
 
 def draw(job: Job, tokens: Tokens) -> tuple[list[Image.Image], dict]:
-    """The pictures of a job, and what one costs."""
+    """The pictures of a job, and what one picture costs."""
     pipeline = pipeline_of(job.quantization, tuple(tokens.items()))
     prompts = [task.prompt for task in job.tasks]
-    # a multistep one's history is of latents as they were before a loss moved them
+    # a multistep scheduler's history holds latents as they were before a loss moved them
     scheduler = None if job.scheduler == "ddim" else build_scheduler(MODEL, job.scheduler)
     if job.row == "ceiling":
         latents = ceiling_latents(pipeline, prompts, settings=job.settings, seeds=job.seeds, scheduler=scheduler, **job.size())
@@ -155,7 +155,7 @@ def draw(job: Job, tokens: Tokens) -> tuple[list[Image.Image], dict]:
 
 
 def draw_job(job: Job, output: Path, tokens: Tokens) -> None:
-    """STEM.png, the pictures one below the other, then STEM.json, which says that they are done."""
+    """Write STEM.png, the pictures one below the other, then STEM.json, which says that they are done."""
     images, cost = draw(job, tokens)
     column = Image.new("RGB", (images[0].width, SIDE * len(images)))
     for k, image in enumerate(images):
@@ -165,7 +165,7 @@ def draw_job(job: Job, output: Path, tokens: Tokens) -> None:
 
 
 def draw_all(jobs: Sequence[Job], output: Path, tokens: Tokens, count: int, hours: float | None) -> None:
-    """What is not drawn yet, in `count` processes of one thread, for `hours` at most. Raises InputError where one is killed."""
+    """Draw what is missing, in `count` one-thread processes, for at most `hours`. Raises InputError if a process is killed."""
     last = time.monotonic() + 3600 * (float("inf") if hours is None else hours)
     waiting = [job for job in jobs if not job.done(output)]
     with tqdm(total=sum(len(job.tasks) * len(job.seeds) for job in waiting), unit="picture", smoothing=0.02) as bar:
@@ -176,7 +176,7 @@ def draw_all(jobs: Sequence[Job], output: Path, tokens: Tokens, count: int, hour
 
 
 def images_of(job: Job, output: Path) -> list[Image.Image]:
-    """In the order of (prompt, seed)."""
+    """The pictures of a job, in the order of (prompt, seed)."""
     with Image.open(output / "pictures" / f"{job.stem()}.png") as column:
         return [column.crop((0, top, column.width, top + SIDE)) for top in range(0, column.height, SIDE)]
 
@@ -185,7 +185,7 @@ def images_of(job: Job, output: Path) -> list[Image.Image]:
 
 
 def measure_costs(args: argparse.Namespace) -> dict:
-    """Processor seconds of a picture by itself, with the rows in turn on up to eight prompts: other programs do not count."""
+    """Processor seconds of one picture by itself, rows in turn on up to eight prompts; other programs do not affect them."""
     torch.set_num_threads(1)
     found = []
     tasks = tasks_of("S1", "development")[: min(8, args.prompts)]
@@ -207,7 +207,7 @@ def once(path: Path, make: Callable[[], dict]) -> dict:
 
 
 def seconds_of_passes() -> tuple[float, float]:
-    """Seconds, now and here, of one sample forward in a batch of 16, and of a forward and backward."""
+    """Seconds, now and here, per sample of a forward in a batch of 16, and of one forward and backward."""
     torch.set_num_threads(1)
     unet = pipeline_of("none", ()).unet
     latents = torch.randn(16, 4, 16, 32, generator=torch.Generator().manual_seed(0))
@@ -225,14 +225,14 @@ def seconds_of_passes() -> tuple[float, float]:
 
 
 def print_plan(args: argparse.Namespace, jobs: Sequence[Job], learners: tuple[runs.Settings, dict[str, runs.Job]]) -> None:
-    """How many pictures of each table, and hours of one process at today's speed."""
+    """Print how many pictures each table needs, and the hours of one process at the present speed."""
     forward, both = seconds_of_passes()
     hours: dict[tuple[str, str], list[float]] = {}
     for job in jobs:
         creatures, pictures = len(job.tasks[0].creatures), len(job.tasks) * len(job.seeds)
         forwards, backwards = passes(job.settings, creatures)
         ceiling = 1.25 if job.row == "ceiling" else 1.0  # two windows of 5/8 of the width
-        alone = max(0, forwards - 2 * job.settings.steps - backwards)  # of the anchors
+        alone = max(0, forwards - 2 * job.settings.steps - backwards)  # for the anchors
         seconds = ceiling * (forwards - backwards - alone) * forward + alone * both / 3 + backwards * both
         entry = hours.setdefault((job.set_name, job.quantization), [0, 0, 0])
         entry[0] += pictures
@@ -253,7 +253,7 @@ def print_plan(args: argparse.Namespace, jobs: Sequence[Job], learners: tuple[ru
 
 
 def read_pictures(jobs: Iterable[Job], output: Path) -> list[dict]:
-    """What is read off every picture that is drawn: one record each."""
+    """What is read off each drawn picture: one record per picture."""
     counter, _ = load_counter(output)
     found = []
     for job in tqdm([job for job in jobs if job.done(output)], desc="judging", leave=False):
@@ -266,7 +266,7 @@ def read_pictures(jobs: Iterable[Job], output: Path) -> list[dict]:
 
 
 def sheet(jobs: Sequence[Job], output: Path, most: int = 8) -> Image.Image:
-    """The first prompts' pictures with their first seeds, a line for each, rows side by side."""
+    """The pictures of the first prompts and their first seeds, a line per prompt, rows side by side."""
     rows = list(dict.fromkeys(job.row for job in jobs))
     lines: dict[str, list[Image.Image]] = {}
     for job in jobs:
@@ -277,7 +277,7 @@ def sheet(jobs: Sequence[Job], output: Path, most: int = 8) -> Image.Image:
 
 
 def write_sheets(jobs: Sequence[Job], output: Path, report: Path) -> None:
-    """Every row of a table, to `output`; the rows that matter, on fewer prompts, to `report`, which shows them."""
+    """Write a sheet of all rows to `output`, and one of the rows that matter, on fewer prompts, to `report`, which shows it."""
     for set_name, quantization in dict.fromkeys((job.set_name, job.quantization) for job in jobs):
         drawn = [job for job in jobs if (job.set_name, job.quantization) == (set_name, quantization) and job.done(output)]
         core, name = [job for job in drawn if job.row in CORE], f"{set_name}-{quantization}"
@@ -293,33 +293,33 @@ def write_sheets(jobs: Sequence[Job], output: Path, report: Path) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--sets", nargs="+", default=list(SETS), choices=SETS, help="which prompts")
-    add("--rows", nargs="+", default=None, choices=list(SETTINGS), help="which methods; default: those of each table")
+    add("--sets", nargs="+", default=list(SETS), choices=SETS, help="sets of prompts to draw")
+    add("--rows", nargs="+", default=None, choices=list(SETTINGS), help="methods to draw; default: those of each table")
     add("--split", default="test", choices=["test", "development"], help="prompts to report, or to choose settings on")
-    add("--prompts", type=int, default=TEST_PROMPTS, help="of each set, at most")
+    add("--prompts", type=int, default=TEST_PROMPTS, help="prompts of each set, at most")
     add(
         "--seeds",
         type=int,
         nargs="+",
         default=[0, 1],
-        help="a picture for each, of noises that differ from prompt to prompt; for rows that matter less the first",
+        help="one picture for each, with noise that differs between prompts; less important rows use only the first",
     )
-    add("--quantization", nargs="+", default=["none", "nf4"], choices=["none", "nf4"], help="of the model")
-    add("--scheduler", default="ddim", choices=SCHEDULERS, help="of every row; DPM-Solver++ needs 15 steps")
+    add("--quantization", nargs="+", default=["none", "nf4"], choices=["none", "nf4"], help="quantisation of the model")
+    add("--scheduler", default="ddim", choices=SCHEDULERS, help="scheduler of every row; DPM-Solver++ needs 15 steps")
     add("--steps", type=int, default=25, help="denoising steps")
     add("--guidance", type=float, default=5.0, help="classifier-free guidance scale")
-    add("--batch_size", type=int, default=8, help="pictures that are drawn together")
+    add("--batch_size", type=int, default=8, help="pictures drawn together")
     add("--counter_pictures", type=int, default=3000, help="renders that the counter of creatures learns from")
-    add("--forwards", type=int, default=96, help="that each step without backpropagation may use for a composite")
-    add("--jobs", type=int, default=os.cpu_count(), help="processes, of one thread each")
-    add("--hours", type=float, default=None, help="draw no longer than this; the report is of prompts that every row has by then")
+    add("--forwards", type=int, default=96, help="forwards that each step without backpropagation may use per composite")
+    add("--jobs", type=int, default=os.cpu_count(), help="processes, with one thread each")
+    add("--hours", type=float, default=None, help="hours to draw, at most; the report covers the prompts that every row has")
     add(
         "--runs", type=Path, default=Path("results/reproduction/miniature"), help="folder of the suite's runs: the breeds' tokens"
     )
     add("--output", type=Path, default=Path("results/reproduction/binding"), help="folder for pictures")
     add("--report", type=Path, default=None, help="folder for RESULTS.md, records.json.xz and steps.png; default: --output")
-    add("--report_only", action="store_true", help="draw nothing: the tables of --report's records")
-    add("--dry_run", action="store_true", help="only say how many pictures and hours it would be")
+    add("--report_only", action="store_true", help="draw nothing; write the tables from --report's records")
+    add("--dry_run", action="store_true", help="only print how many pictures and hours it would take")
     args = parser.parse_args(argv)
     for name in ("prompts", "steps", "batch_size", "jobs", "counter_pictures", "forwards"):
         if getattr(args, name) < 1:

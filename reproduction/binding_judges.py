@@ -1,4 +1,4 @@
-"""What is read off a picture's halves, by the miniature's classifier and by a network that counts creatures; and the scores."""
+"""What the miniature's classifier and a network that counts creatures read off a picture's halves; and the scores from it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from zoodip.model import load_pipeline
 from zoodip.records import ROOT
 
 MODEL = ROOT / "miniature" / "model"
-SIDE = 64  # of a half, and of what the judges read
+SIDE = 64  # pixels: of a half, and of what the judges read
 COUNTS = {"count": ("0", "1", "2")}
-EXPECTED = (0.1, 0.8, 0.1)  # of drawn halves, about as those of COUNTED: 6 without, 98 with one, 4 with two
+EXPECTED = (0.1, 0.8, 0.1)  # for drawn halves, about as in COUNTED: 6 without a creature, 98 with one, 4 with two
 COUNTED = ROOT / "reproduction" / "binding_development" / "counted.png"
 EPOCHS, BATCH = 6, 48
 Of = TypeVar("Of")
@@ -40,20 +40,20 @@ Of = TypeVar("Of")
 
 
 def pair_specs(rng: np.random.Generator) -> tuple[SceneSpec, SceneSpec]:
-    """Two pictures whose scenes are the same in every detail."""
+    """Specifications of two pictures whose scenes are the same in every detail."""
     first = random_spec(rng, held_out=True)
     return first, dataclasses.replace(random_spec(rng, held_out=True), scene=first.scene, seed=first.seed)
 
 
 def counted_picture(index: int) -> tuple[Image.Image, tuple[int, int]]:
-    """A wide render with 0 to 4 creatures, and how many of them have their middle in each half; 2 stands for more.
+    """A wide render with 0 to 4 creatures, and how many of them have their middle in each half; 2 stands for two or more.
 
-    A scene beside its mirror image has no seam. Creatures are cut out of renders and put anywhere, over the middle too: so do
-    pictures that are drawn have them, and one that is split in two has its middle in one half.
+    A scene beside its mirror image has no seam. Creatures are cut out of renders and put anywhere, also across the middle, as
+    they are in drawn pictures. A creature that is split in two has its middle in one half.
     """
     rng, creatures = np.random.default_rng([SEED, index]), index % 5
     first = random_spec(rng, held_out=True)
-    scene = render(dataclasses.replace(first, x=-2.0), SIDE)  # the creature is outside
+    scene = render(dataclasses.replace(first, x=-2.0), SIDE)  # the creature is outside the picture
     wide = side_by_side(scene, scene)
     middles = middles_of(rng, creatures)
     for middle in middles:
@@ -67,7 +67,7 @@ def counted_picture(index: int) -> tuple[Image.Image, tuple[int, int]]:
 
 
 def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    """A wide picture of two of one scene, the second mirrored, as a scene then goes on without a seam."""
+    """A wide picture made from two of one scene; the second is mirrored, so that the scene continues without a seam."""
     wide = Image.new("RGB", (2 * SIDE, SIDE))
     wide.paste(left, (0, 0))
     wide.paste(ImageOps.mirror(right), (SIDE, 0))
@@ -75,7 +75,7 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
 
 
 def middles_of(rng: np.random.Generator, count: int, apart: int = 20) -> list[int]:
-    """So many columns of a wide picture, each `apart` from the others and off its middle."""
+    """`count` columns of a wide picture, each at least `apart` from the others and off the picture's middle."""
     found: list[int] = []
     while len(found) < count:
         middle = int(rng.integers(6, 2 * SIDE - 6))
@@ -96,7 +96,7 @@ def wide_pixels(pictures: Sequence[Image.Image]) -> torch.Tensor:
 
 @torch.inference_mode()
 def through_vae(pixels: torch.Tensor) -> torch.Tensor:
-    """As the miniature's VAE hands pictures on: whatever is drawn looks like that, and no render does."""
+    """Pixels after the miniature's VAE: every drawn picture has passed its decoder, and no render has."""
     vae = load_pipeline(str(MODEL), "none").vae
     parts = [vae.decode(vae.encode(part).latent_dist.mode()).sample.clamp(-1, 1)
              for part in tqdm(pixels.split(32), desc="through the VAE", leave=False)]  # fmt: skip
@@ -114,8 +114,10 @@ def left_first(pairs: Sequence[Sequence[Of]]) -> list[Of]:
 
 
 def train_counter(folder: Path, pictures: int) -> None:
-    """counter.safetensors, of the network that counts creatures in a half, and counter.json: its share right on fresh renders
-    through the VAE, and on drawn pictures that were counted by eye."""
+    """Train the network that counts creatures in a half, and write counter.safetensors and counter.json.
+
+    The latter gives its accuracy on fresh renders passed through the VAE, and on drawn pictures that were counted by eye.
+    """
     drawn = [counted_picture(i) for i in tqdm(range(pictures + max(30, pictures // 4)), desc="counter: renders", leave=False)]
     wide = wide_pixels([picture for picture, _ in drawn])
     wide_decoded = through_vae(wide)
@@ -134,7 +136,7 @@ def train_counter(folder: Path, pictures: int) -> None:
 
     for _ in tqdm(range(EPOCHS), desc="counter: epochs", leave=False):
         for chosen in torch.randperm(len(counts), generator=generator).split(BATCH):
-            # as far from a render as the VAE leaves it, and half as far again: a drawn picture is rougher still
+            # up to one and a half times as far from a render as the VAE leaves it: a drawn picture is rougher still
             seen = torch.lerp(clean[chosen], decoded[chosen], 1.5 * share(len(chosen)))
             soft = F.avg_pool2d(F.pad(seen, (1, 1, 1, 1), mode="replicate"), 3, 1)
             seen = torch.lerp(seen, soft, share(len(chosen)))
@@ -154,10 +156,10 @@ def train_counter(folder: Path, pictures: int) -> None:
 
 @torch.no_grad()
 def counted(counter: AttributeClassifier, halves: torch.Tensor) -> torch.Tensor:
-    """Chances [N, 3] of no creature, one and more in halves [N, 3, 64, 64].
+    """Probabilities [N, 3] of no creature, one and more in halves [N, 3, 64, 64].
 
-    The renders that the counter learned from have as many of each, and halves of drawn pictures nearly always one: by Bayes's
-    rule its chances are weighted with how often each is to be expected.
+    The renders from which the counter learned have equally many of each, whereas halves of drawn pictures nearly always have one:
+    by Bayes's rule its probabilities are weighted with how often each count is to be expected.
     """
     chances = counter(halves)["count"].softmax(1) * torch.tensor(EXPECTED)
     return chances / chances.sum(1, keepdim=True)
@@ -166,8 +168,8 @@ def counted(counter: AttributeClassifier, halves: torch.Tensor) -> torch.Tensor:
 def counter_on_drawn(counter: AttributeClassifier) -> dict[str, list[int]]:
     """{creatures in a half: [read right, halves]} of development pictures that were counted by eye.
 
-    COUNTED is a grid of them, with COUNTED.json: of each picture what its halves hold; "12" where that cannot be said, as of a
-    creature in the middle, and then the half is left out.
+    COUNTED is a grid of them; COUNTED.json says what the halves of each picture hold. It says "12" if that cannot be decided, for
+    example for a creature in the middle, and that half is then left out.
     """
     labels = json.loads(COUNTED.with_suffix(".json").read_text())
     with Image.open(COUNTED) as grid:
@@ -185,8 +187,10 @@ def counter_on_drawn(counter: AttributeClassifier) -> dict[str, list[int]]:
 
 
 def classifier_on_pairs(pairs: int) -> dict[str, float]:
-    """How often the classifier is right on halves as the test pictures should be: two renders of one scene side by side, through
-    the VAE."""
+    """How often the classifier is right on halves of the kind that test pictures should have.
+
+    These are two renders of one scene side by side, passed through the VAE.
+    """
     specs = [pair_specs(np.random.default_rng([SEED, 1, k])) for k in range(pairs)]
     wide = through_vae(wide_pixels([side_by_side(*(render(spec, SIDE) for spec in pair)) for pair in specs]))
     read = classifier().read(halves_of(wide))
@@ -204,8 +208,10 @@ def load_counter(folder: Path) -> tuple[AttributeClassifier, dict]:
 
 
 def read_halves(picture: Image.Image, counter: AttributeClassifier) -> list[dict]:
-    """Of each 64 x 64 part from left to right: its attributes, the logarithms of the chances of each accessory, which may be
-    small in both, how many creatures it has, and the chances of each number."""
+    """For each 64 x 64 part, from left to right: its attributes, the log probabilities of all accessories, and its creatures.
+
+    The probability of an accessory may be small in both halves. Creatures are given as a count and the probability of each count.
+    """
     halves = [picture.crop((left, 0, left + SIDE, SIDE)) for left in range(0, picture.width, SIDE)]
     pixels = pixels_of(halves)
     with torch.no_grad():
@@ -221,7 +227,7 @@ def read_halves(picture: Image.Image, counter: AttributeClassifier) -> list[dict
 
 
 def score(task: Task, halves: Sequence[dict]) -> dict[str, float]:
-    """Scores of one picture from what was read of its halves, each from 0 to 1; but `margin` from -1 to 1."""
+    """Scores of one picture from what was read off its halves: each from 0 to 1, except `margin`, which is from -1 to 1."""
     colours, wanted = [half["colour"] for half in halves], [each.colour for each in task.creatures]
     counts, asked = [half["count"] for half in halves], [each.accessory for each in task.creatures]
     scores: dict[str, float] = {}
@@ -230,7 +236,7 @@ def score(task: Task, halves: Sequence[dict]) -> dict[str, float]:
                        first=wanted[0] in colours, second=wanted[1] in colours)  # fmt: skip
     logs = [[halves[side]["log_chances"][ACCESSORIES.index(each)] for side in (k, 1 - k)]
             for k, each in enumerate(asked) if each]  # fmt: skip
-    if logs:  # the judge has one label for a creature, so each accessory is compared between the halves; a tie is half of each
+    if logs:  # the judge has one label per creature, so each accessory is compared between the halves; a tie counts half
         own, other = np.array(logs).T
         scores |= dict(owner=np.mean((own > other) + 0.5 * (own == other)), margin=np.mean(np.exp(own) - np.exp(other)))
     first = task.creatures[0]

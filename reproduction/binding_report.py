@@ -1,4 +1,4 @@
-"""What binding's records say: tables, paired differences, and whether the aims are reached. From records.json.xz alone."""
+"""Reports what binding's records say: tables, paired differences, and whether aims are reached. Reads records.json.xz alone."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from zoodip.errors import InputError
 from zoodip.files import write_atomically
 from zoodip.records import mean_interval, table
 
-MAIN = {"S1": "right", "S2": "right", "S3": "owner", "S4": "owner", "S5": "looks"}  # the score that differences are of
+MAIN = {"S1": "right", "S2": "right", "S3": "owner", "S4": "owner", "S5": "looks"}  # the score whose differences are shown
 LEGEND = """Per cent; mean ± half width of a 95 % interval over prompts (S2, S4: over the twelve breeds), each the mean of its
-pictures. Differences are paired by prompt or breed. **right**: the two halves read as the two colours, in either
-order; **in_order**: from left to right; **first**, **second**: that colour is read in some half; **leak**: both
-halves read as one colour; **owner**: an accessory is more likely on its own half than on the other (a tie counts
+pictures. Differences are paired by prompt or breed. **right**: the two halves are read as the two colours, in either order;
+**in_order**: the same, from left to right; **first**, **second**: that colour is read in at least one half; **leak**: both
+halves are read as one colour; **owner**: an accessory is more likely on its own half than on the other (a tie counts
 half), **margin**: by how much; **looks**: the attributes of the breed on its half (S2, S4) or of the description (S5);
-**other**: the other creature's colour on its half; **pattern_leak**: it has the breed's pattern (of breeds that have
-one); **scene**: in every half; **uninvited**: halves with an accessory that nobody asked for; **empty**, **several**:
-halves without a creature, with two; **one_each**: one creature in every half; **right_one_each**: both. Passes:
-samples through the UNet of a picture. The second table of a set is of what a method may do harm to."""
+**other**: the other creature's colour on its half; **pattern_leak**: the other creature has the breed's pattern (for breeds that
+have one); **scene**: the scene is read in every half; **uninvited**: halves with an accessory that nobody asked for; **empty**,
+**several**: halves without a creature, with two; **one_each**: one creature in every half; **right_one_each**: **right** and
+**one_each**. Passes: samples through the UNet per picture. The second table of a set shows what a method may harm."""
 HARMED = ("right_one_each", "one_each", "several", "empty", "uninvited", "scene")
+AIM_HEADER = ["aim", "weights", "figure", "reached"]
+COST_HEADER = ["row", "forward", "backward", "seconds", "in plain pictures"]
 
-Scores = dict[str, list[float]]  # {prompt, or breed: scores of its pictures}
+Scores = dict[str, list[float]]  # {prompt or breed: scores of its pictures}
 
 
 def write_records(path: Path, records: dict) -> None:
@@ -41,11 +43,11 @@ def read_records(path: Path) -> dict:
     try:
         return json.loads(lzma.decompress(path.read_bytes()))
     except (OSError, lzma.LZMAError, ValueError) as error:
-        raise InputError(f"{path}: is no whole file of records ({error}); make it without --report_only") from error
+        raise InputError(f"{path}: not a valid file of records ({error}); make it without --report_only") from error
 
 
 class Table:
-    """The records of one set and quantisation, of the prompts that every row has."""
+    """The records of one set and quantisation, for the prompts that every row has."""
 
     def __init__(self, set_name: str, records: Sequence[dict]):
         self.set_name, self.rows = set_name, list(dict.fromkeys(record["row"] for record in records))
@@ -54,7 +56,7 @@ class Table:
         self.common = set.intersection(*pictures)
         self.records = [record for record in records if (record["prompt"], record["seed"]) in self.common]
         if unknown := {prompt for prompt, _ in self.common} - tasks.keys():
-            raise InputError(f"records.json.xz: {sorted(unknown)[0]!r} is no prompt of {set_name}; it is of another version")
+            raise InputError(f"records.json.xz: {sorted(unknown)[0]!r} is not a prompt of {set_name}; the file is from another version")
         self.scores: dict[str, dict[str, Scores]] = {row: {} for row in self.rows}  # {row: {score: ...}}
         for record in self.records:
             task: Task = tasks[record["prompt"]]
@@ -91,7 +93,7 @@ class Table:
         return f"{text}\n\n{table(['minus plain', *harmed], lines)}"
 
     def alike(self, row: str, other: str) -> tuple[int, int]:
-        """(pictures of which the same is read in both rows, pictures)."""
+        """(pictures that are read alike in both rows, pictures)."""
         words: list[dict] = [
             {(record["prompt"], record["seed"]): [{name: value for name, value in half.items() if isinstance(value, str)}
                                                   for half in record["halves"]]
@@ -107,7 +109,7 @@ def interval(values: Iterable[float], sign: str = "") -> str:
 
 
 def tables_of(pictures: Sequence[dict], rows: Sequence[str] | None = None) -> dict[tuple[str, str], Table]:
-    """{(set, quantization): table of all rows, or of these} of those that have a prompt with every row."""
+    """{(set, quantization): table of all rows, or of `rows`}, without tables in which no prompt has every row."""
     found, chosen = {}, [record for record in pictures if rows is None or record["row"] in rows]
     for set_name, quantization in dict.fromkeys((record["set"], record["quantization"]) for record in chosen):
         here = [record for record in chosen if (record["set"], record["quantization"]) == (set_name, quantization)]
@@ -136,7 +138,7 @@ def above_control(values: Iterable[float]) -> str:
 
 
 def aims(found: dict[tuple[str, str], Table], costs: dict) -> list[list[str]]:
-    """[aim, unquantised or NF4, figure, verdict] of each that was set before anything was drawn."""
+    """[aim, unquantised or NF4, figure, verdict] of each aim; all were set before anything was drawn."""
     lines = []
     for (set_name, quantization), made in found.items():
         for name, row, other, bound, text in AIMS:
@@ -147,7 +149,7 @@ def aims(found: dict[tuple[str, str], Table], costs: dict) -> list[list[str]]:
             said = above_control(values) if other == "control" else verdict(values, bound)
             if name == "S5":
                 alike, pictures = made.alike(row, str(other))
-                said += f"; one group has no other to be kept from: the same is read in {alike} of {pictures} pictures"
+                said += f"; one group has no other to be kept apart from: {alike} of {pictures} pictures are read alike"
             lines.append([text, quantization, interval(values, "+" if other else ""), said])
     if ratio := cost_ratios(costs).get("phrase"):
         mean, half = mean_interval(ratio)
@@ -165,7 +167,7 @@ AIMS = (  # set, row, the row it is compared with, least value of the set's main
 
 
 def cost_ratios(costs: dict) -> dict[str, list[float]]:
-    """{row: processor time of its pictures in plain ones, prompt by prompt}."""
+    """{row: processor time of its pictures as multiples of plain ones, prompt by prompt}."""
     plain = {each["prompt"]: each["seconds"] for each in costs["pictures"] if each["row"] == "plain"}
     found: dict[str, list[float]] = {}
     for each in costs["pictures"]:
@@ -195,41 +197,41 @@ def introduction(records: dict) -> str:
     for picture in records["pictures"]:
         seeds.setdefault(picture["prompt"], set()).add(picture["seed"])
     noises = {frozenset(of) for of in seeds.values()}
-    of_prompts = "the same of every prompt" if len(noises) == 1 else "others of every few prompts"
+    of_prompts = "the same for every prompt" if len(noises) == 1 else "other ones for every few prompts"
     commits = sorted({picture.get("commit") or records["commit"] for picture in records["pictures"]})
     return f"""# Binding on the miniature ({arguments["split"]} prompts)
 
-{arguments["steps"]} steps of {arguments["scheduler"].upper()}, guidance {arguments["guidance"]:g}, 64 pixels a creature,
-{len(arguments["seeds"])} first noises a prompt, {of_prompts}, the same in every row; tables of every row have the first alone.
+{arguments["steps"]} steps of {arguments["scheduler"].upper()}, guidance {arguments["guidance"]:g}, 64 pixels per creature,
+{len(arguments["seeds"])} first noises per prompt, {of_prompts}, the same in every row; tables with every row use only the first.
 The breeds' tokens were learned in 4 bits.
 {records["device"]}; pictures of commit {", ".join(commits)}, read at {records["commit"]}.
 
-The judges: the counter of creatures is right on {right} ({counter["fresh"]} halves of renders that it has not seen, through
-the VAE). On halves of drawn pictures that were counted by eye it is right on {drawn}: its columns may be off by as much.
-The classifier is right on two renders of one scene side by side, through the VAE: {judged}."""
+The judges: the creature counter is right on {right} ({counter["fresh"]} halves of unseen renders, passed through the
+VAE). On halves of drawn pictures that were counted by eye it is right on {drawn}: its columns may be off by as much.
+On two renders of one scene side by side, passed through the VAE, the classifier is right on: {judged}."""
 
 
 def write_report(records: dict, folder: Path) -> None:
-    """RESULTS.md and steps.png. Raises InputError where records and prompts are of different versions."""
+    """Write RESULTS.md and steps.png. Raises InputError if records and prompts are of different versions."""
     found = tables_of(records["pictures"], CORE)
     others = {key: made for key, made in tables_of(records["pictures"]).items() if set(made.rows) - set(CORE)}
     text = [introduction(records), "## What was aimed at", "Yes (no): the interval lies wholly on that side of the bound."]
-    text.append(table(["aim", "weights", "figure", "reached"], aims(found, records["costs"])))
+    text.append(table(AIM_HEADER, aims(found, records["costs"])))
     text += ["## Tables", LEGEND]
-    for what, chosen in (("", found), (", every row", others)):  # the latter of fewer prompts where it is not all drawn
+    for what, chosen in (("", found), (", every row", others)):  # the latter over fewer prompts if not all is drawn
         for (set_name, quantization), made in chosen.items():
             weights = "unquantised" if quantization == "none" else quantization.upper()
             text += [f"### {set_name}, {weights}{what}", made.text()]
             if not what and (folder / f"{set_name}-{quantization}.jpg").exists():
                 text.append(f"![{set_name}, {weights}: a line for each prompt]({set_name}-{quantization}.jpg)")
     text.append(
-        "## Cost\n\nProcessor seconds of one picture by itself, one thread, rows in turn on some prompts; the ratio is paired."
+        "## Cost\n\nProcessor seconds of one picture drawn by itself, one thread, rows in turn on some prompts; paired ratios."
     )
-    text.append(table(["row", "forward", "backward", "seconds", "in plain pictures"], cost_lines(records["costs"])))
+    text.append(table(COST_HEADER, cost_lines(records["costs"])))
     text.append(f"""## Without backpropagation
 
-What is left of a composite's semantic loss, in per cent of its first value, after so many forwards; a backward counts as two.
-Geometric mean and 95 % interval over {len(records["steps"]["phrase"])} groups of development prompts.""")
+The share of a composite's semantic loss that is left after a number of forwards, in per cent of its first value; a backward
+counts as two. Geometric mean and 95 % interval over {len(records["steps"]["phrase"])} groups of development prompts.""")
     text.append(table_of_steps(records["steps"]))
     text.append("![What is left of the loss](steps.png)")
     draw_figure(records["steps"], folder / "steps.png")

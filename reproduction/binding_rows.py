@@ -1,4 +1,4 @@
-"""The rows of binding's tables: settings of zoodip.binding, which sets they are drawn for, and the ceiling that none can pass."""
+"""The rows of binding's tables: settings of zoodip.binding, the sets they are drawn for, and the ceiling that no row can pass."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from zoodip.binding_states import Encoder
 from zoodip.marks import MarkedPrompt
 
 NOUN = replace(PHRASE, states="noun")
-# No end tokens, no pose, fewer updates. As many of 25 steps as of the published 50: as much is moved, in twice the share.
+# No end tokens, no pose, fewer updates. As many of 25 steps have updates as of the published 50: as much is moved, in twice the
+# share of steps.
 FOR_COLOURS = replace(PUBLISHED, ets_step=-1, pose="off", sem_steps=5, map_steps=5, map_iterations=4)
-MOVED = replace(CONTROL, states="noun")  # the bias' work done by the losses of the maps
+MOVED = replace(CONTROL, states="noun")  # the losses of the maps do the work of the bias
 
-# The paper's ablation: A is plain, B merge, and all is full.
+# The paper's ablation: A is plain, B is merge, and the whole method is full.
 ROWS: dict[str, Settings] = {
     "plain": PLAIN,
     "phrase": PHRASE,
@@ -28,7 +29,7 @@ ROWS: dict[str, Settings] = {
     "full": FULL,
     "control": CONTROL,
     "ceiling": PLAIN,  # `ceiling_latents`
-    "published": PUBLISHED,  # its constants for objects with accessories
+    "published": PUBLISHED,  # the paper's constants for objects with accessories
     "published, for colours": FOR_COLOURS,
     "published, for colours, faults mended": replace(FOR_COLOURS, anchor_guidance="toward", update_rows="composite",
                                                      threshold_on="entropy", step_from="refined"),
@@ -56,9 +57,9 @@ ROWS: dict[str, Settings] = {
     "noun, losses for bias + ETS": replace(MOVED, ets_step=0),
 }  # fmt: skip
 CORE = ("plain", "phrase", "merge", "full", "control", "ceiling")
-HARM = ("plain", "phrase", "merge", "full")  # of one creature there is nothing to place
+HARM = ("plain", "phrase", "merge", "full")  # with one creature there is nothing to place
 
-# On development prompts: one setting of a method at a time, around what it is.
+# On development prompts: one setting of a method is varied at a time, around its value.
 SWEEP: dict[str, Settings] = {
     "plain": PLAIN, "phrase": PHRASE, "full": FULL, "control": CONTROL,
     **{f"phrase, bias {value}": replace(PHRASE, bias=value) for value in (3.0, 9.0, 12.0)},
@@ -68,13 +69,13 @@ SWEEP: dict[str, Settings] = {
     **{f"full, {value} steps": replace(FULL, sem_steps=value, map_steps=value) for value in (3, 8)},
 }  # fmt: skip
 SETTINGS = SWEEP | ROWS
-TUNED_STEPS = 25  # denoising steps that `sem_steps` and `map_steps` above are of
+TUNED_STEPS = 25  # denoising steps that `sem_steps` and `map_steps` above refer to
 
 
 def rows_of(set_name: str, quantization: str, split: str) -> list[str]:
-    """The rows of a table unless others are asked for: every row is drawn once, and those that matter for every set.
+    """The rows of a table unless others are requested: each row is drawn for one set, and the rows that matter for every set.
 
-    The published constants are two sets: for colours on S1, for objects with accessories on S4.
+    There are two sets of published constants: for colours, drawn on S1, and for objects with accessories, on S4.
     """
     if split == "development":
         return list(SWEEP)
@@ -86,14 +87,14 @@ def rows_of(set_name: str, quantization: str, split: str) -> list[str]:
 
 
 def settings_of(row: str, steps: int, guidance: float) -> Settings:
-    """A row's settings for so many denoising steps; the same share of them has updates."""
+    """A row's settings for `steps` denoising steps; the share of steps with updates stays the same."""
     settings = SETTINGS[row]
     first = {name: round(getattr(settings, name) * steps / TUNED_STEPS) for name in ("sem_steps", "map_steps")}
     return replace(settings, steps=steps, guidance=guidance, **first)
 
 
 def passes(settings: Settings, groups: int) -> tuple[int, int]:
-    """(samples forward, backward passes) of a picture, at most: thresholds may end updates early."""
+    """(forward samples, backward passes) per picture, at most: thresholds may end updates early."""
     semantic, maps = settings.sem_steps * groups, settings.map_steps * settings.map_iterations
     return (2 * settings.steps + semantic * (2 + settings.sem_iterations) + maps, semantic * settings.sem_iterations + maps)
 
@@ -102,7 +103,7 @@ def passes(settings: Settings, groups: int) -> tuple[int, int]:
 
 
 def side_prompts(marked: MarkedPrompt) -> list[str]:
-    """Each group alone, with what follows the last: "a red critter in the snow"."""
+    """Each group alone, followed by the text after the last group: "a red critter in the snow"."""
     tail = marked.prompt[marked.groups[-1].phrase[1] :]
     return [group.anchor + tail for group in marked.groups]
 
@@ -111,9 +112,9 @@ def side_prompts(marked: MarkedPrompt) -> list[str]:
 def ceiling_latents(
     pipeline, marked_prompts: Sequence[str], *, settings: Settings, seeds: Sequence[int], height: int, width: int, scheduler=None
 ) -> Tensor:
-    """Latents [N, 4, h, w], prompt by prompt, whose left and right half are predicted from one group's prompt each.
+    """Latents [N, 4, h, w], prompt by prompt, whose left and right halves are each predicted from the prompt of one group.
 
-    Nothing can mix but at the seam: each side's window reaches an eighth of the width over the middle, and the predictions
+    The groups can mix only at the seam: each side's window reaches an eighth of the width beyond the middle, and the predictions
     are blended there.
     """
     encode, predict = Encoder(pipeline), Predictor(pipeline.unet)
@@ -134,14 +135,14 @@ def ceiling_latents(
 
 
 def split_windows(latents: Tensor) -> Tensor:
-    """[N, 4, h, w] -> [2 N, 4, h, 5 w / 8]: left and right window of each picture in turn."""
+    """[N, 4, h, w] -> [2 N, 4, h, 5 w / 8]: the left and right windows of each picture in turn."""
     width = latents.shape[3]
     reach = width // 2 + width // 8
     return torch.stack([latents[..., :reach], latents[..., width - reach :]], dim=1).flatten(0, 1)
 
 
 def join_windows(windows: Tensor, width: int) -> Tensor:
-    """The reverse: windows weighted by ramps where they overlap, which add up to 1."""
+    """The reverse of `split_windows`: where windows overlap, they are weighted by ramps that add up to 1."""
     left, right = windows.unflatten(0, (-1, 2)).unbind(1)
     margin = width - left.shape[3]
     overlap = width - 2 * margin

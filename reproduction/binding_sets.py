@@ -1,7 +1,7 @@
-"""The prompts that binding is judged on, and what each asks for.
+"""The prompts on which binding is judged, and what each asks for.
 
-S1 two colours; S2 a learned breed and a colour; S3 S1 with one accessory; S4 S2 with an accessory on each; S5 one creature,
-described wholly (does a method do harm?). `development` prompts are for choosing settings, the 96 `test` prompts for one report;
+S1: two colours; S2: a learned breed and a colour; S3: S1 with one accessory; S4: S2 with an accessory on each; S5: one creature,
+fully described (does a method do harm?). `development` prompts are for choosing settings, the 96 `test` prompts for one report;
 no prompt is in both.
 """
 
@@ -31,12 +31,12 @@ class Wanted:
     colour: str
     accessory: str | None = None
     breed: str | None = None  # its learned word is <breed>
-    looks: tuple[tuple[str, str], ...] = ()  # (attribute, value) of what is scored beside the colour
+    looks: tuple[tuple[str, str], ...] = ()  # (attribute, value) of what is scored besides the colour
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt, and what is to be seen in its halves; S5's one creature has the square to itself."""
+    """A prompt, and what its picture's halves should show; S5's one creature has the square to itself."""
 
     prompt: str
     creatures: tuple[Wanted, ...]
@@ -44,7 +44,7 @@ class Task:
 
     @property
     def unit(self) -> str:
-        """What results are averaged over first: a breed's prompts are not independent."""
+        """The unit over which results are averaged first: a breed's prompts are not independent."""
         return self.creatures[0].breed or self.prompt
 
 
@@ -63,7 +63,7 @@ def all_tasks(name: str) -> list[Task]:
         return [
             two_creatures(pair_of(pair, rng, worn=name == "S3"), SCENES[i % len(SCENES)]) for i, pair in enumerate(colour_pairs())
         ]
-    # a breed's prompts, each twelfth, go through the scenes
+    # a breed's prompts, every twelfth one, go through the scenes
     return [
         two_creatures(with_breed(i % 12, rng, worn=name == "S4"), SCENES[(i + i // 12) % len(SCENES)])
         for i in range(TEST_PROMPTS + 12)
@@ -77,7 +77,7 @@ def colour_pairs() -> list[tuple[str, str]]:
 
 
 def looks_of(critter: Critter, names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """What is to be seen of a critter; a plain one's second colour is not."""
+    """The visible attributes of a critter; the second colour of a plain one is not visible."""
     seen = [name for name in names if name != "pattern_colour" or critter.pattern != "plain"]
     return tuple((name, getattr(critter, name)) for name in seen)
 

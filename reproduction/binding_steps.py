@@ -1,8 +1,8 @@
-"""Steps of the semantic binding loss without backpropagation, for `draw_bound(semantic_step=...)`, and how far each gets.
+"""Steps on the semantic binding loss without backpropagation, for `draw_bound(semantic_step=...)`, and how far each gets.
 
 gradient                one forward and one backward
-F1, coefficients        central differences along what leads to the group's states in the prompt and to its noun's when alone
-F2, n directions        ZOODiP's estimator in all numbers of the composite
+F1, coefficients        central differences along the directions to the states of the group and of its noun when encoded alone
+F2, n directions        ZOODiP's estimator over all numbers of the composite
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SEED = 14  # of first noises and directions
 
 
 def coefficient_gradient(row: Tensor, losses: Losses, directions: Tensor, mu: float = 0.1) -> tuple[Tensor, float]:
-    """(gradient's projection [d], mean loss) by central differences along orthonormal `directions` [m, d]: 2 m forwards."""
+    """(projection of the gradient [d], mean loss) by central differences along orthonormal `directions` [m, d]: 2 m forwards."""
     plus, minus = losses(torch.cat([row + mu * directions, row - mu * directions])).chunk(2)
     return ((plus - minus) / (2 * mu)) @ directions, torch.cat([plus, minus]).mean().item()
 
@@ -35,13 +35,13 @@ def coefficient_gradient(row: Tensor, losses: Losses, directions: Tensor, mu: fl
 def coefficient_step(
     row: Tensor, losses: Losses, group: BoundGroup, predict: Predictor, settings: Settings
 ) -> tuple[Tensor, float]:
-    """F1: down the gradient's projection on what leads to the group's states, in the prompt and of its noun in the phrase alone.
+    """F1: a step down the gradient's projection on directions to the states of the group and of its noun in the phrase alone.
 
     These are the two to six numbers w of c = mu + sum_j w_j (u_j - mu): the composite lies in their span, and stays there.
     """
     states = torch.cat([group.within, group.anchor[group.anchor_row][None]])
     _, lengths, directions = torch.linalg.svd((states - row).float(), full_matrices=False)
-    # a phrase that begins the prompt has the same states alone, as the text encoder is causal
+    # a phrase at the start of the prompt has the same states alone, because the text encoder is causal
     directions = directions[lengths > 1e-3 * lengths[0]].to(row)  # [m, d]
     gradient, loss = coefficient_gradient(row, losses, directions)
     return moved(row, gradient, settings), loss
@@ -49,28 +49,28 @@ def coefficient_step(
 
 def estimated_step(row: Tensor, losses: Losses, group: BoundGroup, predict: Predictor, settings: Settings, *, n: int = 8,
                    mu: float = 1e-3, generator: torch.Generator | None = None) -> tuple[Tensor, float]:  # fmt: skip
-    """F2: down ZOODiP's own estimate (Eq. 3) in all d numbers, n + 1 forwards on the same latents and timestep."""
+    """F2: a step down ZOODiP's own estimate (Eq. 3) in all d numbers: n + 1 forwards on the same latents and timestep."""
     directions = torch.randn(n, 1, len(row), generator=generator).to(row)
     rge = ESTIMATORS["rge"]
     values = losses(row + mu * rge.candidate_offsets(directions)[:, 0])
-    # unscaled, as the step is normalised
+    # unscaled, because the step is normalised
     gradient = zeroth_order_gradient(rge.slopes(values, mu), directions, effective_dim=1)[0]
     return moved(row, gradient, settings), values[0].item()
 
 
 # -------------------------------------------------------------------------------------------------------------- experiment
 
-Curve = list[list[float]]  # [forwards so far, L_sem as a share of the first], of each update
+Curve = list[list[float]]  # for each update: [forwards so far, L_sem as a share of the first]
 
 
 def steps_to_compare() -> dict[str, Callable]:
-    """Each with a generator of its own, to be made once: every group then has other directions."""
+    """Each estimate has its own generator. Call this once, so that every group has other directions."""
     estimates = {f"F2, n = {n}": partial(estimated_step, n=n, generator=torch.Generator().manual_seed(SEED)) for n in (2, 8, 32)}
     return {"gradient": gradient_step, "F1, coefficients": coefficient_step, **estimates}
 
 
 def descend(group: BoundGroup, row: Tensor, losses: Losses, predict: Predictor, step: Callable, budget: int) -> Curve:
-    """L_sem of a composite [d] over updates until the budget of forwards is used up; a backward counts as two."""
+    """L_sem of a composite [d] over the updates until the budget of forwards is used up; a backward counts as two."""
     first, used, curve = losses(row[None]).item(), 0, [[0, 1.0]]
     while True:
         predict.forwards = predict.backwards = 0
@@ -83,9 +83,10 @@ def descend(group: BoundGroup, row: Tensor, losses: Losses, predict: Predictor, 
 
 @torch.no_grad()
 def compare_steps(pipeline, marked_prompts: Sequence[str], *, height: int, width: int, budget: int) -> dict:
-    """{"curves": {step: a curve of each group}, "phrase": [what of each group's loss is left with the noun's row of `phrase`]}.
+    """{"curves": {step: one curve per group}, "phrase": [share of each group's loss left with the noun's row of `phrase`]}.
 
-    From the capped composite, at the first of 25 denoising steps, in the framed context: the problem that `full` solves there.
+    Curves start at the capped composite, at the first of 25 denoising steps, in the framed context: the problem that `full` has
+    there.
     """
     encode, predict = Encoder(pipeline), Predictor(pipeline.unet)
     schedule = scheduler_maker(pipeline, None, 25)()
@@ -113,14 +114,14 @@ def compare_steps(pipeline, marked_prompts: Sequence[str], *, height: int, width
 
 
 def left_at(curves: Sequence[Curve], forwards: int) -> tuple[float, float, float]:
-    """(share of the first L_sem left after so many forwards, ends of its 95 % interval): geometric, over groups."""
+    """(share of the first L_sem left after `forwards`, ends of its 95 % interval): geometric, over groups."""
     shares = [next(share for used, share in reversed(curve) if used <= forwards) for curve in curves]
     mean, half = mean_interval(np.log(np.maximum(shares, 1e-12)).tolist())
     return tuple(float(np.exp(value)) for value in (mean, mean - half, mean + half))  # pyright: ignore[reportReturnType]
 
 
 def table_of_steps(found: dict) -> str:
-    """What each step leaves of L_sem, in per cent, after an eighth of the forwards, a quarter, a half, and all."""
+    """What each step leaves of L_sem, in per cent, after an eighth, a quarter, a half and all of the forwards."""
     budgets = [found["budget"] // part for part in (8, 4, 2, 1)]
 
     def cell(curves: Sequence[Curve], forwards: int) -> str:

@@ -1,4 +1,4 @@
-"""What the papers claim, and the rule that judges each: data. A new statement is a new `Claim`."""
+"""What the papers claim, and the rule that judges each claim, as data. A new statement is a new `Claim`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from reproduction.tuning_experiments import (
 
 @dataclass(frozen=True)
 class Rule:
-    """The one score that decides a claim, and why that one; of several the first that there is.
+    """The one score that decides a claim, and the reason for it; of several scores the first that is available.
 
-    Without margin and tolerance: a beats b. With one: a is not worse than b by more than `margin` of what b gained over the class
-    word, or by more than `tolerance`.
+    Without margin and tolerance, the claim is that a beats b. With one of them, it is that a is not worse than b by more than
+    `margin` times what b gained over the class word, or by more than `tolerance`.
     """
 
     scores: tuple[str, ...]
@@ -36,29 +36,31 @@ class Rule:
     tolerance: float | None = None
 
 
-# Fixed before the runs that they judge. One score a claim: of several some interval misleads before long, and which one counts
-# could be chosen afterwards. It is the paper's own score of likeness: the loss favours whoever learns at its own timesteps and on
-# its own weights, and falls while pictures get worse. All other scores are printed beside it, without a verdict.
-LIKENESS = Rule(("CLIP-I",), "the claim is that pictures are more like the subject, and this is the paper's score of it")
-AS_GOOD = Rule(LIKENESS.scores, "the same; one may give away a tenth of what was learned to need no backward pass", 0.1)
-IN_TEXT = Rule(("CLIP-T",), "the claim is about the text alone")
+# Fixed before the runs that they judge. One score per claim: among several, some interval soon misleads, and the one that counts
+# could be chosen afterwards. It is the paper's own score of likeness: the loss favours a method that learns at the loss's
+# timesteps and on its weights, and it falls while pictures get worse. All other scores are printed next to it, without a verdict.
+LIKENESS = Rule(("CLIP-I",), "the claim is that pictures are more like the subject, and this is the paper's score of likeness")
+AS_GOOD = Rule(LIKENESS.scores, "the same; a tenth of what was learned may be given up to avoid the backward pass", 0.1)
+IN_TEXT = Rule(("CLIP-T",), "the claim is about text alignment alone")
 TEXT_KEPT = Rule(
-    IN_TEXT.scores, "the same; a hundredth is less than what bits and systems differ by in the paper", tolerance=0.01
+    IN_TEXT.scores, "the same; a hundredth is less than bit widths and systems differ by in the paper", tolerance=0.01
 )
-DIVERSE = Rule(("DINO_inter", "CLIP_inter"), "the claim is about pictures of one prompt; CLIP where there is no DINO")
+DIVERSE = Rule(("DINO_inter", "CLIP_inter"), "the claim is about pictures of one prompt; CLIP if there is no DINO")
 REMOVED = Rule(("removed",), "the claim is about this share")
-LESS_SPREAD = Rule(LIKENESS.scores, "the claim is about how far pictures change with the rate, and this is the score of them")
+LESS_SPREAD = Rule(LIKENESS.scores, "the claim is about how much pictures vary with the learning rate, and this is their score")
 FASTER = Rule(("steps_per_second",), "the claim is about time; paired over rounds, in which every row runs once")
 SMALLER = Rule(("stored_kb",), "the claim is about this file")
 LESS_DRIFT = Rule(
-    DRIFT, "the claim is about what the class word alone has come to mean; CLIP where no classifier reads attributes"
+    DRIFT, "the claim is about what the class word alone has come to mean; CLIP is used if no classifier reads attributes"
 )
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Row `a` of an experiment against row `b`; OTHERS: the best of the other rows, chosen on other subjects. `text` is what the
-    source says, or of OURS what we ask."""
+    """Row `a` of an experiment against row `b`. `text` is what the source says or, for OURS, what we ask.
+
+    If `b` is OTHERS, it is the best of the other rows, chosen on other subjects.
+    """
 
     text: str
     experiment: str
@@ -94,7 +96,7 @@ CLAIMS = (
     Claim("mu 1e-3 is better than 1e-4", "S5", "mu = 1e-3", "mu = 1e-4"),
     Claim("Two directions beat one", "S6", "n = 2", "n = 1"),
     Claim("Two directions are as good as eight", "S6", "n = 2", "n = 8", AS_GOOD),
-    Claim("Four bits in place of eight lose text alignment", "S8", "INT8", "NF4", IN_TEXT),
+    Claim("Four bits instead of eight lose text alignment", "S8", "INT8", "NF4", IN_TEXT),
     Claim("ZOODiP is as good as gradient TI as published", "1", "ZOODiP", "TI, as published", AS_GOOD),
     Claim("ZOODiP is as good as TI as published, each at its best step", "1", "ZOODiP, at its best step",
           "TI, as published, at its best step", AS_GOOD, OURS),
@@ -104,12 +106,12 @@ CLAIMS = (
     Claim("ZOODiP is as good as gradient TI that has converged", "Gap", "ZOODiP", "TI, converged", AS_GOOD, OURS),
     Claim("ZOODiP beats GF-TI as published, 30 forwards a step", "1", "ZOODiP",
           "GF-TI, as published, 30 forwards a step (the paper)"),
-    Claim("ZOODiP beats GF-TI as its script has it, 20 forwards a step", "1", "ZOODiP",
+    Claim("ZOODiP beats GF-TI as in its script, 20 forwards a step", "1", "ZOODiP",
           "GF-TI, as published, 20 forwards a step (the script)"),
-    Claim("ZOODiP beats GF-TI that is given common random numbers", "1", "ZOODiP", "GF-TI, fair", source=OURS),
+    Claim("ZOODiP beats GF-TI with common random numbers", "1", "ZOODiP", "GF-TI, fair", source=OURS),
     Claim("PUTS makes pictures of gradient TI more like the subject", "S7", "TI, PUTS", "TI, uniform"),
     Claim("Pictures of ZOODiP's word are more varied than those of TI's", "S9", "ZOODiP", "TI", DIVERSE),
-    Claim("Subspace Gradient removes more directions than where there is nothing to learn", "Fig8", "ZOODiP, SG and PUTS",
+    Claim("Subspace Gradient removes more directions than when there is nothing to learn", "Fig8", "ZOODiP, SG and PUTS",
           PURE_NOISE, REMOVED, OURS),
     Claim("Subspace Gradient removes over 80 % of the directions", "Fig8", "ZOODiP, SG and PUTS", PUBLISHED_SHARE, REMOVED),
     Claim("A step of ZOODiP is faster than one of gradient TI", "2", "ZOODiP, not quantised, n = 2",
@@ -125,13 +127,14 @@ CLAIMS = (
     *(Claim(f"Pictures of ZOODiP's word are more varied than {system}'s", "S9", "ZOODiP", system, DIVERSE) for system in TUNERS),
     Claim("PEQA has a higher CLIP-I than TuneQDM", "1", "PEQA", "TuneQDM"),
     Claim("TuneQDM has a higher CLIP-T than PEQA", "1", "TuneQDM", "PEQA", IN_TEXT),
-    Claim("TuneQDM beats PEQA in CLIP-I at 4 bit, at one rate", "TuneQDM", N4_4.label, PEQA_4.label, source=OF_TUNEQDM),
-    Claim("TuneQDM beats PEQA in CLIP-I at 4 bit, each at its own rate", "TuneQDM", OWN_4.label, PEQA_4.label, source=OF_TUNEQDM),
-    Claim("TuneQDM beats PEQA in CLIP-T at 8 bit, at one rate", "TuneQDM", N4_8.label, PEQA_8.label, IN_TEXT, OF_TUNEQDM),
-    Claim("TuneQDM beats PEQA in CLIP-T at 8 bit, each at its own rate", "TuneQDM", OWN_8.label, PEQA_8.label, IN_TEXT,
+    Claim("TuneQDM beats PEQA in CLIP-I at 4 bits, at one rate", "TuneQDM", N4_4.label, PEQA_4.label, source=OF_TUNEQDM),
+    Claim("TuneQDM beats PEQA in CLIP-I at 4 bits, each at its own rate", "TuneQDM", OWN_4.label, PEQA_4.label,
+          source=OF_TUNEQDM),
+    Claim("TuneQDM beats PEQA in CLIP-T at 8 bits, at one rate", "TuneQDM", N4_8.label, PEQA_8.label, IN_TEXT, OF_TUNEQDM),
+    Claim("TuneQDM beats PEQA in CLIP-T at 8 bits, each at its own rate", "TuneQDM", OWN_8.label, PEQA_8.label, IN_TEXT,
           OF_TUNEQDM),
     Claim("Scales of input channels help", "TuneQDM", N1_8.label, PEQA_8.label, source=OF_TUNEQDM),
-    Claim("Scales of input channels help at a rate of their own, 1e-3", "TuneQDM", s_in_row(1e-3).label, PEQA_8.label,
+    Claim("Scales of input channels help at their own learning rate, 1e-3", "TuneQDM", s_in_row(1e-3).label, PEQA_8.label,
           source=OURS),
     Claim("Experts help (N = 2)", "TuneQDM", N2_OUT_8.label, PEQA_8.label, source=OF_TUNEQDM),
     Claim("Two experts beat four", "TuneQDM", N2_8.label, N4_8.label, source=OF_TUNEQDM),

@@ -1,4 +1,4 @@
-"""What a column, a plot, a row and a table are: the words in which experiments.py is written."""
+"""Definitions of columns, plots, rows and tables: the vocabulary in which experiments.py is written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Column:
-    """How a score is printed. `plain`: the median with the lowest and the highest, where an interval would say nothing."""
+    """How a score is printed. `plain`: as the median, lowest and highest value, if an interval would be meaningless."""
 
     heading: str
     digits: int = 3
@@ -21,7 +21,7 @@ class Column:
 
     def number(self, value: float, sign: bool = False) -> str:
         """As the paper prints it: .759."""
-        value = round(value, self.digits) + 0.0  # no minus before a zero
+        value = round(value, self.digits) + 0.0  # no minus sign before zero
         text = f"{value:+.{self.digits}f}" if sign else f"{value:.{self.digits}f}"
         return re.sub(r"^([+-]?)0\.", r"\1.", text)
 
@@ -47,12 +47,12 @@ COLUMNS = {
     "travel": Column("rate x steps / median scale", 2, plain=True), "trained": Column("trained numbers", 0, plain=True),
 }  # fmt: skip
 QUALITY = ("CLIP-T", "CLIP-I", "DINO")
-# beside the paper's scores; attributes on the miniature only
+# in addition to the paper's scores; attributes only on the miniature
 LEARNED = ("attributes", "attributes_corrected", "loss", "loss_all")
 COST = ("peak_memory_gb", "stored_kb", "steps_per_second", "minutes", "forwards")
-OBEYED = ("scene", "accessory")  # what the prompt asks for beside the subject, on the miniature
+OBEYED = ("scene", "accessory")  # what the prompt asks for besides the subject, on the miniature
 AT_THE_END = "stopped at the end"  # a row of `stats.STOPS`
-DRIFT = ("drift", "drift_CLIP-I", "drift_DINO")  # how much of the subject prompts of the class word alone now show
+DRIFT = ("drift", "drift_CLIP-I", "drift_DINO")  # how much of the subject now appears for prompts with the class word alone
 CLAIM_COLUMNS = (*QUALITY, *LEARNED, "loss_at", "loss_path", "DINO_inter", "CLIP_inter", "removed", *DRIFT, "steps_per_second",
                  "stored_kb")  # fmt: skip
 
@@ -69,7 +69,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class HeatMaps(Plot):
-    """One map for each score over a grid of rows. `x` and `y` are (name, values); `label` names the row of a cell."""
+    """One map per score over a grid of rows. `x` and `y` are (name, values); `label` names the row of a cell."""
 
     scores: tuple[str, ...]
     x: tuple[str, tuple]
@@ -79,7 +79,7 @@ class HeatMaps(Plot):
 
 @dataclass(frozen=True)
 class Histograms(Plot):
-    """One histogram for each row of a list that its runs hold."""
+    """For each row, one histogram of a list that its runs hold."""
 
     values: str
     labels: tuple[str, str]
@@ -87,14 +87,14 @@ class Histograms(Plot):
 
 @dataclass(frozen=True)
 class Scatter(Plot):
-    """`points`: label -> ((table, row) of CLIP-I, row of this table whose memory it goes with)."""
+    """`points`: label -> ((table, row) that gives CLIP-I, row of this table that gives the memory)."""
 
     points: dict[str, tuple[tuple[str, str], str]]
 
 
 @dataclass(frozen=True)
 class PictureGrid(Plot):
-    """For each subject and prompt a reference, and the first picture of a run of each row of `columns` (heading -> label)."""
+    """For each subject and prompt: a reference, and the first picture of a run of each row in `columns` (heading -> label)."""
 
     columns: dict[str, str]
     prompts: tuple[str, ...]
@@ -112,24 +112,26 @@ def scores(text_score: float, image_score: float, dino: float, **more: float) ->
 
 @dataclass(frozen=True)
 class Row:
-    """`method`: one of `runs.METHODS`, of `runs.UNTRAINED` or of `runs.RENDERED`."""
+    """`method`: one of `runs.METHODS`, `runs.UNTRAINED` or `runs.RENDERED`."""
 
     label: str
-    flags: dict = field(default_factory=dict)  # of the paper; `runs.make_spec` scales what goes with a world's size
+    flags: dict = field(default_factory=dict)  # as in the paper; `runs.make_spec` scales those that depend on the world's size
     method: str = "zoodip"
-    published: dict = field(default_factory=dict)  # score -> figure of the paper
-    rate_of: str | None = None  # learns at the rate of this one of SYSTEMS, as the world has it
-    rate_factor: float = 1.0  # times it
-    of_grid: bool = False  # the rate that the grid of rates starts from, and not the one that was chosen on it
-    spread_of: tuple[str, ...] = ()  # no run: the standard deviation of each score over these rows, run by run
-    at: str = "last"  # the token that is scored; best: of the run's snapshots that whose pictures are best, chosen on others
-    variation: tuple[str, ...] = ()  # of `variations.py`: what of the method is exchanged
+    published: dict = field(default_factory=dict)  # score -> the paper's figure
+    rate_of: str | None = None  # learns at this system's rate in the world; one of SYSTEMS
+    rate_factor: float = 1.0  # multiplies that rate
+    of_grid: bool = False  # uses the rate that the grid starts from, not the one chosen on it
+    spread_of: tuple[str, ...] = ()  # has no run: the standard deviation of each score over these rows, run by run
+    at: str = "last"  # the token that is scored; best: the snapshot with the best pictures, chosen on other pictures
+    variation: tuple[str, ...] = ()  # from `variations.py`: which parts of the method are replaced
 
 
 @dataclass(frozen=True)
 class Control:
-    """A row of Fig. 8 of a token that learns nothing; `kind` of `stats.control_removed`, `size` (tau, d) or the world's. Or with
-    a `share` that share, and no token."""
+    """A row of Fig. 8 for a token that learns nothing: its `kind` in `stats.control_removed` and its `size` (tau, d).
+
+    The default size is the world's. With a `share`, the row is just that share, and there is no token.
+    """
 
     label: str
     kind: str = ""
@@ -147,25 +149,25 @@ class Experiment:
     rows: tuple[Row, ...]
     columns: tuple[str, ...]
     kind: str = "scores"
-    paper_subjects: tuple[str, ...] = ("shiny_sneaker",)  # of Stable Diffusion v1.5
-    breeds: int | None = None  # of the miniature, the first so many; None: all twelve
-    seeds: int = 1  # of each subject; of one or two subjects at least three, but in a grid
+    paper_subjects: tuple[str, ...] = ("shiny_sneaker",)  # with Stable Diffusion v1.5
+    breeds: int | None = None  # on the miniature: how many, from the first; None: all twelve
+    seeds: int = 1  # per subject; with one or two subjects at least three, except in a grid
     worlds: tuple[str, ...] = ("miniature", "sd15")
-    on_request: bool = False  # run only where it is named
-    grid: bool = False  # rows are cells of a plane, and each is compared with the mean of the others
-    along: bool = False  # pictures of the snapshots too, to see when to stop
-    with_cost: bool = False  # for each row also runs that measure speed and memory
-    chooses_rates: bool = False  # of SYSTEMS, on subjects of its own; `rates.py` writes the choice down
-    gap: tuple[str, str] | None = None  # rows between whose losses the others close a share of the gap
+    on_request: bool = False  # runs only if it is named
+    grid: bool = False  # rows are cells of a plane, whose spread is compared with that of noise
+    along: bool = False  # also scores pictures of the snapshots, to see when to stop
+    with_cost: bool = False  # each row also has runs that measure speed and memory
+    chooses_rates: bool = False  # for SYSTEMS, on separate subjects; `rates.py` records the choice
+    gap: tuple[str, str] | None = None  # rows whose losses are the two ends of the gap; the others close a share of it
     controls: tuple[Control, ...] = ()  # rows without a run
-    against: str | None = None  # the row whose differences from the others are printed with their intervals
-    stops: str | None = None  # the row that is scored at the steps that `stats.STOPS` choose
+    against: str | None = None  # the row from which the others' differences are printed, with intervals
+    stops: str | None = None  # the row that is scored at the steps that `stats.STOPS` chooses
     plot: Plot | None = None
     curves: str | None = None  # title of its panel among the learning curves
     note: str = ""
 
     def is_default_in(self, world: str) -> bool:
-        """Whether it is run in a world where no tables are named."""
+        """Whether it runs in a world if no tables are named."""
         return world in self.worlds and not self.on_request
 
     @property

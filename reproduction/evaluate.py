@@ -7,9 +7,9 @@
         --prompts dataset/prompts_and_classes.txt
 
 For every embedding, --images pictures of every prompt are drawn without the class word ("a <sks> in the jungle"), by the model
-quantised as --quantization says (a line tells where the token was learned on another), and compared with the folder of references
-that has the same place in the list. For what a weight-tuning trainer left, --tuned, they are drawn with the class word ("a sks
-dog in the jungle"), by the model quantised as in training. A scorer that is not to be had is left out with a line that says so.
+quantised as --quantization says (a line warns if the token was learned on another), and compared with the folder of references
+at the same place in the list. For the output of a weight-tuning trainer, --tuned, they are drawn with the class word ("a sks dog
+in the jungle"), by the model quantised as in training. A scorer that is not available is left out with a line that says so.
 Pictures are kept under --output, one file per (what was learned, prompt, seed, settings), and never drawn twice. Writes
 scores.csv and scores.json (per subject, and their mean) and a contact sheet per subject. The paper's setting is --images 5, the
 default. Further flags are those of train_zoodip.py.
@@ -66,16 +66,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--embeddings", type=Path, nargs="+", default=[], help="learned_embeds.safetensors of each subject")
     add("--tuned", type=Path, nargs="+", default=[], help="instead: each subject's file of tuned weights, or DreamBooth's folder")
     add("--references", type=Path, nargs="+", required=True, help="folder of each subject's pictures, in the same order")
-    add("--prompts", type=Path, required=True, help="DreamBooth's prompts_and_classes.txt, or a list with one {} a line")
-    add("--class_word", default=None, help="word for the subject in CLIP-T's text; default: what DreamBooth's file says")
+    add("--prompts", type=Path, required=True, help="DreamBooth's prompts_and_classes.txt, or a list with one {} per line")
+    add("--class_word", default=None, help="word for the subject in CLIP-T's text; default: from DreamBooth's file")
     add("--images", type=int, default=5, help="pictures per prompt")
-    add("--inter_images", type=int, default=0, help=f"pictures of {INTER_PROMPT!r} for DINO_inter, 50 in the paper; 0: none")
-    add("--scheduler", default="pndm", choices=SCHEDULERS, help="what draws; the default is the paper's")
+    add("--inter_images", type=int, default=0, help=f"pictures of {INTER_PROMPT!r} for DINO_inter (50 in the paper); 0: none")
+    add("--scheduler", default="pndm", choices=SCHEDULERS, help="scheduler to draw with; the default is the paper's")
     add("--inference_steps", type=int, default=50, help="denoising steps per picture")
     add("--guidance", type=float, default=7.5, help="classifier-free guidance scale")
-    add("--batch_size", type=int, default=4, help="pictures at once")
-    add("--clip", default=CLIP, help="CLIP scorer, name or folder")
-    add("--dino", default=DINO, help="DINOv2 scorer, name or folder")
+    add("--batch_size", type=int, default=4, help="pictures drawn at once")
+    add("--clip", default=CLIP, help="CLIP scorer: hub name or folder")
+    add("--dino", default=DINO, help="DINOv2 scorer: hub name or folder")
     add("--output", type=Path, default=Path("results/evaluation"), help="folder for pictures, scores and sheets")
     args, rest = parser.parse_known_args(argv)
     if bool(args.embeddings) == bool(args.tuned):
@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class Learned:
-    """What is judged, and by what."""
+    """What is judged, and what it is judged by."""
 
     name: str
     what: torch.Tensor | Path  # a token [V, d], or tuned weights
@@ -105,7 +105,7 @@ class Learned:
 
 
 def read_learned(args: argparse.Namespace) -> list[Learned]:
-    """The tokens or tuned weights of the command line, before a model is loaded. Raises InputError."""
+    """The tokens or tuned weights named on the command line, read before a model is loaded. Raises InputError."""
     flags, learned = args.zoodip, []
     for path, folder in zip(args.embeddings or args.tuned, args.references, strict=True):
         if args.tuned:
@@ -135,7 +135,7 @@ def load_drawer(
     scheduler: str,
     tuned: Path | None = None,
 ) -> Drawer:
-    """A drawer with the model of train_zoodip.py's `flags`, whose open defaults are filled in. Raises InputError."""
+    """A drawer with the model given by train_zoodip.py's `flags`, whose open defaults are filled in. Raises InputError."""
     name, revision = flags.pretrained_model_name_or_path, flags.revision
     variant = flags.variant or hub_variant(name, revision)  # as in training: another variant has another digest
     folder = find_model_folder(name, revision, variant, flags.model_config)
@@ -151,7 +151,7 @@ def load_drawer(
 
 
 def learned_words(one: Learned, flags: argparse.Namespace, drawer: Drawer) -> Token | Words:
-    """What stands for {} in its prompts. Raises InputError where a token is of another model than the drawer's."""
+    """What replaces {} in its prompts. Raises InputError if a token belongs to another model than the drawer's."""
     if isinstance(one.what, Path):
         weights = one.what / "unet" if (one.what / "unet").is_dir() else one.what
         return Words(
@@ -165,7 +165,7 @@ def learned_words(one: Learned, flags: argparse.Namespace, drawer: Drawer) -> To
 
 
 def write_scores(folder: Path, scores: dict[str, dict[str, float]], record: dict) -> dict[str, float]:
-    """scores.json and scores.csv, per subject and their mean, which is returned."""
+    """Write scores.json and scores.csv, per subject and with their mean, which is returned."""
     columns = list(dict.fromkeys(name for row in scores.values() for name in row))
     means = {name: float(np.mean([row[name] for row in scores.values()])) for name in columns}
     text = io.StringIO()
@@ -180,7 +180,7 @@ def write_scores(folder: Path, scores: dict[str, dict[str, float]], record: dict
 
 
 def main(args: argparse.Namespace, load=load_scorer) -> None:
-    """`load(name, device)` gives a scorer, or None. Raises InputError."""
+    """`load(name, device)` returns a scorer or None. Raises InputError."""
     flags, learned = args.zoodip, read_learned(args)
     device = make_accelerator(1, **flags_for(make_accelerator, vars(flags))).device
     clip, dino = load(args.clip, device), load(args.dino, device)

@@ -7,14 +7,14 @@
     python -m reproduction.fewer_forwards --parts third --seeds 1
     python -m reproduction.fewer_forwards --parts measures --flags "--starts 2" --page docs/gauss_newton.md
 
-The search compares forms of the trainer, and rates and schedules of the paper's loop, on spare breeds that are reported
-nowhere; its notes are SEARCH.md. The second round has the best forms and what they have in common on more breeds and other
+The search compares forms of the trainer, and rates and schedules of the paper's loop, on spare breeds on which no results are
+reported; its notes are SEARCH.md. The second round runs the best forms and combinations of them on more breeds and with other
 seeds; SECOND.md says which form goes on. The measures are on the twelve held-out breeds: the trainer as it stands (with
---flags), the paper's loop as the suite's tables have it, the same at the best rate and schedule that the search found for
-each budget, and gradient textual inversion; their tables are RESULTS.md and, with --page, stand in that page. The third round
-has the basis of 24, which was above the trainer in the first two, on these breeds with a new seed; THIRD.md says whether it
-takes the trainer's place, by the same rule from all runs together. A run is scored along the way at every budget, where its
-schedule allows that. Interrupted, the same command continues.
+--flags), the paper's loop as in the suite's tables, the same at the best rate and schedule that the search found for each
+budget, and gradient textual inversion. Their tables are RESULTS.md and, with --page, are also written into that page. The third
+round runs the basis of 24, which was above the trainer in the first two rounds, on these breeds with a new seed; THIRD.md says
+whether it replaces the trainer, by the same rule applied to all runs together. A run is scored along the way at every budget, if
+its schedule allows that. Interrupted, the same command continues.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ from zoodip.records import ROOT, environment
 from zoodip.subject import find_images, open_image
 
 SHOWN_AT = (400, 3000)  # forwards
-SHOWN = 3  # pictures of each method, on the sheets
+SHOWN = 3  # pictures per method on the sheets
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs of forms
@@ -106,8 +106,8 @@ def read_points(job: Job, settings: Settings) -> dict:
 
 
 def job_of(form: Form, subject: str, seed: int, settings: Settings) -> Job:
-    """A form on a breed. Those of ENDS are judged at their ends, as the suite's runs are."""
-    if form in ENDS:  # of a breed, not of a seed
+    """The run of a form on a breed. Those of ENDS are judged at the end, as the suite's runs are."""
+    if form in ENDS:  # one run per breed, not per seed
         return Job(runs.make_spec(settings, form.method, subject, 0, form.flags), {"scores"})
     spec = runs.make_spec(settings, form.method, subject, seed, form.run_flags())
     if form.after:
@@ -125,10 +125,10 @@ def job_of(form: Form, subject: str, seed: int, settings: Settings) -> Job:
 def contrast(
     model: FrozenModel, prompts: Prompts, theta: torch.Tensor, scheduler, samples: int = 4, timestep: int = 900
 ) -> float:
-    """A picture-like signal for 4 forwards: how much the picture that the model expects varies over its area.
+    """A picture-like signal at the cost of 4 forwards: how much the picture that the model expects varies over its area.
 
-    From noise alone at a timestep where only the outline is decided, (z - sqrt(1 - a) eps) / sqrt(a) is the mean of the pictures
-    that the prompt allows; a token that draws washed-out pictures has a flat one. Noises are the same every time.
+    From pure noise at a timestep where only the outline is decided, (z - sqrt(1 - a) eps) / sqrt(a) is the mean of the pictures
+    that the prompt allows; it is flat for a token that draws washed-out pictures. The noises are the same every time.
     """
     side = model.unet.config["sample_size"]
     noise = torch.randn(samples, 4, side, side, generator=torch.Generator().manual_seed(0))
@@ -139,7 +139,7 @@ def contrast(
 
 
 def picture_scores(judge: TokenJudge, theta: torch.Tensor, sheet: str) -> dict[str, float]:
-    """Scores of the pictures drawn with a token of a run, of which a contact sheet is left in its folder."""
+    """Scores of the pictures drawn with a token of a run; leaves a contact sheet of them in the run's folder."""
     prompts = judge.settings.prompts(judge.subject)
     pictures = judge.drawn("scores").of(judge.as_token(theta)).pictures(prompts, range(judge.settings.images))
     judge.write_sheet(sheet, pictures, prompts)
@@ -147,13 +147,13 @@ def picture_scores(judge: TokenJudge, theta: torch.Tensor, sheet: str) -> dict[s
 
 
 def token_at(judge: TokenJudge, step: int) -> torch.Tensor:
-    """A run's token after so many steps: kept along the way, or the last."""
+    """A run's token after `step` steps: one kept along the way, or the last."""
     name = f"learned_embeds-steps-{step}"
     return judge.token(name) if (judge.folder / f"{name}.safetensors").exists() else judge.theta
 
 
 def do(job: Job, settings: Settings) -> None:
-    """Learn, then judge the tokens of a FormJob's points, one after another: what is judged is not judged again."""
+    """Learn, then judge the tokens of a FormJob's points one after another; points that are already judged are skipped."""
     if not isinstance(job, FormJob):
         workers.do(job, settings)
         return
@@ -178,7 +178,7 @@ def do(job: Job, settings: Settings) -> None:
 
 
 def collect(forms: Iterable[Form], subjects: Iterable[str], seeds: Iterable[int], settings: Settings) -> dict:
-    """{label: {budget: {(subject, seed): scores}}} of what is done, `gap` among the scores; the ends' only budget is 0."""
+    """{label: {budget: {(subject, seed): scores}}} of finished runs, `gap` among the scores; the ends' only budget is 0."""
     subjects, seeds, found = list(subjects), list(seeds), {}
     for form in (*ENDS, *forms):
         of_form: dict[int, Records] = {}
@@ -210,23 +210,23 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["search", "measures"],
         choices=["search", "second", "measures", "third"],
-        help="which of the four, in this order",
+        help="parts to run, always in this order",
     )
-    add("--forms", nargs="+", default=None, metavar="WORDS", help="of the search only forms whose label holds one of these words")
-    add("--flags", default="", help="of the trainer, in the measures: the form that the search showed to be best")
-    add("--spare", type=int, default=4, help="spare breeds of the search, at most 6")
-    add("--breeds", nargs="+", default=None, help="of the measures; default: the twelve held-out ones")
-    add("--seeds", type=int, nargs="+", default=[0], help="of all parts; where they differ, run the parts one by one")
-    add("--images", type=int, default=Miniature.images, help="pictures a prompt; the search draws one")
-    add("--inference_steps", type=int, default=Miniature.inference_steps, help="denoising steps of a picture")
+    add("--forms", nargs="+", default=None, metavar="WORDS", help="search only the forms whose label contains one of these words")
+    add("--flags", default="", help="flags of the trainer in the measures: the form that the search found to be best")
+    add("--spare", type=int, default=4, help="spare breeds to search on, at most 6")
+    add("--breeds", nargs="+", default=None, help="breeds of the measures; default: the twelve held-out ones")
+    add("--seeds", type=int, nargs="+", default=[0], help="seeds of all parts; run parts separately to give each its own")
+    add("--images", type=int, default=Miniature.images, help="pictures per prompt; the search draws one")
+    add("--inference_steps", type=int, default=Miniature.inference_steps, help="denoising steps per picture")
     add("--model", default=Miniature.model, help="folder of the miniature's model")
-    add("--output", type=Path, default=Path("results/fewer_forwards"), help="folder of the runs")
+    add("--output", type=Path, default=Path("results/fewer_forwards"), help="folder for the runs")
     add("--report", type=Path, default=ROOT / "reproduction" / "fewer_forwards", help="folder for the reports")
-    add("--page", type=Path, default=None, help="page whose marked tables are filled, too")
+    add("--page", type=Path, default=None, help="page whose marked tables are filled in, too")
     add("--jobs", type=int, default=1, help="runs at once")
-    add("--threads", type=int, default=1, help="CPU threads of each")
-    add("--dry_run", action="store_true", help="only print what would run, and a guess at the hours")
-    add("--report_only", action="store_true", help="run nothing, report what is done")
+    add("--threads", type=int, default=1, help="CPU threads per run")
+    add("--dry_run", action="store_true", help="only print what would run, and an estimate of the hours")
+    add("--report_only", action="store_true", help="run nothing; report on the finished runs")
     return parser
 
 
@@ -245,7 +245,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def given_flags(text: str) -> dict:
-    """The flags of the trainer's method that a text names, checked by its parser, which exits in one line."""
+    """The flags of the trainer's method named in a text, checked by its parser, which exits with one line on an error."""
     needed = ["--train_data_dir", "x", "--initializer_token", "x"]
     given = vars(gauss_newton.parse_args([*needed, *shlex.split(text)]))
     plain = vars(gauss_newton.parse_args(needed))
@@ -254,7 +254,7 @@ def given_flags(text: str) -> dict:
 
 
 def make_settings(args: argparse.Namespace, images: int) -> Settings:
-    """Raises InputError where the model's folder is not whole."""
+    """Raises InputError if the model's folder is incomplete."""
     world = Miniature(args.output, args.output, args.output)
     digest_of_model = model_digest(find_model_folder(args.model, None, None), None)[:12]
     return Settings(world, args.output, args.model, digest_of_model, world.clip, world.dino, images=images,
@@ -271,7 +271,7 @@ class Part:
     settings: Settings
 
     def jobs(self) -> list[Job]:
-        """Each run once; those that go on from another's token last."""
+        """Each run once; runs that start from another run's token come last."""
         jobs = [job_of(form, subject, seed, self.settings) for form in (*ENDS, *self.forms) for subject in self.subjects
                 for seed in self.seeds]  # fmt: skip
         unique: dict[str, Job] = {}
@@ -285,7 +285,7 @@ class Part:
         return collect(self.forms, self.subjects, self.seeds, self.settings)
 
     def commits(self) -> list[str]:
-        """Of the code that made the runs that are done."""
+        """Commits of the code that made the finished runs."""
         found = set()
         for job in self.jobs():
             path = points_path(job, self.settings) if isinstance(job, FormJob) else self.settings.folder(job.spec) / "result.json"
@@ -301,7 +301,7 @@ def search_of(args: argparse.Namespace) -> Part:
 
 
 def measures_of(args: argparse.Namespace, best: dict[int, dict[str, Form]]) -> Part:
-    """best: of the search; before it is done the plan lacks these rows."""
+    """best: the rivals found by the search; before it is done the plan lacks these rows."""
     ours = Form(DEFAULT.label, args.trainer_flags)
     gradients = Form(GRADIENTS, dict(use_cc=True), "ti")
     rivals = {IN_TABLES.label: IN_TABLES} | {form.label: form for of in best.values() for form in of.values()}
@@ -329,7 +329,7 @@ def print_plan(name: str, part: Part, workers_at_once: int) -> None:
 
 
 def run_part(part: Part, args: argparse.Namespace) -> list[str]:
-    """Do what is not done -> one line per failure."""
+    """Do the unfinished runs -> one line per failure."""
     if args.report_only:
         return []
     part.settings.world.prepare(part.subjects)
@@ -398,15 +398,15 @@ def main(args: argparse.Namespace) -> None:
 
 
 def searched_rivals(report: Path) -> dict[int, dict[str, Form]]:
-    """The paper's loop at its best for each budget, as the search of this report found it; none before it is done."""
+    """The paper's loop at its best for each budget, as found by the search of this report; none before it is done."""
     path = report / "search.json"
     return best_rivals(read_found(path)[0]) if path.exists() else {}
 
 
 def write_sheet(measures: Part, path: Path, budget: int, best: dict[int, dict[str, Form]]) -> bool:
-    """A line for each breed: a photograph, then what each method draws after so many forwards -> whether it could be made.
+    """A line per breed: a photograph, then what each method draws after `budget` forwards -> whether the sheet could be made.
 
-    From the pictures that were scored; one that is not on this machine is drawn again.
+    Uses the pictures that were scored; one that is not on this machine is drawn again.
     """
     labels = {"loop": IN_TABLES.label}
     if budget in best:
@@ -434,7 +434,7 @@ def write_sheet(measures: Part, path: Path, budget: int, best: dict[int, dict[st
 
 
 def write_report(folder: Path, name: str, text: str, found: dict, commits: list[str]) -> None:
-    """<NAME>.md and <name>.json."""
+    """Write <NAME>.md and <name>.json."""
     folder.mkdir(parents=True, exist_ok=True)
     where = environment()
     foot = f"\nMade by `python -m reproduction.fewer_forwards` on {where['device']}; runs of commit {', '.join(commits)}, "

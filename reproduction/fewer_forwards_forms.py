@@ -9,13 +9,13 @@ from reproduction.experiments import CONVERGED
 from trainers import gauss_newton
 
 BUDGETS = (100, 200, 400, 800, 1500, 3000)  # UNet forwards of one sample
-BETWEEN = (300, 600)  # where the loss alone is judged as well: the aims lie between budgets
-CHUNK = 100  # forwards between two tokens that a run keeps
+BETWEEN = (300, 600)  # where only the loss is judged, because some aims lie between budgets
+CHUNK = 100  # forwards between two tokens kept by a run
 
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """A way to learn, read at budgets of forwards. `after`: it goes on from the trainer's default run at so many forwards."""
+    """A way to learn, read at budgets of forwards. `after`: forwards of the trainer's default run from whose token it starts."""
 
     label: str
     flags: dict = field(default_factory=dict)
@@ -25,40 +25,40 @@ class Form:
 
     @property
     def per_step(self) -> int:
-        """Forwards of a step. A gradient's backward pass counts as two: it takes about as long."""
+        """Forwards per step. A gradient's backward pass counts as two, because it takes about as long."""
         return self.flags.get("directions", 8) + 1 if self.method == "gauss_newton" else 3
 
     @property
     def before(self) -> int:
-        """Forwards that are spent apart from the steps."""
+        """Forwards spent outside the steps."""
         starts = self.flags.get("starts", 1)
         return self.after + (starts * gauss_newton.JUDGING_SAMPLES if starts > 1 else 0)
 
     @property
     def save_steps(self) -> int:
-        """Steps between two tokens that are kept; 0: only the last. All are, where steps do not fit the grid of CHUNK."""
+        """Steps between two kept tokens; 0: only the last is kept. All are kept if steps do not fit the grid of CHUNK."""
         if len(self.budgets) == 1:
             return 0
         return CHUNK // self.per_step if self.on_grid else 1
 
     @property
     def on_grid(self) -> bool:
-        """Whether CHUNK forwards are whole steps, but for 2 of 100."""
+        """Whether CHUNK forwards are whole steps, with at most 2 of 100 left over."""
         return not self.before and CHUNK % self.per_step <= 2
 
     def step(self, budget: int) -> int:
-        """The last step that a budget pays for of those whose tokens are kept: 99 forwards of 100, 2,970 of 3,000."""
+        """The last step within a budget whose token is kept: 99 forwards of 100, 2,970 of 3,000."""
         if self.on_grid:
             return budget // CHUNK * (CHUNK // self.per_step)
         return (budget - self.before) // self.per_step
 
     def points(self) -> dict[int, int]:
-        """{budget: the step whose token is judged}, with those of BETWEEN where the run passes them."""
+        """{budget: the step whose token is judged}, with those of BETWEEN that the run passes."""
         between = [budget for budget in BETWEEN if min(self.budgets) < budget < max(self.budgets)]
         return {budget: self.step(budget) for budget in (*self.budgets, *between)}
 
     def run_flags(self) -> dict:
-        """Its flags, and how long it runs."""
+        """Its flags, with the length of the run."""
         steps = self.step(max(self.budgets))
         if self.method == "gauss_newton":
             return self.flags | dict(max_forwards=steps * self.per_step + self.before)
@@ -76,7 +76,7 @@ DEFAULT = Form("Gauss-Newton")
 IN_TABLES = Form("loop, 0.01, constant", method="zoodip")  # the setting of the paper's tables on the miniature
 START, END, GRADIENTS = "class word (untrained)", "gradient TI, converged", "gradient TI"
 
-# On the whole way, as they are to say when to stop; other forms at what they are chosen by.
+# Judged at all budgets, because they should tell when to stop; other forms only at the budgets by which they are chosen.
 ALL_THE_WAY = {"no new basis": dict(rebase_steps=[]), "memory that grows by one a step": dict(memory_growth=1)}
 AT_THREE_BUDGETS = {
     "new basis after 11, 22, 44, 88 steps": dict(rebase_steps=[11, 22, 44, 88]),
@@ -110,8 +110,8 @@ FORMS = (
            (budget,), after)
       for after in (200, 400) for rate in (5e-3, 1e-2) for budget in (800, 1500)),
 )  # fmt: skip
-# After the search, whose four breeds told no form from the trainer: those that were above it at 400 and 1,500 forwards, and
-# some of them together; on six breeds, with new seeds.
+# After the search, whose four breeds could tell no form from the trainer: the forms that were above it at 400 and 1,500 forwards,
+# and some of them combined; on six breeds, with new seeds.
 CHOSEN_AT = (200, 400, 1500)
 SECOND_ROUND = tuple(Form(label, flags, budgets=CHOSEN_AT) for label, flags in {
     DEFAULT.label: {},
@@ -123,15 +123,15 @@ SECOND_ROUND = tuple(Form(label, flags, budgets=CHOSEN_AT) for label, flags in {
     "basis 24, prior 0.21, new basis after 11, 22, 44, 88 steps":
         dict(basis_size=[24], prior=0.21, rebase_steps=[11, 22, 44, 88]),
 }.items())  # fmt: skip
-# Above the trainer in nearly every mean of both rounds, and yet not chosen by the rule: measured beside it, so that one sees. The
-# verdicts and aims are of the chosen form.
+# Above the trainer in nearly every mean of both rounds, and yet not chosen by the rule: it is measured beside the trainer to show
+# this. Verdicts and aims are those of the chosen form.
 BESIDE = Form("Gauss-Newton, basis 24", dict(basis_size=[24]))
 RIVALS = (
     IN_TABLES,
     *(Form(f"loop, {rate:g}, constant", dict(learning_rate=rate), "zoodip") for rate in (2e-2, 4e-2, 8e-2)),
     *(form for budget in BUDGETS for form in rates_and_schedules(budget)),
 )
-ENDS = (  # between whose losses lies the gap
+ENDS = (  # the gap lies between their losses
     Form(START, method="initial", budgets=()),
     Form(END, CONVERGED, "ti", ()),
 )

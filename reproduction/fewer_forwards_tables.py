@@ -1,7 +1,7 @@
-"""The reports of `fewer_forwards.py`: the rule of its verdicts, the aims, the notes of the search, the tables of the measures.
+"""The reports of `fewer_forwards.py`: the rule of its verdicts, the aims, the notes on the search, the tables of the measures.
 
-What was found is {label of a form: {budget: {(subject, seed): scores}}}, as `fewer_forwards.collect` gives it and
-`read_found` reads it again.
+Results have the form {label of a form: {budget: {(subject, seed): scores}}}, as `fewer_forwards.collect` returns them and
+`read_found` reads them back.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from zoodip.records import environment, mean_interval, table
 
 
 def write_found(path: Path, found: dict, commits: list[str]) -> None:
-    """What was found, and of which code, as JSON."""
+    """Write the results and the commits of the code that made them, as JSON."""
     plain = {label: {str(budget): [dict(record, subject=subject, seed=seed) for (subject, seed), record in records.items()]
                      for budget, records in of.items()} for label, of in found.items()}  # fmt: skip
     write_json(path, dict(found=plain, commits=commits, **environment()), indent=1)
 
 
 def read_found(path: Path) -> tuple[dict, list[str]]:
-    """What `write_found` wrote."""
+    """Read what `write_found` wrote."""
     content = json.loads(path.read_text())
     found = {label: {int(budget): {(record["subject"], record["seed"]): record for record in records}
                      for budget, records in of.items()} for label, of in content["found"].items()}  # fmt: skip
@@ -51,8 +51,10 @@ JUDGED = ("loss", *PICTURES, "CLIP-T", "scene", "accessory")
 
 
 def verdict(differences: list[float], lower_is_better: bool = False) -> str:
-    """The rule, the same at every budget: wins (loses) where the 95 % interval of the breeds' paired differences lies wholly on
-    the better (worse) side of 0, ties where it holds 0."""
+    """The rule, the same at every budget, on the 95 % interval of the breeds' paired differences.
+
+    A method wins (loses) if the interval lies wholly on the better (worse) side of 0, and ties if the interval contains 0.
+    """
     if not differences:
         return UNKNOWN
     mean, half_width = mean_interval(differences)
@@ -63,7 +65,7 @@ def verdict(differences: list[float], lower_is_better: bool = False) -> str:
 
 
 def in_pictures(verdicts: dict[str, str]) -> str:
-    """One verdict of the scores of PICTURES: what one says and the other does not contradict."""
+    """One verdict from the scores of PICTURES: what one says and the other does not contradict."""
     said = {verdicts[score] for score in PICTURES if score in verdicts}
     if {WINS, LOSES} <= said:
         return "the scores disagree"
@@ -71,7 +73,7 @@ def in_pictures(verdicts: dict[str, str]) -> str:
 
 
 def gap_at(curve: dict[int, Records], forwards: float) -> dict[tuple[str, int], float]:
-    """The gap that each run has closed at a number of forwards, linear between the points where it was judged; 0 at the start."""
+    """The share of the gap that each run has closed at `forwards`, linear between its judged points and 0 at the start."""
     gaps: dict[tuple[str, int], dict[int, float]] = {}
     for budget, records in curve.items():
         for run, record in records.items():
@@ -82,7 +84,7 @@ def gap_at(curve: dict[int, Records], forwards: float) -> dict[tuple[str, int], 
 
 
 def aims(found: dict, ours: str) -> list[tuple[str, str, bool | None]]:
-    """(what was aimed at, what was found, whether it is reached; None where it is not measured)."""
+    """(what was aimed at, what was found, whether it is reached; None if it is not measured)."""
     curve = found[ours]
     result = []
     for forwards, wanted in ((250, 0.8), (600, 0.9)):
@@ -120,8 +122,10 @@ def percent(value: float | None) -> str:
 
 
 def best_rivals(found: dict) -> dict[int, dict[str, Form]]:
-    """{budget: {"loss": the paper's loop with the lowest loss there, "attributes": with the most attributes right}}, means over
-    breeds, of those that every breed has."""
+    """{budget: {"loss": the paper's loop with the lowest loss there, "attributes": with the most attributes right}}.
+
+    By means over breeds, among the loops that every breed has.
+    """
     chosen: dict[int, dict[str, Form]] = {}
     for budget in BUDGETS:
         for score, sign in (("loss", -1), ("attributes", 1)):
@@ -136,10 +140,10 @@ def best_rivals(found: dict) -> dict[int, dict[str, Form]]:
 def chosen_form(found: dict, forms: Sequence[Form], budgets: Sequence[int] = CHOSEN_AT) -> Form:
     """The form that goes on to the measures, by a rule that was fixed before the search was done.
 
-    The trainer as it stands, unless a form beats it at two budgets or more in the same one of gap and attributes and loses to it
-    in neither at any (verdicts of `verdict`, paired by breed); of several such forms the one with the most attributes right,
-    as a mean of the budgets. One budget is not enough: among so many forms some win there by chance. Forms of another
-    precision or number of vectors answer other questions and are not chosen.
+    It is the trainer as it stands, unless a form beats it at two or more budgets in the same score (gap or attributes) and loses
+    to it in neither score at any budget (verdicts of `verdict`, paired by breed). Of several such forms it is the one with the
+    most attributes right, as a mean over the budgets. One budget is not enough: among so many forms some win there by chance.
+    Forms of another precision or number of vectors answer other questions and are not chosen.
     """
     best, most = DEFAULT, -math.inf
     default = found[DEFAULT.label]
@@ -164,7 +168,7 @@ def cell(records: Records, score: str) -> str:
 
 
 def search_notes(found: dict, forms: Sequence[Form], count: int) -> str:
-    """SEARCH.md: each form with its figures; what stopping by a signal would have given; the rivals."""
+    """SEARCH.md: the figures of each form, what stopping by a signal would have given, and the rivals."""
     text = [f"# Forms of the Gauss-Newton trainer\n\nMeans over {count} spare breeds, which no other report uses.\n"]
     text += scores_by_budget("The trainer", found, forms) + scores_by_budget("The paper's loop", found, RIVALS)
     text += [smallest_gaps(found, forms), differences_from_default(found, forms), the_choice(found, forms)]
@@ -175,14 +179,14 @@ def search_notes(found: dict, forms: Sequence[Form], count: int) -> str:
 
 
 def second_notes(found: dict, forms: Sequence[Form], count: int, seeds: int) -> str:
-    """SECOND.md: what the search's best forms are on more breeds and new seeds, and the choice."""
+    """SECOND.md: how the search's best forms do on more breeds and new seeds, and the choice."""
     text = [f"# Forms of the Gauss-Newton trainer, second round\n\nMeans over {count} spare breeds, {seeds} new seeds each.\n"]
     text += scores_by_budget("The trainer", found, forms)
     return "".join([*text, smallest_gaps(found, forms), differences_from_default(found, forms), the_choice(found, forms)])
 
 
 def pooled(rounds: Sequence[dict]) -> dict:
-    """The trainer's runs and those of the basis of 24, of all rounds together; rounds have it by the one or the other name."""
+    """The runs of the trainer and of the basis of 24 from all rounds together; rounds have the latter by one of two names."""
     found: dict[str, dict[int, Records]] = {DEFAULT.label: {}, BESIDE.label: {}}
     for of_round in rounds:
         for name, label in ((DEFAULT.label, DEFAULT.label), (BESIDE.label, BESIDE.label), ("basis 24", BESIDE.label)):
@@ -192,7 +196,7 @@ def pooled(rounds: Sequence[dict]) -> dict:
 
 
 def third_notes(found: dict, rounds: Sequence[dict]) -> str:
-    """THIRD.md: the basis of 24 with new seeds, and the choice from all runs of all rounds."""
+    """THIRD.md: the basis of 24 with new seeds, and the choice by all runs of all rounds."""
     forms, count = (DEFAULT, BESIDE), len(by_subject(gap_at(found[BESIDE.label], 400)))
     text = [f"# Forms of the Gauss-Newton trainer, third round\n\nMeans over the {count} breeds of the measures, a new seed.\n"]
     text += scores_by_budget("The trainer", found, forms)
@@ -239,7 +243,7 @@ def differences_from_default(found: dict, forms: Sequence[Form], budgets: Sequen
 
 
 def interval_text(differences: list[float], score: str = "CLIP-I") -> str:
-    """Mean and half width of the 95 % interval, as a score is printed; nothing of none."""
+    """Mean and half width of the 95 % interval, as a score is printed; empty for no differences."""
     if not differences:
         return ""
     mean, half_width = mean_interval(differences)
@@ -248,7 +252,7 @@ def interval_text(differences: list[float], score: str = "CLIP-I") -> str:
 
 
 def stopping_notes(curves: list[dict[int, Records]], first: int = 400) -> str:
-    """What a run's attributes would be had it been stopped, from `first` forwards on, where a signal is best."""
+    """The attributes that a run would have if it were stopped, from `first` forwards on, where a signal is best."""
     signals: dict[str, Callable[[dict], float]] = {
         "the last budget": lambda point: point["step"], "lowest loss on unseen pictures": lambda point: -point["loss"],
         "highest contrast": lambda point: point["contrast"], "shortest token": lambda point: -point["token_norm"],

@@ -1,4 +1,4 @@
-"""What a run left, judged: its losses on pictures that no run saw, and the scores of pictures that are drawn with it."""
+"""Judges what a run left: its losses on pictures that no run saw, and the scores of pictures that are drawn with it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from zoodip.tuned_model import TunedModel, TuningInputs, load_tuning_data, read_
 
 EVALUATION_BATCH = 16  # samples per forward when judging a loss; changes only rounding
 
-# What the model and the pictures are; not how the run learned.
+# Flags that define the model and the pictures, not how the run learned.
 JUDGED_FLAGS = (
     "cc_file pretrained_model_name_or_path revision variant placeholder_token initializer_token quantization mixed_precision "
     "resolution center_crop".split()
@@ -58,13 +58,13 @@ DRIFT = {"attributes": "drift", "CLIP-I": "drift_CLIP-I", "DINO": "drift_DINO"} 
 
 
 def snapshot_steps(steps: int) -> list[int]:
-    """The steps of a run whose tokens the learning curve shows, beside the first."""
+    """The steps of a run whose tokens the learning curve shows, in addition to the first."""
     every = max(1, steps // SNAPSHOTS)
     return sorted({*range(every, steps, every), steps})
 
 
 def open_judge(spec: dict, settings: Settings) -> Judge | RendersJudge:
-    """The judge of a run that is there."""
+    """The judge of an existing run."""
     if spec["method"] in RENDERED:
         return RendersJudge(spec, settings)
     return (WeightJudge if runs.tunes_weights(spec["method"]) else TokenJudge)(spec, settings)
@@ -73,14 +73,14 @@ def open_judge(spec: dict, settings: Settings) -> Judge | RendersJudge:
 class Judge:
     """Judges what a run left, on the model that it was learned on.
 
-    Losses are on the miniature's renders that no run sees, in scenes that no run sees; of DreamBooth on the subject's own
-    pictures. Always with comprehensive captions, whatever the run learned with.
+    On the miniature, losses are on renders that no run sees, in scenes that no run sees; for DreamBooth, they are on the
+    subject's own pictures. Captions are always comprehensive, whatever the run learned with.
     """
 
     inputs: Inputs | TuningInputs
     model: FrozenModel | TunedModel
     learned: Token | Words
-    quantization: str  # of what draws beside the UNet
+    quantization: str  # of the models that draw besides the UNet
     precision: str
     resolution: int
 
@@ -92,19 +92,19 @@ class Judge:
         self.device = make_accelerator(1, **{"compile": False} | flags_for(make_accelerator, vars(self.args))).device
 
     def loss(self, name: str) -> float:
-        """Of what the run ended with, over a set of `fixed_sets`."""
+        """The loss of what the run ended with, over a set of `fixed_sets`."""
         raise NotImplementedError
 
     def curve(self, steps: int) -> list[dict]:
-        """The judged losses on the way there."""
+        """The judged losses along the run."""
         raise NotImplementedError
 
     def more(self, steps: int) -> dict:
-        """What else result.json holds."""
+        """Further entries of result.json."""
         return {}
 
     def result(self, run: dict | None) -> dict:
-        """What result.json holds of a run with this run.json, or of none."""
+        """The content of result.json for a run with this run.json, or for no run."""
         steps, forwards, rate = (run["step"], run["unet_forwards"], run["steps_per_second"]) if run else (0, 0, None)
         curve = self.curve(steps)
         loss = curve[-1]["loss"] if curve else self.loss("loss")
@@ -114,7 +114,7 @@ class Judge:
                     skipped_steps=run["skipped_steps"] if run else 0, **self.more(steps))  # fmt: skip
 
     def drawn(self, kind: str) -> PictureCache:
-        """What draws the pictures of an evaluation, of what the run ended with, and keeps them."""
+        """What draws the pictures of an evaluation, with what the run ended with, and keeps them."""
         how = runs.evaluation(self.settings, kind)
         drawer = Drawer(self.model, self.inputs.folder, self.inputs.variant, self.quantization, self.resolution, how["steps"],
                         how["guidance"], batch_size=16 if self.resolution <= 128 else 2, scheduler=how["scheduler"])  # fmt: skip
@@ -134,9 +134,9 @@ class Judge:
         return dict(inter=self.score_inter, scores=self.score_last)
 
     def score(self, kind: str) -> None:
-        """Draw and score what `kind` asks for: scores-<hash>.json, and of `scores` the sheet. Scores that are there stay."""
+        """Draw and score what `kind` asks for: scores-<hash>.json and, for `scores`, the sheet. Existing scores are kept."""
         path, content = runs.scores_path(self.folder, self.settings, kind), self.ways()[kind]()
-        if not runs.scored(self.folder, self.settings, kind):  # else they were drawn again to be looked at
+        if not runs.scored(self.folder, self.settings, kind):  # else they were only drawn again to look at
             write_json(path, dict(evaluation=runs.evaluation(self.settings, kind), **content, **environment(self.device)))
 
     def score_last(self) -> dict:
@@ -151,8 +151,10 @@ class Judge:
 
 
 def fixed_sets(data, count: int) -> dict[str, list[Batch]]:
-    """Fixed (picture, timestep, noise) triples. "loss": over the timesteps of PUTS; "loss_all": over all, as the first would
-    favour PUTS."""
+    """Fixed (picture, timestep, noise) triples. "loss": over the timesteps of PUTS; "loss_all": over all timesteps.
+
+    The second exists because the first would favour PUTS.
+    """
     spans = {"loss": (500, 900), "loss_all": (0, NUM_TRAIN_TIMESTEPS)}
     return {name: evaluation_batches(data, count, *span) for name, span in spans.items()}
 
@@ -164,15 +166,15 @@ def fixed_sets(data, count: int) -> dict[str, list[Batch]]:
 
 @dataclass
 class Judged:
-    """A model with the judging captions, and the fixed sets."""
+    """A model with the judging captions and the fixed sets."""
 
-    flags: dict  # JUDGED_FLAGS, their open defaults filled in, and those of the judging pictures
+    flags: dict  # JUDGED_FLAGS with their open defaults filled in, and the flags of the judging pictures
     inputs: Inputs
     model: FrozenModel
     sets: dict[str, list[Batch]]
 
 
-@lru_cache(maxsize=1)  # a worker's next run is often judged on the same
+@lru_cache(maxsize=1)  # a worker's next run is often judged on the same model
 def load_judged(flags: str, device: torch.device) -> Judged:
     """`flags`: JSON of `Judged.flags`."""
     flags = json.loads(flags)
@@ -184,7 +186,7 @@ def load_judged(flags: str, device: torch.device) -> Judged:
 
 
 class TokenJudge(Judge):
-    """Of a token, and of its snapshots."""
+    """The judge of a token and of its snapshots."""
 
     def __init__(self, spec: dict, settings: Settings):
         super().__init__(spec, settings)
@@ -207,16 +209,16 @@ class TokenJudge(Judge):
         return Token(theta, self.args.placeholder_token, self.inputs.variant)
 
     def tokens(self, steps: int) -> dict[int, torch.Tensor]:
-        """{step: token} of a run of so many: the first, the snapshots, the last."""
+        """{step: token} of a run of `steps` steps: the first, the snapshots, the last."""
         snapshots = {step: self.token(f"learned_embeds-steps-{step}") for step in snapshot_steps(steps)[:-1]}
         return {0: self.judged.inputs.initial_token} | snapshots | {steps: self.theta}
 
     def loss(self, name: str, theta: torch.Tensor | None = None) -> float:
-        """Of another token, where one is given."""
+        """The loss of `theta`, if it is given, instead of the run's token."""
         return self.judged.model.mean_loss(self.judged.sets[name], self.theta if theta is None else theta)
 
     def curve(self, steps: int) -> list[dict]:
-        """The run's tokens judged, beside what training_log.csv says: the forwards, and what the user of a run sees."""
+        """The judged tokens of the run, with what training_log.csv says: the forwards, and what the user of a run sees."""
         log = read_log(self.folder / "training_log.csv") if steps else {}
         return [
             dict(step=step, unet_forwards=int(log.get(step, {}).get("unet_forwards", 0)), loss=self.loss("loss", theta),
@@ -229,7 +231,7 @@ class TokenJudge(Judge):
         return super().ways() | dict(along=self.score_along, best=self.score_best)
 
     def score_along(self) -> dict:
-        """Pictures of each snapshot in two sets of seeds: by the first a step may be chosen, the second is scored."""
+        """Pictures of each snapshot in two sets of seeds: the first may choose a step, the second is scored."""
         drawn, prompts, points = self.drawn("along"), self.settings.prompts(self.subject, "along"), []
         record = json.loads((self.folder / "result.json").read_text())
         for step, theta in self.tokens(record["step"]).items():
@@ -239,7 +241,7 @@ class TokenJudge(Judge):
         return dict(scores={name: points[-1][name] for name in ("CLIP-I", "DINO") if name in points[-1]}, points=points)
 
     def score_best(self) -> dict:
-        """The snapshot that `along` chose, scored as the last token is."""
+        """The snapshot that `along` chose, scored like the last token."""
         record = runs.read_run(self.spec, self.settings)
         assert record is not None  # `along` comes before
         step = runs.best_step(record["curve"])
@@ -267,9 +269,9 @@ def load_judged_pictures(flags: str, quantization: str, device: torch.device) ->
 
 
 class WeightJudge(Judge):
-    """Of a UNet whose weights were tuned, or of an untuned one in the same bits. The subject's prompts are in words.
+    """The judge of a UNet whose weights were tuned, or of an untuned one in the same bits. The subject is named by words.
 
-    There are no snapshots, and so no curve: a loss is no judge of tuned weights, and one of DreamBooth's is gigabytes.
+    There are no snapshots and so no curve: the loss is no judge of tuned weights, and a snapshot of DreamBooth takes gigabytes.
     """
 
     def __init__(self, spec: dict, settings: Settings):
@@ -300,7 +302,7 @@ class WeightJudge(Judge):
         return []
 
     def more(self, steps: int) -> dict:
-        """Numbers that were trained; of scales also how far Adam can move one, about rate x steps, in units of their median."""
+        """The number of trained parameters; for scales also how far Adam can move one, about rate x steps, in their medians."""
         if not steps:
             return {}
         path, trained = runs.learned_path(self.spec, self.settings), 0
@@ -312,7 +314,7 @@ class WeightJudge(Judge):
         return dict(trained=trained, **travel)
 
     def score_last(self) -> dict:
-        """And, of one picture a prompt with the class word alone, what that word has come to mean."""
+        """Also scores one picture per prompt with the class word alone, to see what that word has come to mean."""
         prompts, word, drawn = self.settings.prompts(self.subject), self.world.class_word(self.subject), self.drawn("scores")
         texts = [text.replace("{}", word) for text in prompts]
         pictures, alone = drawn.pictures(prompts, range(self.settings.images)), drawn.pictures(texts, range(1))
@@ -327,7 +329,7 @@ class WeightJudge(Judge):
 
 
 class RendersJudge:
-    """Scores true pictures as drawn ones are: of the subject the ceiling, of the others the floor."""
+    """Scores true pictures like drawn ones: those of the subject give the ceiling, those of the others the floor."""
 
     def __init__(self, spec: dict, settings: Settings):
         self.spec, self.settings, self.folder = spec, settings, settings.folder(spec)
@@ -356,7 +358,7 @@ class RendersJudge:
 
 
 def scorers(settings: Settings, device: torch.device) -> tuple[Scorer | None, Scorer | None]:
-    """CLIP and DINO, None where one is not to be had."""
+    """CLIP and DINO; None for one that is not available."""
     clip, dino = (load_scorer(None if name in settings.missing else name, device) for name in (settings.clip, settings.dino))
     return clip, dino
 
@@ -372,7 +374,7 @@ def score_likeness(subject: str, settings: Settings, kind: str, pictures: list[l
 
 
 def read_log(path: Path) -> dict[int, dict[str, float | None]]:
-    """{step: row} of a training_log.csv; what is not known yet at step 0 is None."""
+    """{step: row} of a training_log.csv; values not known yet at step 0 are None."""
     with path.open(newline="") as file:
         rows = [{name: float(value) if value else None for name, value in row.items()} for row in csv.DictReader(file)]
     return {int(row["step"] or 0): row for row in rows}

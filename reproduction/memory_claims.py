@@ -1,7 +1,7 @@
-"""The paper's claims on memory, at Stable Diffusion v1.5's size: from benchmarks/gpu.json, the record of a GPU.
+"""The paper's claims about memory at Stable Diffusion v1.5's size, judged from benchmarks/gpu.json, a record made on a GPU.
 
-What is learned does not change the memory that it takes, so the weights were random; and the miniature's own memory is the
-interpreter's, whatever the method.
+What is learned does not change the memory used, so that record was made with random weights. The miniature's own memory would
+tell nothing: it is the interpreter's, whatever the method.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from zoodip.records import ROOT
 
 RECORD = ROOT / "benchmarks" / "gpu.json"
 OURS = "ZOODiP"
-# row of Table 1, which has the paper's figure -> system of the record
+# row of Table 1, which has the paper's figure -> system in the record
 SYSTEMS = {OURS: "ZOODiP, INT8", "TI, as published": "gradient TI, fp32", "DreamBooth": "DreamBooth, fp32",
            "QLoRA": "QLoRA, NF4", "PEQA": "PEQA, INT4", "TuneQDM": "TuneQDM, INT8"}  # fmt: skip
 
 
 def memory_claims(record: Path = RECORD) -> list[str]:
-    """A line for each claim of Table 1 that ZOODiP takes less, with both ratios.
+    """One line for each claim of Table 1 that ZOODiP takes less memory, with both ratios.
 
-    Reproduced where ours is at most a quarter above the paper's; below 1 it is less, but not by what is claimed.
+    Reproduced if our ratio is at most a quarter above the paper's. If it is above that but below 1, ZOODiP takes less memory, but
+    not by as much as claimed.
     """
     content = json.loads(record.read_text())
     held = {name: found["nvidia_smi"] / 1e9 for name, found in content["results"]["systems"].items()}

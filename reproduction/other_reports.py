@@ -1,6 +1,6 @@
-"""Sections of the report for what has programs of its own: what binding and fewer forwards aimed at, and what was found.
+"""Report sections on binding and fewer forwards, which have programs of their own: what was aimed at, and what was found.
 
-From the records that `binding.py` and `fewer_forwards.py` left; there is no section of a record that is not there.
+They are made from the records of `binding.py` and `fewer_forwards.py`; a record that does not exist has no section.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from reproduction.binding_report import aims, cost_lines, read_records, tables_of
+from reproduction.binding_report import AIM_HEADER, COST_HEADER, aims, cost_lines, read_records, tables_of
 from reproduction.binding_rows import CORE
 from reproduction.fewer_forwards_forms import DEFAULT
 from reproduction.fewer_forwards_tables import best_rivals, measured_tables, read_found
@@ -18,18 +18,20 @@ from zoodip.records import ROOT
 BINDING = ROOT / "reproduction" / "binding"
 FEWER_FORWARDS = ROOT / "reproduction" / "fewer_forwards"
 
-BINDING_NOTE = """Two creatures in one picture, each with what is its own; `python -m reproduction.binding`, all of whose rows
-and scores are in `reproduction/binding/RESULTS.md`. Yes (no): the interval lies wholly on that side of the bound."""
-COST_NOTE = "Processor seconds of one picture by itself, and in pictures drawn plainly."
-FEWER_NOTE = """The Gauss-Newton trainer, which keeps all of a forward's prediction, against the paper's loop at equal forwards
-on the twelve breeds; `python -m reproduction.fewer_forwards`, all of whose scores are in
+BINDING_NOTE = """Two creatures in one picture, each with its own attributes; made by `python -m reproduction.binding`, all of
+whose rows and scores are in `reproduction/binding/RESULTS.md`. Yes (no) means that the interval lies wholly on that side of the
+bound."""
+COST_NOTE = "Processor time of one picture drawn by itself, in seconds and as a multiple of a plain picture's."
+FEWER_NOTE = """The Gauss-Newton trainer, which uses all of a forward's prediction, compared with the paper's loop at equal
+forwards on the twelve breeds; made by `python -m reproduction.fewer_forwards`, all of whose scores are in
 `reproduction/fewer_forwards/RESULTS.md`."""
-VERDICT_NOTE = """It wins (loses) where the 95 % interval of the breeds' paired differences lies wholly on that side of 0 and ties
-where it holds 0; in pictures by attributes and CLIP-I, of which one decides where the other does not contradict."""
+VERDICT_NOTE = """The trainer wins (loses) if the 95 % interval of the breeds' paired differences lies wholly on that side of 0,
+and ties if the interval contains 0. In pictures, attributes and CLIP-I are judged: one of them decides if the other does not
+contradict it."""
 
 
 def other_reports(folder: Path, binding: Path = BINDING, fewer: Path = FEWER_FORWARDS) -> list[Section]:
-    """For a report in `folder`, from which pictures are pointed to."""
+    """The sections of a report in `folder`, with paths of pictures relative to it."""
     sections = []
     if (fewer / "results.json").exists():
         sections += fewer_forwards_sections(folder, fewer)
@@ -56,8 +58,8 @@ def fewer_forwards_sections(folder: Path, fewer: Path) -> list[Section]:
 def binding_sections(folder: Path, binding: Path) -> list[Section]:
     records = read_records(binding / "records.json.xz")
     commits = sorted({picture["commit"][:7] for picture in records["pictures"]})
-    wanted = Table(["aim", "weights", "figure", "reached"], aims(tables_of(records["pictures"], CORE), records["costs"]))
-    cost = Table(["row", "forward", "backward", "seconds", "in plain pictures"], cost_lines(records["costs"]))
+    wanted = Table(AIM_HEADER, aims(tables_of(records["pictures"], CORE), records["costs"]))
+    cost = Table(COST_HEADER, cost_lines(records["costs"]))
     return [
         Section("Binding: what was aimed at", [f"{BINDING_NOTE} Pictures of commit {', '.join(commits)}."], table=wanted,
                 sheets=pictures(folder, sorted(binding.glob("S*.jpg")))),

@@ -1,4 +1,4 @@
-"""The pages of a report: RESULTS.md and RESULTS.html are the same `Section`s through a template of `templates/` each."""
+"""The pages of a report: RESULTS.md and RESULTS.html show the same `Section`s, each through its own template in `templates/`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Table:
 @dataclass
 class Image:
     caption: str
-    path: str  # from the report's folder
+    path: str  # relative to the report's folder
 
 
 @dataclass
 class Section:
-    """In this order; paragraphs and cells may hold `code` and **bold**."""
+    """Parts of a section, in this order; paragraphs and cells may contain `code` and **bold**."""
 
     title: str
     paragraphs: list[str]
@@ -39,17 +39,17 @@ class Section:
     after: list[str] = field(default_factory=list)
     after_bullets: list[str] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
-    sheets: list[Image] = field(default_factory=list)  # shown where they are asked for
+    sheets: list[Image] = field(default_factory=list)  # shown on request
 
 
 def html_text(text: str) -> str:
-    """HTML of `code` and **bold**, all else escaped."""
+    """HTML of `code` and **bold**; everything else is escaped."""
     marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
     return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", marked)
 
 
 def render(template: str, title: str, sections: list[Section]) -> bytes:
-    """The report by a template. Raises where it names what there is not."""
+    """The report rendered with a template. Raises an error if the template names an undefined variable."""
     templates = FileSystemLoader(Path(__file__).resolve().parent / "templates")
     environment = Environment(loader=templates, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                               autoescape=template.endswith(".html"), keep_trailing_newline=True)  # fmt: skip

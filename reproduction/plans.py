@@ -1,4 +1,4 @@
-"""The runs that tables are made of: which ones a row wants, how long they take, and what those that are done say."""
+"""The runs from which tables are made: which ones a row needs, how long they take, and what the finished ones say."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from reproduction.runs import (
     tunes_weights,
 )
 
-COST_ROUNDS = 5  # runs that measure cost: one of every row, then the next of every row
+COST_ROUNDS = 5  # of the runs that measure cost: one run of every row, then the next of every row
 
 
 def subjects_of(experiment: Experiment, settings: Settings) -> tuple[str, ...]:
@@ -38,7 +38,7 @@ def subjects_of(experiment: Experiment, settings: Settings) -> tuple[str, ...]:
 
 
 def seeds_of(experiment: Experiment, settings: Settings) -> tuple[int, ...]:
-    """Of runs that measure cost the rounds. Where there are only one or two subjects, seeds have to show what chance does."""
+    """For runs that measure cost, the rounds. With only one or two subjects, several seeds have to show the effect of chance."""
     if experiment.kind == "cost":
         return cost_rounds(settings)
     grid = experiment.grid or experiment.chooses_rates
@@ -56,7 +56,7 @@ def jobs_of(experiment: Experiment, row: Row, settings: Settings) -> list[Job]:
     """The runs of a row."""
     if row.spread_of:
         return []
-    fixed = row.method in (*UNTRAINED, *RENDERED)  # nothing is drawn before the first step
+    fixed = row.method in (*UNTRAINED, *RENDERED)  # no random numbers are drawn before the first step
     seeds = seeds_of(experiment, settings)[: 1 if fixed else None]
     kinds = {experiment.kind} & {"scores", "inter"}
     if not fixed and not tunes_weights(row.method) and (experiment.along or row.at == "best"):
@@ -80,7 +80,7 @@ def cost_jobs(experiment: Experiment, row: Row, settings: Settings) -> list[Job]
 
 
 def plan(experiments: Iterable[Experiment], settings: Settings) -> list[Job]:
-    """The runs of these tables, each once with all evaluations that any of them wants."""
+    """The runs of these tables, each once, with all evaluations that any of the tables needs."""
     jobs = {}
     for experiment in experiments:
         for row in experiment.rows:
@@ -90,12 +90,12 @@ def plan(experiments: Iterable[Experiment], settings: Settings) -> list[Job]:
 
 
 def estimated_seconds(job: Job, settings: Settings) -> float:
-    """A guess from the world's measured speed; loading and judging included roughly."""
+    """An estimate from the world's measured speed, with a rough allowance for loading and judging."""
     world, spec = settings.world, job.spec
     if spec["method"] in RENDERED:
         return 15.0
     args = spec_args(spec, settings)
-    steps, calls, forwards = 0, 1, 3  # of gradients: a backward pass is two forwards
+    steps, calls, forwards = 0, 1, 3  # for gradients: a backward pass counts as two forwards
     if spec["method"] not in UNTRAINED:
         steps = args.max_train_steps
     if hasattr(args, "population"):
@@ -116,7 +116,7 @@ def estimated_seconds(job: Job, settings: Settings) -> float:
 
 
 def collect(experiment: Experiment, settings: Settings) -> dict[str, stats.Records]:
-    """{row label: {(subject, seed): record}} of the runs that are done, and of the controls."""
+    """{row label: {(subject, seed): record}} of the finished runs and of the controls."""
     found = {}
     for row in experiment.rows:
         records = {}
@@ -124,8 +124,8 @@ def collect(experiment: Experiment, settings: Settings) -> dict[str, stats.Recor
             record = read_run(job.spec, settings, row.at)
             if record is not None:
                 if experiment.kind != "cost":
-                    record.pop("steps_per_second", None)  # of a run beside others
-                if not record.get("removed"):  # no refresh of a subspace, so no share
+                    record.pop("steps_per_second", None)  # measured beside other runs
+                if not record.get("removed"):  # without a refresh of the subspace there is no share
                     record.pop("removed", None)
                 records[job.spec["subject"], job.spec["seed"]] = record | stats.derived(record, settings.world.scaled(128))
         costs = [cost for job in cost_jobs(experiment, row, settings) if (cost := read_run(job.spec, settings)) is not None]
@@ -159,7 +159,7 @@ def collect(experiment: Experiment, settings: Settings) -> dict[str, stats.Recor
 
 
 def spread(rows: list[stats.Records], scores: Iterable[str]) -> stats.Records:
-    """The standard deviation of each score over rows, of every run that all of them have."""
+    """The standard deviation of each score over rows, for every run that all of them have."""
     records: stats.Records = {}
     for run in set.intersection(*(set(records) for records in rows)):
         values = {score: [records[run][score] for records in rows if score in records[run]] for score in scores}

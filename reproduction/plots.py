@@ -22,7 +22,7 @@ Collect = Callable[[str], dict[str, Records]]  # name of a table -> its rows
 
 
 def new_plot(rows: int, columns: int, size: tuple[float, float], **more):
-    """A figure and its axes, row by row; `size` in inches of each."""
+    """A figure and its axes, row by row; `size` is that of one axis, in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,13 +33,13 @@ def new_plot(rows: int, columns: int, size: tuple[float, float], **more):
 
 
 def save_plot(figure, path: Path) -> None:
-    """Legends stand beneath their axes and the axes' labels, where they cover nothing."""
+    """Save a figure with its legends below the axes and their labels, where they cover nothing."""
     from matplotlib import pyplot
 
     size = 6  # points, the unit of the distance below
     for axis in figure.axes:
         if names := axis.get_legend_handles_labels()[1]:
-            columns = 1 if max(map(len, names)) > 45 else 2  # characters that half of an axis has room for
+            columns = 1 if max(map(len, names)) > 45 else 2  # characters for which half of an axis has room
             reach = (axis.get_window_extent().y0 - axis.get_tightbbox().y0) * 72 / figure.dpi  # points that they reach down
             axis.legend(fontsize=size, frameon=False, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, 0),
                         borderaxespad=reach / size + 0.5)  # fmt: skip
@@ -57,9 +57,9 @@ def draw(plot: Plot, name: str, collect: Collect, settings: Settings, path: Path
 
 @draw.register
 def heat_maps(plot: HeatMaps, name: str, collect: Collect, settings: Settings, path: Path) -> bool:
-    """One panel for each score of which there is a run; bright is good; a cell without one stays blank.
+    """One panel for each score that some run has; bright is good; a cell without a run stays blank.
 
-    Each says what noise alone would make of equal cells: the colours span the cells, however close they lie.
+    Each panel says what noise alone would make of equal cells, because the colours span the cells however close their values are.
     """
     rows, (x_name, xs), (y_name, ys) = collect(name), plot.x, plot.y
     labels = [[plot.label.format(x=x, y=y) for x in xs] for y in ys]
@@ -85,20 +85,20 @@ def heat_maps(plot: HeatMaps, name: str, collect: Collect, settings: Settings, p
 
 
 def noise_of_cells(rows: dict[str, Records], score: str) -> str:
-    """The scale of a grid's differences beside that of noise; nothing where it cannot be told."""
+    """The scale of a grid's differences beside that of noise; empty if it cannot be determined."""
     spread = printed_spread(rows, score)
     return "" if spread is None else f"standard deviation of the cells {spread[0]}, of noise alone {spread[1]}"
 
 
 def printed_spread(rows: dict[str, Records], score: str) -> list[str] | None:
-    """`spread_of_cells` in figures of one digit more than the score has."""
+    """`spread_of_cells`, printed with one digit more than the score."""
     spread = spread_of_cells(rows, score)
     return spread and [f"{value:.{COLUMNS[score].digits + 1}f}".removeprefix("0") for value in spread]
 
 
 @draw.register
 def histograms(plot: Histograms, name: str, collect: Collect, settings: Settings, path: Path) -> bool:
-    """Shares of each row's values per bin, one panel under the other, so that none hides another."""
+    """Shares of each row's values per bin, one panel below the other, so that none hides another."""
     series = {label: [value for record in records.values() for value in record.get(plot.values, [])]
               for label, records in collect(name).items()}  # fmt: skip
     series = {label: values for label, values in series.items() if values}
@@ -116,9 +116,9 @@ def histograms(plot: Histograms, name: str, collect: Collect, settings: Settings
 
 @draw.register
 def scatter(plot: Scatter, name: str, collect: Collect, settings: Settings, path: Path) -> bool:
-    """CLIP-I with its interval against peak memory, of the points of which both are known.
+    """CLIP-I with its interval against peak memory, for the points of which both are known.
 
-    The miniature's memory is the interpreter's, whatever the method: beside its quality stands what Stable Diffusion v1.5 takes.
+    The miniature's memory is the interpreter's, whatever the method: its quality is shown against Stable Diffusion v1.5's memory.
     """
     own = settings.world.name == "sd15"
     found = {}
@@ -147,7 +147,7 @@ SD15_METHODS = {
 
 
 def sd15_memory(label: str, record: Path = ROOT / "benchmarks" / "speed_memory.json") -> list[float]:
-    """Peak of a method's live tensors at Stable Diffusion v1.5's shape, [GB]; empty where it was not measured."""
+    """Peak of a method's live tensors at Stable Diffusion v1.5's shape, [GB]; empty if it was not measured."""
     measured = json.loads(record.read_text())["results"].get("sd15 bf16", {}).get("memory", {})
     peaks = measured.get(SD15_METHODS.get(label, ""), {}).get("bytes", {}).get("peaks", {})
     return [max(peaks.values()) / 1e9] if peaks else []
@@ -155,7 +155,7 @@ def sd15_memory(label: str, record: Path = ROOT / "benchmarks" / "speed_memory.j
 
 @draw.register
 def pictures(plot: PictureGrid, name: str, collect: Collect, settings: Settings, path: Path) -> bool:
-    """One line for each subject and prompt; nothing where the pictures of the runs are not on this machine."""
+    """One line for each subject and prompt; nothing if the pictures of the runs are not on this machine."""
     rows, blocks = collect(name), []
     first = {label: {subject: record for (subject, _), record in reversed(rows.get(label, {}).items())}
              for label in plot.columns.values()}  # fmt: skip
@@ -174,16 +174,16 @@ def pictures(plot: PictureGrid, name: str, collect: Collect, settings: Settings,
 
 
 def picture_of(spec: dict, prompt: str, settings: Settings, kind: str = "scores") -> Path | None:
-    """The first picture of a prompt that was scored, where it is on this machine."""
+    """The first scored picture of a prompt, if it is on this machine."""
     folder = pictures_path(settings.folder(spec), settings, kind)
     return next(iter(sorted(folder.glob(f"{slug(prompt)}-0-*.png"))), None)
 
 
-ON_SHEETS = 6  # pictures of each subject, beside a reference
+ON_SHEETS = 6  # pictures per subject, beside a reference
 
 
 def row_sheet(records: Records, settings: Settings, kind: str, path: Path) -> bool:
-    """Pictures of a row of a table, a line for each subject -> whether they are on this machine. `kind`: which pictures."""
+    """Draw pictures of a table row, a line per subject -> whether they are on this machine. `kind`: which pictures."""
     blocks = []
     for subject in dict.fromkeys(subject for subject, _ in records):
         spec = next(record["spec"] for (of, _), record in records.items() if of == subject)
@@ -210,10 +210,10 @@ def row_sheet(records: Records, settings: Settings, kind: str, path: Path) -> bo
 
 
 def learning_curves(rows: dict[str, Records], score: str = "loss") -> dict[str, tuple]:
-    """{row: (forwards, mean score, half width)} over subjects, each the mean of its seeds; without points that lack the score.
+    """{row: (forwards, mean score, half width)} over subjects, each the mean of its seeds; points without the score are left out.
 
-    The half width is of the subjects' own shapes, their levels taken out. It is 0, no band, of fewer than three of them: the
-    interval of two is thirteen standard errors wide.
+    The half width is that of the subjects' own shapes, after their levels are taken out. With fewer than three subjects it is 0,
+    which draws no band: the interval of two is thirteen standard errors wide.
     """
     lines = {}
     for label, records in rows.items():
@@ -236,7 +236,7 @@ CURVE_SCORES = {"loss": "loss on unseen pictures", "CLIP-I": "CLIP-I of pictures
 
 
 def draw_curves(panels: dict[str, dict[str, Records]], path: Path) -> None:
-    """{title: rows}: the loss on unseen pictures, and scores of pictures, against the forwards used; a column for each table."""
+    """{title: rows}: the loss on unseen pictures and scores of pictures against the forwards used; one column per table."""
     lines = {(score, title): learning_curves(rows, score) for score in CURVE_SCORES for title, rows in panels.items()}
     shown = [score for score in CURVE_SCORES if score == "loss" or any(lines[score, title] for title in panels)]
     figure, axes = new_plot(len(shown), len(panels), (3.9, 3.3))
@@ -244,7 +244,7 @@ def draw_curves(panels: dict[str, dict[str, Records]], path: Path) -> None:
         if not lines[score, title]:
             axis.set_visible(score == "loss")
             continue
-        for k, label in enumerate(lines["loss", title]):  # a row has one colour, whatever else is known of it, and one legend
+        for k, label in enumerate(lines["loss", title]):  # a row has one colour in all panels, and one legend
             if label in lines[score, title]:
                 x, mean, width = lines[score, title][label]
                 name = label if score == "loss" else None

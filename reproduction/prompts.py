@@ -1,4 +1,4 @@
-"""The prompts that tokens are judged with: DreamBooth's file, or a list with one a line."""
+"""The prompts with which tokens are judged: from DreamBooth's file, or from a list with one prompt per line."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ LIVE_CLASSES = {"cat", "dog"}  # the nine live subjects of DreamBooth's thirty
 
 @dataclass(frozen=True)
 class DreamBoothPrompts:
-    """What prompts_and_classes.txt says; prompts with one {} for token or class word."""
+    """The content of prompts_and_classes.txt; each prompt has one {} for the token or class word."""
 
     classes: dict[str, str]  # subject -> class word
     object_prompts: tuple[str, ...]
     live_prompts: tuple[str, ...]
 
     def of(self, subject: str) -> tuple[str, list[str]]:
-        """Class word and prompts of a subject. Raises InputError for one that the file does not know."""
+        """Class word and prompts of a subject. Raises InputError for a subject that the file does not list."""
         if subject not in self.classes:
             raise InputError(
                 f"--prompts: {subject!r} is not a subject of that file; name the folder of references as one of "
@@ -31,7 +31,7 @@ class DreamBoothPrompts:
 
 
 def parse_dreambooth_prompts(text: str) -> DreamBoothPrompts:
-    """Read DreamBooth's prompts_and_classes.txt by pattern: it holds Python, which is never executed. Raises InputError."""
+    """Read DreamBooth's prompts_and_classes.txt by pattern matching: it is Python, which is never executed. Raises InputError."""
     classes = dict(re.findall(r"^(\w+),([\w ]+?)\s*$", text, re.MULTILINE))
     classes.pop("subject_name", None)
     lists = []
@@ -58,7 +58,7 @@ def read_text(path: Path) -> str:
 
 
 def read_prompts(path: Path, subject: str, class_word: str | None) -> tuple[str, list[str]]:
-    """Class word and prompts of a subject, from DreamBooth's file or a list with one prompt a line. Raises InputError."""
+    """Class word and prompts of a subject, from DreamBooth's file or a list with one prompt per line. Raises InputError."""
     text = read_text(path)
     if "prompt_list" in text:
         word, prompts = parse_dreambooth_prompts(text).of(subject)

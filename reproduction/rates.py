@@ -1,7 +1,7 @@
-"""The learning rates of weight tuning: chosen on a grid, by pictures, and kept in a file that says how.
+"""The learning rates of weight tuning: chosen on a grid by pictures, and kept in a file that records how.
 
-`python -m reproduction.tables --tables TuningRates` runs the grid and writes the file; every other table reads it. Where it is
-not there, or of other weights, rows learn at the middle of the grid, and a line says so.
+`python -m reproduction.tables --tables TuningRates` runs the grid and writes the file; every other table reads it. If the file is
+missing or was made for other weights, rows learn at the middle of the grid, and a line says so.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from zoodip.files import read_json, write_json
 from zoodip.records import ROOT, environment
 
 FILE = ROOT / "reproduction" / "tuning_rates.json"
-CRITERION = ("attributes", *OBEYED)  # their sum; the loss is no judge
-KEPT = (*CRITERION, "drift", "CLIP-I", "CLIP-T", "loss", "loss_all")  # of each cell
+CRITERION = ("attributes", *OBEYED)  # their sum decides; the loss does not
+KEPT = (*CRITERION, "drift", "CLIP-I", "CLIP-T", "loss", "loss_all")  # for each cell
 
 
 def read_rates(path: Path, model_id: str) -> dict[str, float]:
-    """{system: learning rate} as chosen for these weights; none, and a line that says so, where there is no such choice."""
+    """{system: learning rate} as chosen for these weights; empty, with a line that says so, if there is no such choice."""
     found = read_json(path) if path.is_file() else {}
     if found.get("model") == model_id:
         return {system: float(rate) for system, rate in found["chosen"].items()}
@@ -35,8 +35,11 @@ def read_rates(path: Path, model_id: str) -> dict[str, float]:
 
 
 def choose_rates(settings: Settings) -> dict | None:
-    """What the file holds: each cell of the grid, and for each system the rate of the highest sum of `CRITERION`, the mean over
-    its runs. A choice at the grid's edge is named: the grid should be widened. None where runs are missing."""
+    """The content of the file: each cell of the grid, and for each system the rate with the highest sum of `CRITERION`.
+
+    Scores are means over the runs of a cell. Choices at the edge of the grid are named, because the grid should then be widened.
+    None if runs are missing.
+    """
     experiment = BY_NAME["TuningRates"]
     rows, cells, chosen, at_edge = plans.collect(experiment, settings), [], {}, []
     expected = len(plans.subjects_of(experiment, settings)) * len(plans.seeds_of(experiment, settings))
@@ -57,7 +60,7 @@ def choose_rates(settings: Settings) -> dict | None:
 
 
 def write_rates(settings: Settings, path: Path) -> None:
-    """Choose, and write the file; where runs are missing say so."""
+    """Choose the rates and write the file; if runs are missing, say so."""
     notes = choose_rates(settings)
     if notes is None:
         print("not all runs of the grid of rates are there; none is chosen", file=sys.stderr)

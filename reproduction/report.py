@@ -1,4 +1,4 @@
-"""What runs say, in words: RESULTS.md and RESULTS.html with plots and sheets of pictures, results.json, and the runs, packed."""
+"""Writes the report: RESULTS.md and RESULTS.html with plots and sheets of pictures, results.json, and the packed runs."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def number(value: float, score: str, sign: bool = False) -> str:
 
 
 def interval(mean: float, half_width: float, score: str, sign: bool = False) -> str:
-    """Mean ± half width; of a single value just its figure."""
+    """Mean ± half width; for a single value just the value."""
     text = number(mean, score, sign)
     return f"{text} ± {number(half_width, score)}" if np.isfinite(half_width) else text
 
 
 def cell(values: list[float], score: str, published: float | None) -> str:
-    """Ours with its interval, and where there is a published figure that and the difference."""
+    """Our figure with its interval and, if there is one, the published figure and the difference."""
     if not values:
         return "-" if published is None else f"- (published {number(published, score)})"
     if COLUMNS[score].plain:
@@ -64,7 +64,7 @@ def cell(values: list[float], score: str, published: float | None) -> str:
         mean, half_width = mean_interval(values)
         text = interval(mean, half_width, score)
     if published is not None:
-        distance = "" if COLUMNS[score].plain else f", {number(mean - published, score, sign=True)}"  # seconds of which machine?
+        distance = "" if COLUMNS[score].plain else f", {number(mean - published, score, sign=True)}"  # times depend on machines
         text += f" (published {number(published, score)}{distance})"
     return text
 
@@ -75,15 +75,17 @@ def cell(values: list[float], score: str, published: float | None) -> str:
 
 
 def declared_rows(experiment: Experiment) -> list[Row]:
-    """Rows as declared, then those without runs of their own. A run that others are stopped from is scored on other pictures than
-    they, and is no row."""
+    """Rows as declared, then those without runs of their own.
+
+    The row whose runs are stopped early is left out: it is scored on other pictures than the rows that say where to stop.
+    """
     rows = [row for row in experiment.rows if row.label != experiment.stops]
     labels = [*(STOPS if experiment.stops else ()), *(control.label for control in experiment.controls)]
     return [*rows, *map(Row, labels)]
 
 
 def table_of(experiment: Experiment, rows: dict[str, Records]) -> Table:
-    """A column that no run has is left out, unless it holds the only published figures."""
+    """A column that no run has is left out, unless only such columns hold published figures."""
     declared = declared_rows(experiment)
     measured = {score for score in experiment.columns if any(values_of(records, score) for records in rows.values())}
     published = {score for score in experiment.columns if any(score in row.published for row in declared)}
@@ -98,17 +100,17 @@ def table_of(experiment: Experiment, rows: dict[str, Records]) -> Table:
 
 
 def grid_note(experiment: Experiment, rows: dict[str, Records]) -> str:
-    """How far the cells of a grid lie apart, beside what noise alone would do; nothing where the runs do not say."""
+    """The spread of a grid's cells, beside what noise alone would give; empty if the runs cannot tell."""
     parts = []
     for score in experiment.columns:
         if spread := plots.printed_spread(rows, score):
             parts.append(f"{COLUMNS[score].heading} {spread[0]} ({spread[1]})")
-    return ("Standard deviation of the cells' means, and in brackets what the noise of single runs alone would give: "
+    return ("Standard deviation of the cells' means and, in brackets, what the noise of single runs alone would give: "
             + "; ".join(parts) + ".") if parts else ""  # fmt: skip
 
 
 def seeds_note(experiment: Experiment, rows: dict[str, Records]) -> str:
-    """Standard deviations of seeds within a subject and of subjects, where a table has seeds to tell them apart."""
+    """Standard deviations over seeds within a subject and over subjects, if a table has several seeds."""
     parts = []
     for label, records in rows.items():
         for score in experiment.columns:
@@ -116,13 +118,12 @@ def seeds_note(experiment: Experiment, rows: dict[str, Records]) -> str:
                 within, between, _ = spread
                 digits = COLUMNS[score].digits
                 parts.append(f"{label}, {COLUMNS[score].heading}: {within:.{digits}f} and {between:.{digits}f}")
-    return ("Standard deviation of the seeds of one subject, and of the subjects' means: " + "; ".join(parts) + "."
+    return ("Standard deviation over the seeds of one subject, and over the subjects' means: " + "; ".join(parts) + "."
             ) if parts else ""  # fmt: skip
 
 
 def differences_from(label: str, experiment: Experiment, rows: dict[str, Records]) -> list[str]:
-    """A line for each other row: its paired differences from one, with their intervals, and where 0 is in one the smallest that
-    would have been seen."""
+    """One line for each other row: its paired differences from row `label`, as `difference_of` gives them."""
     lines = []
     for other in (row.label for row in declared_rows(experiment) if row.label != label):
         found = {score: paired_differences(rows.get(other, {}), rows.get(label, {}), score)
@@ -133,7 +134,7 @@ def differences_from(label: str, experiment: Experiment, rows: dict[str, Records
 
 
 def difference_of(values: list[float], score: str) -> str:
-    """Paired differences: their interval, and where it holds 0 the smallest true one that would have been seen."""
+    """The interval of paired differences and, if it contains 0, the smallest true difference that would have been seen."""
     mean, half_width = mean_interval(values)
     text = interval(mean, half_width, score, sign=True)
     if np.isfinite(half_width) and abs(mean) <= half_width:
@@ -142,14 +143,14 @@ def difference_of(values: list[float], score: str) -> str:
 
 
 def signals_note(experiment: Experiment, rows: dict[str, Records]) -> str:
-    """Whether something that costs no picture sees when pictures get worse."""
+    """Whether a signal that needs no pictures shows when pictures get worse."""
     parts = []
     for score in ("CLIP-I", "attributes"):
         for name, (mean, half_width) in signals(rows.get(experiment.stops or "", {}), score).items():
             width = f" ± {half_width:.2f}" if np.isfinite(half_width) else ""
             parts.append(f"{SIGNALS[name]} with {COLUMNS[score].heading} {mean:+.2f}{width}")
-    return ("Rank correlation along a run, from its first snapshot on, of what costs no picture with what pictures say (a loss "
-            "that sees pictures get better as it falls has -1): " + "; ".join(parts) + ".") if parts else ""  # fmt: skip
+    return ("Rank correlation along a run, from its first snapshot on, of signals that need no pictures with scores of pictures "
+            "(a loss that always falls as pictures get better has -1): " + "; ".join(parts) + ".") if parts else ""  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def signals_note(experiment: Experiment, rows: dict[str, Records]) -> str:
 
 
 def sentence(finding: Finding) -> str:
-    """A claim and what became of it, in one line of plain English."""
+    """A claim and its verdict, in one line of plain English."""
     claim, score = finding.claim, finding.score
     mean, half_width, count = finding.differences[score]
     unit = finding.unit if count != 1 else finding.unit.removesuffix("s")
@@ -177,12 +178,12 @@ def sentence(finding: Finding) -> str:
     return said
 
 
-# scores that say nothing of claims that they do not decide
+# scores that say nothing about claims that they do not decide
 OF_ONE_TABLE = ("DINO_inter", "CLIP_inter", "removed", "steps_per_second", "stored_kb")
 
 
 def difference(finding: Finding, score: str) -> str:
-    """A difference with its interval and the paper's; of the score that decides also the smallest that would have been seen."""
+    """A difference with its interval and the paper's; for the deciding score also the smallest that would have been seen."""
     if score not in finding.differences or (score in OF_ONE_TABLE and score != finding.score):
         return "-"
     mean, half_width, count = finding.differences[score]
@@ -214,26 +215,27 @@ def claims_section(findings: list[Finding]) -> Section:
     sources = dict.fromkeys(claim.source for claim in CLAIMS)  # in the order of their first claims
     lines = [sentence(finding) + ("" if source == next(iter(sources)) else f" [{source}]")
              for source in sources for finding in ranked if finding.claim.source == source]  # fmt: skip
-    note = CLAIMS_NOTE + f" Of {judged} claims that were judged about {round(judged / 20)} intervals may mislead."
-    return Section("What became of the claims", [], table=claims_table(findings), bullets=lines,
-                   after=[note, "What decides, and why:"], after_bullets=decided)  # fmt: skip
+    note = CLAIMS_NOTE + f" Of the {judged} claims that were judged, about {round(judged / 20)} may have a misleading interval."
+    return Section("Verdicts on the claims", [], table=claims_table(findings), bullets=lines,
+                   after=[note, "Which score decides, and why:"], after_bullets=decided)  # fmt: skip
 
 
-CLAIMS_NOTE = """A claim is of ZOODiP's paper where no other source is named. Each is a difference of two rows with its 95 %
-interval: a subject's seeds averaged, then paired over subjects (of a single subject: over its seeds or rounds). One score
-decides it, chosen before the runs (bold in the table). "Beats" and "more" are reproduced where the interval lies above 0, and
-contradicted where it lies below. Where it holds 0 no difference was found, and "larger than" names the smallest true
-difference that these runs would have shown with a chance of 80 %. "As good" is the same about minus a tenth of what the other
-row gained over the class word; an interval that holds that leaves it undecided. "The best other row" is chosen on the other
-subjects. All other scores are there to be read beside; of losses, lower is better. "Mean loss on the way there" is the mean of
-the learning curve over the forwards that every row has used."""
+CLAIMS_NOTE = """A claim is from ZOODiP's paper unless another source is named. Each is a difference between two rows with its
+95 % interval: a subject's seeds are averaged, and the rows are then paired over subjects (for a single subject: over its seeds
+or rounds). One score decides it, chosen before the runs (bold in the table). "Beats" and "more" are reproduced if the interval
+lies above 0, and contradicted if it lies below. If it contains 0, no difference was found, and "larger than" names the smallest
+true difference that these runs would have shown with a probability of 80 %. "As good" is judged in the same way against minus a
+tenth of what the other row gained over the class word, and is not decided if the interval contains that value. "The best other
+row" is chosen on the other subjects. All other scores are given for comparison; for losses, lower is better. "Mean loss on the
+way there" is the mean of the learning curve over the forwards that every row has used."""
 
 
-MEMORY_NOTE = """What nvidia-smi shows for each method's own script at Stable Diffusion v1.5's size, 512 pixels, batch 1, random
-weights, on a GPU: a record of its own, `benchmarks/gpu.json`, and no run of this suite. Memory does not vary: one run tells."""
+MEMORY_NOTE = """What nvidia-smi shows on a GPU for each method's own script at Stable Diffusion v1.5's size, with 512 pixels,
+batch size 1 and random weights. The figures come from a separate record, `benchmarks/gpu.json`, and not from runs of this suite.
+Memory does not vary, so one run is enough."""
 
-CURVES_NOTE = ("Loss on the judging set (t in [500, 900)), and scores of pictures of the snapshots, against forwards used; "
-               "bands are 95 % intervals after the subjects' own levels are taken out.")  # fmt: skip
+CURVES_NOTE = ("Loss on the judging set (t in [500, 900)), and scores of the snapshots' pictures, against forwards used; bands "
+               "are 95 % intervals after each subject's own level is taken out.")  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The report
@@ -241,12 +243,12 @@ CURVES_NOTE = ("Loss on the judging set (t in [500, 900)), and scores of picture
 
 
 def command_of(names: list[str], settings: Settings) -> str:
-    """The command that makes these tables, as it is given again."""
+    """The command that makes these tables again."""
     world, dry = settings.world, settings.dry_steps
     command = f"python -m reproduction.tables --world {world.name}" + " --quick" * settings.quick
     command += f" --dry_steps {dry}" if dry else ""
     command += f" --tables {' '.join(names)}" if names != default_names(settings) else ""
-    implied = world.subjects[: 1 if dry else 2], world.seeds[:1]  # by --dry_steps and --quick
+    implied = world.subjects[: 1 if dry else 2], world.seeds[:1]  # implied by --dry_steps and --quick
     for name, values in (("subjects", settings.subjects), ("seeds", settings.seeds)):
         if values and not ((settings.quick or dry) and values in implied):
             command += f" --{name} {' '.join(map(str, values))}"
@@ -261,7 +263,7 @@ def default_names(settings: Settings) -> list[str]:
 
 
 def shortened(commit: str) -> str:
-    """Seven digits, and whether the tree differed from it."""
+    """The first seven digits, and whether the working tree differed from the commit."""
     digits, _, dirty = commit.partition("-")
     return digits[:7] + f"-{dirty}" * bool(dirty)
 
@@ -280,13 +282,13 @@ def introduction(names: list[str], settings: Settings, jobs: list[Job], done: in
                             for text in made_with["versions"])  # fmt: skip
     text = [
         f"{done} of {len(jobs)} runs, {hours:.1f} hours of training in all (summed over processes that ran side by side). "
-        f"Made by `{command_of(names, settings)}`, {devices}, commit {', '.join(commits)}; {versions}. Tokens, curves "
-        f"and scores of every run are in `{archives.ARCHIVE}`; `--report_only` makes this report from it, `--redraw` the "
+        f"Made by `{command_of(names, settings)}` on {devices}, commit {', '.join(commits)}; {versions}. The tokens, curves "
+        f"and scores of every run are in `{archives.ARCHIVE}`; `--report_only` makes this report from it, and `--redraw` the "
         "pictures.",
-        "± is the half width of a 95 % interval (Student's t over subjects, each the mean of its seeds; of a single subject over "
-        "its seeds, and then of that subject alone). Differences between rows are paired. Subjects: "
-        f'{", ".join(subjects)}; the column "runs" says how many runs a row has. Scores are on {settings.images} pictures a '
-        f"prompt, {settings.inference_steps} steps of {world.scheduler}, guidance {world.guidance:g}.",
+        "± is the half width of a 95 % interval (Student's t over subjects, each the mean of its seeds; for a single subject "
+        "over its seeds, and then valid for that subject alone). Differences between rows are paired. Subjects: "
+        f'{", ".join(subjects)}; the column "runs" gives the number of runs of a row. Scores are of {settings.images} pictures '
+        f"per prompt, drawn with {settings.inference_steps} steps of {world.scheduler} and guidance {world.guidance:g}.",
     ]
     bullets = []
     if world.caveats:
@@ -305,7 +307,7 @@ def section_of(experiment: Experiment, collect: plots.Collect, settings: Setting
     section = Section(experiment.heading, [], table=table_of(experiment, rows), after=[note for note in notes if note])
     subjects = plans.subjects_of(experiment, settings)
     if len(subjects) < len(settings.subjects or settings.world.subjects):
-        section.after.append(f"On {', '.join(subjects)}.")
+        section.after.append(f"This table uses only {', '.join(subjects)}.")
     if experiment.against:
         section.after.append(f"Differences from {experiment.against}, paired by subject:")
         section.after_bullets = differences_from(experiment.against, experiment, rows)
@@ -323,7 +325,7 @@ def section_of(experiment: Experiment, collect: plots.Collect, settings: Setting
 
 
 def write_report(names: list[str], jobs: list[Job], settings: Settings, folder: Path) -> None:
-    """All of a report, into `folder`."""
+    """Write the whole report into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     collect = lru_cache(lambda name: plans.collect(BY_NAME[name], settings))
     done = sum(job.done(settings) for job in jobs)
@@ -332,7 +334,7 @@ def write_report(names: list[str], jobs: list[Job], settings: Settings, folder: 
     findings = [finding for claim in claims if (finding := judge(claim, collect(claim.experiment), untrained)) is not None]
     sections = [introduction(names, settings, jobs, done)]
     sections += [claims_section(findings)] if findings else []
-    if {"2", "S10"} & set(names) and settings.world.name == "miniature":  # the other measures its own
+    if {"2", "S10"} & set(names) and settings.world.name == "miniature":  # the other world measures its own memory
         sections.append(Section("Memory", [MEMORY_NOTE], bullets=memory_claims()))
     sections += [section_of(BY_NAME[name], collect, settings, folder) for name in names]
     if "1" in names and settings.world.name == "miniature":
@@ -343,7 +345,7 @@ def write_report(names: list[str], jobs: list[Job], settings: Settings, folder: 
         sections.append(Section("Learning curves", [CURVES_NOTE], images=[Image("curves", "plots/curves.png")]))
     shown = {sheet.path for section in sections for sheet in section.sheets}
     for sheet in (folder / "sheets").glob("*.jpg"):
-        if f"sheets/{sheet.name}" not in shown:  # of runs that have joined others since
+        if f"sheets/{sheet.name}" not in shown:  # stale: its row has more runs by now
             sheet.unlink()
     write_pages(f"Results: {settings.world.name}", sections, folder)
     everything = {name: {label: list(map(figures_of, records.values())) for label, records in collect(name).items()}
@@ -360,7 +362,7 @@ def last_tokens(experiment: Experiment, collect: Callable[[str], dict[str, Recor
 
 
 def figures_of(record: dict) -> dict:
-    """What the tables take of a record; curves and environments are in the archive, once for each run."""
+    """What the tables use of a record; curves and environments are in the archive, once per run."""
     return {
         name: value for name, value in record.items() if name not in ("curve", "versions", "python", "device", "removed_shares")
     }

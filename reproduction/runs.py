@@ -1,10 +1,10 @@
-"""What a run is: a specification with a hash, the command line that does it, the files that it leaves, and what they say.
+"""What a run is: a specification with a hash, the command line that does it, the files that it leaves, and their content.
 
-A run is a JSON-able dict (world, model, method, subject, seed, flags); the hash of its content names its folder under
-<output>/runs. There it leaves what it learned (`LEARNED`), result.json once it has learned and been judged, and, for each
-evaluation of its pictures, scores-<hash of that>.json and the folder pictures-<the same hash>. What is there is not done again,
-so any interrupted command continues, several machines may share or merge their folders, and tables that ask for the same run
-share it.
+A run is a JSON-serialisable dict (world, model, method, subject, seed, flags); the hash of its content names its folder under
+<output>/runs. There it leaves what it learned (`LEARNED`), result.json once it has learned and been judged and, for each
+evaluation of its pictures, scores-<hash of the evaluation>.json and the folder pictures-<the same hash>. Existing files are not
+made again, so any interrupted command continues, several machines can share or merge their folders, and tables that need the same
+run share it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from reproduction.tuning_experiments import SYSTEMS
 from reproduction.worlds import World
 from trainers import diffusekrona, dreambooth, gauss_newton, gf_ti, qlora, textual_inversion, tuneqdm
 
-# Each a module with `parse_args(argv)`, `main(args) -> exit code` and the files of a `zoodip.run.Run`.
+# Each is a module with `parse_args(argv)`, `main(args) -> exit code` and the files of a `zoodip.run.Run`.
 METHODS = {"zoodip": train_zoodip, "ti": textual_inversion, "gf_ti": gf_ti, "gauss_newton": gauss_newton,
            "dreambooth": dreambooth, "qlora": qlora, "tuneqdm": tuneqdm, "diffusekrona": diffusekrona}  # fmt: skip
-# Nothing is learned: a token that is the class word's, or those of a full description; the model itself, in a script's bits.
+# Nothing is learned: the token of the class word or those of a full description; or the model itself, in a script's bits.
 UNTRAINED = {"initial": train_zoodip, "described": train_zoodip, "untuned": qlora, "untuned_integers": tuneqdm}
-RENDERED = ("renders", "other_renders")  # no model at all: true pictures of the subject, or of the others
-# What a method leaves. Those that are here tune weights, and call the subject by an identifier and its class word.
+RENDERED = ("renders", "other_renders")  # without a model: true pictures of the subject or of the others
+# What a method leaves. The methods listed here tune weights and name the subject by an identifier and its class word.
 LEARNED = {dreambooth: "unet", qlora: "pytorch_lora_weights.safetensors", tuneqdm: "tuned_scales.safetensors",
            diffusekrona: "pytorch_lokr_weights.safetensors"}  # fmt: skip
 
-SNAPSHOTS = 8  # tokens of a run that the learning curve shows, beside the first
-QUICK_SPEEDUP = 4  # --quick has so many times fewer steps
-ALONG_SEEDS = (1000, 0)  # of the pictures of snapshots: the first choose the best, the second are scored
+SNAPSHOTS = 8  # tokens of a run shown by the learning curve, in addition to the first
+QUICK_SPEEDUP = 4  # factor by which --quick reduces the steps
+ALONG_SEEDS = (1000, 0)  # for pictures of snapshots: the first seed chooses the best, the second is scored
 
 
 @dataclass
 class Settings:
-    """What a command's flags say, as every worker gets it."""
+    """The settings given by a command's flags, as every worker receives them."""
 
     world: World
     output: Path
@@ -50,12 +50,12 @@ class Settings:
     dino: str | None
     subjects: tuple[str, ...] | None = None  # instead of the world's or the experiment's
     seeds: tuple[int, ...] | None = None
-    rates: dict[str, float] = field(default_factory=dict)  # chosen for the systems of weight tuning, before the world's
+    rates: dict[str, float] = field(default_factory=dict)  # chosen for the systems of weight tuning; they override the world's
     extra: dict = field(default_factory=dict)  # flags of train_zoodip.py for every run
-    missing: set[str] = field(default_factory=set)  # scorers that are not to be had
+    missing: set[str] = field(default_factory=set)  # scorers that are not available
     quick: bool = False
     dry_steps: int | None = None
-    redraw: bool = False  # pictures of runs that are scored, where they are not there
+    redraw: bool = False  # draw missing pictures of scored runs
     images: int = 2
     inference_steps: int = 25
     inter_images: int = 50
@@ -63,14 +63,14 @@ class Settings:
     threads: int = 1
 
     def prompts(self, subject: str, kind: str = "scores") -> list[str]:
-        """Of an evaluation: all, and of snapshots every third."""
+        """The prompts of an evaluation: all, or every third for snapshots."""
         return self.world.prompts(subject)[: 1 if self.dry_steps else None : 3 if kind == "along" else 1]
 
     def folder(self, spec: dict) -> Path:
         return self.output / "runs" / digest(spec)
 
     def rate(self, row: Row) -> dict:
-        """The learning rate of a row that has the rate of a system, as a flag."""
+        """The learning rate of a row that uses the rate of a system, as a flag."""
         if row.rate_of is None:
             return {}
         rates = {system: published for system, (_, _, published) in SYSTEMS.items()} | self.world.start_rates
@@ -88,7 +88,7 @@ def digest(content: dict) -> str:
 
 
 def script_of(method: str) -> ModuleType:
-    """The script of a method, or of one that is untrained the script whose start it is."""
+    """The script of a method or, for an untrained one, the script whose starting point it is."""
     return METHODS[method] if method in METHODS else UNTRAINED[method]
 
 
@@ -102,18 +102,18 @@ def learned_path(spec: dict, settings: Settings) -> Path:
 
 
 def stored_bytes(spec: dict, settings: Settings) -> int:
-    """Of what a run leaves; 0 where nothing was learned and the model is what there was."""
+    """The size of what a run leaves; 0 if nothing was learned and the model is unchanged."""
     path = learned_path(spec, settings)
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*")))
 
 
 def parse(method: str, argv: list[str]) -> argparse.Namespace:
-    """A run's arguments, by its method's own parser, which exits in one line where one is wrong."""
+    """A run's arguments, read by its method's own parser, which exits with one line if one is wrong."""
     return script_of(method).parse_args(argv)
 
 
 def word_flag(method: str) -> str:
-    """The flag of the word for the subject's class."""
+    """The flag that takes the word for the subject's class."""
     return "--class_word" if tunes_weights(method) else "--initializer_token"
 
 
@@ -125,9 +125,9 @@ def flag_names(method: str) -> set[str]:
 def make_spec(
     settings: Settings, method: str, subject: str, seed: int, flags: dict, cost: bool = False, variation: tuple[str, ...] = ()
 ) -> dict:
-    """The specification of a run; `flags` are the paper's, and those that go with the size of a token are scaled here.
+    """The specification of a run; `flags` are the paper's, and those that depend on the size of a token are scaled here.
 
-    paper_steps: steps in proportion to the paper's 30,000 of ZOODiP. Of runs that measure cost the seed is the round.
+    paper_steps: steps in proportion to the paper's 30,000 for ZOODiP. For runs that measure cost, the seed is the round.
     """
     world = settings.world
     if method in RENDERED:
@@ -160,7 +160,7 @@ def spec_argv(spec: dict, settings: Settings) -> list[str]:
             argv += [f"--{name}"] if value else [f"--no-{name}"] if name == "use_cc" else []
         else:
             argv += [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    if "after" in spec:  # it goes on from another run's token
+    if "after" in spec:  # it starts from another run's token
         argv += ["--initializer_token", str(settings.output / "runs" / spec["after"])]
     return argv
 
@@ -170,8 +170,11 @@ def spec_args(spec: dict, settings: Settings) -> argparse.Namespace:
 
 
 def evaluation(settings: Settings, kind: str) -> dict:
-    """What decides the scores of pictures beside the token: `scores` of the last one, `inter` (diversity), `along` of the
-    snapshots, `best` as `scores` of the snapshot that those chose."""
+    """What determines the scores of pictures, besides the token.
+
+    `scores` is for the last token, `inter` for diversity, `along` for the snapshots, and `best` like `scores` for the snapshot
+    that `along` chose.
+    """
     images = {"inter": settings.inter_images, "along": 1}.get(kind, settings.images)
     clip, dino = (Path(name).name if name else None for name in (settings.clip, settings.dino))
     return dict(kind=kind, images=images, scheduler=settings.world.scheduler, steps=settings.inference_steps,
@@ -180,7 +183,7 @@ def evaluation(settings: Settings, kind: str) -> dict:
 
 @dataclass
 class Job:
-    """A run and the evaluations that some table wants of it."""
+    """A run and the evaluations that some table needs from it."""
 
     spec: dict
     kinds: set[str]
@@ -190,12 +193,12 @@ class Job:
         return (folder / "result.json").exists() and not any(self.to_score(settings))
 
     def tokens(self, settings: Settings) -> list[Path]:
-        """The tokens that something is judged of: the last, and the snapshots where pictures are scored along the way."""
+        """The tokens that are judged: the last and, if pictures are scored along the way, the snapshots."""
         every = "learned_embeds*.safetensors" if "along" in self.kinds else "learned_embeds.safetensors"
         return sorted(settings.folder(self.spec).glob(every))
 
     def to_score(self, settings: Settings) -> list[str]:
-        """The evaluations that are not there, in the order in which they need one another."""
+        """The missing evaluations, in the order in which they depend on one another."""
         folder = settings.folder(self.spec)
         redraw = settings.redraw and (self.spec["method"] not in METHODS or learned_path(self.spec, settings).exists())
         return [kind for kind in sorted(self.kinds) if not scored(folder, settings, kind)
@@ -217,7 +220,7 @@ def pictures_path(folder: Path, settings: Settings, kind: str) -> Path:
 
 
 def scored(folder: Path, settings: Settings, kind: str) -> bool:
-    """Is every score there that can be had? One that a missing scorer left out is made up for when it is no longer missing."""
+    """Whether all available scores exist. A score that a missing scorer left out is added once the scorer is available."""
     path = scores_path(folder, settings, kind)
     if not path.exists():
         return False
@@ -228,8 +231,10 @@ def scored(folder: Path, settings: Settings, kind: str) -> bool:
 
 
 def read_run(spec: dict, settings: Settings, at: str = "last") -> dict | None:
-    """result.json with all scores that are there, and every commit that made them; None where the run is not done. `at`: of which
-    token the scores are."""
+    """result.json with all existing scores and the commits that made them; None if the run is not done.
+
+    `at`: the token whose scores are read.
+    """
     folder = settings.folder(spec)
     if not (folder / "result.json").exists():
         return None
@@ -249,6 +254,6 @@ def read_run(spec: dict, settings: Settings, at: str = "last") -> dict | None:
 
 
 def best_step(curve: list[dict]) -> int:
-    """The step whose pictures, of those that choose, are most like the subject; of equals the first. Without CLIP the last."""
+    """The step whose choosing pictures are most like the subject; the first of equal steps. Without CLIP, the last step."""
     scored = [point for point in curve if "choosing" in point]
     return max(scored, key=lambda point: point["choosing"])["step"] if scored else curve[-1]["step"]

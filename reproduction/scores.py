@@ -1,9 +1,9 @@
 """Scores of pictures: CLIP-T, CLIP-I, DINO and DINO_inter, as in the paper's Section 4 and supplement.
 
-CLIP-T      mean cosine of picture and prompt, the class word standing for the token in the prompt's text
+CLIP-T      mean cosine of picture and prompt, with the class word in place of the token in the prompt's text
 CLIP-I      mean cosine over all pairs of a picture and a reference (openai/clip-vit-base-patch32)
-DINO        likewise (facebook/dinov2-base, [CLS])
-DINO_inter  mean cosine over all pairs of two pictures of one prompt: lower is more diverse
+DINO        the same with facebook/dinov2-base, [CLS]
+DINO_inter  mean cosine over all pairs of pictures of one prompt: lower is more diverse
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ INTER_PROMPT = "a photo of a {}"
 
 
 class Learned(Protocol):
-    """What a run learned, as prompts need it."""
+    """What a run learned, in the form that prompts need."""
 
     @property
     def variant(self) -> str | None:
-        """Of the model's weight files."""
+        """The variant of the model's weight files."""
         ...
 
     @property
     def digest(self) -> str:
-        """Of what it is: pictures of equal digests are the same."""
+        """Identifies what was learned: equal digests give the same pictures."""
         ...
 
     def states(self, drawer: Drawer, prompts: list[str]) -> torch.Tensor:
-        """Text states [P + 1, L, d] of prompts, {} being the subject, and of the empty prompt, the last."""
+        """Text states [P + 1, L, d] of prompts, with {} for the subject, and last of the empty prompt."""
         ...
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token theta [V, d] in the place of {}."""
+    """A token theta [V, d] in place of {}."""
 
     theta: torch.Tensor
     placeholder_token: str
@@ -74,7 +74,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Words:
-    """What tuned weights know the subject by: its identifier and class word in the place of {}."""
+    """The words by which tuned weights know the subject: its identifier and class word, in place of {}."""
 
     digest: str  # of the tuned weights, which the drawer has
     identifier: str
@@ -89,7 +89,7 @@ class Words:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 over the bytes of a file, or of all files of a folder in the order of their names."""
+    """SHA-256 of the bytes of a file, or of all files in a folder in the order of their names."""
     digest = hashlib.sha256()
     for file in [path] if path.is_file() else sorted(path.glob("*")):
         with open(file, "rb") as content:
@@ -98,26 +98,28 @@ def digest_of(path: Path) -> str:
 
 
 class PictureCache:
-    """Pictures of what was learned, one file for each, drawn once. `settings`: what they depend on beside that, the model and the
-    drawer."""
+    """Pictures of what was learned, one file per picture, each drawn once.
+
+    `settings`: what the pictures depend on besides what was learned, the model and the drawer.
+    """
 
     def __init__(self, drawer: Drawer, cache: Path, learned: Learned, settings: list):
         self.drawer, self.cache, self.learned = drawer, cache, learned
         self.settings = [model_digest(drawer.folder, learned.variant), *settings, drawer.resolution]
 
     def of(self, learned: Learned) -> PictureCache:
-        """The same for something else that was learned on this model."""
+        """The same cache for something else that was learned on this model."""
         other = copy(self)
         other.learned = learned
         return other
 
     def path(self, prompt: str, seed: int) -> Path:
-        """The file of a picture: its name tells all that it depends on."""
+        """The file of a picture; its name identifies all that it depends on."""
         depends = [self.learned.digest, prompt, seed, *self.settings, self.drawer.steps, self.drawer.guidance]
         return self.cache / f"{slug(prompt)}-{seed}-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:12]}.png"
 
     def pictures(self, prompts: list[str], seeds: range) -> list[list[Image.Image]]:
-        """Pictures [prompt][seed] of prompts, {} being the subject; a seed is the same first noise for all of them."""
+        """Pictures [prompt][seed] of prompts, with {} for the subject; a seed gives the same first noise for all prompts."""
         self.cache.mkdir(parents=True, exist_ok=True)
         paths = {(prompt, seed): self.path(prompt, seed) for prompt in prompts for seed in seeds}
         missing = [wanted for wanted, path in paths.items() if not path.exists()]
@@ -137,7 +139,7 @@ def slug(prompt: str) -> str:
 
 def contact_sheet(references: list[Image.Image], pictures: list[list[Image.Image]], prompts: list[str],
                   per_prompt: int = 3) -> Image.Image:  # fmt: skip
-    """The references, then the first pictures of every prompt with the prompt below; <*> is the subject."""
+    """The references, then the first pictures of every prompt with the prompt below; <*> stands for the subject."""
     per_prompt = min(per_prompt, len(pictures[0]))
     chunks = [references[first : first + per_prompt] for first in range(0, len(references), per_prompt)]
     blocks = [(chunk, "references") for chunk in chunks]
@@ -151,7 +153,7 @@ def contact_sheet(references: list[Image.Image], pictures: list[list[Image.Image
 
 
 class Scorer:
-    """CLIP or DINOv2 by name or folder: unit vectors of pictures, and of texts where it knows them."""
+    """CLIP or DINOv2, by name or folder: unit vectors of pictures and, for CLIP, of texts."""
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Model
@@ -173,7 +175,7 @@ class Scorer:
             pixels = self.processor(images[first : first + batch_size], return_tensors="pt").pixel_values.to(self.device)
             clip = self.tokenizer is not None
             output = self.model.get_image_features(pixel_values=pixels) if clip else self.model(pixel_values=pixels)
-            vectors.append(output.pooler_output.cpu())  # of DINOv2 the normalised [CLS]
+            vectors.append(output.pooler_output.cpu())  # for DINOv2 the normalised [CLS]
         return torch.nn.functional.normalize(torch.cat(vectors), dim=-1)
 
     @torch.no_grad()
@@ -185,12 +187,12 @@ class Scorer:
 
 @lru_cache
 def load_scorer(name: str | None, device: torch.device | str = "cpu") -> Scorer | None:
-    """The scorer, or None and a line that says why not."""
+    """The scorer, or None with a line that says why."""
     if name is None:
         return None
     try:
         return Scorer(name, device)
-    except Exception as error:  # network, authorisation, a damaged folder: many classes, one answer
+    except Exception as error:  # network, authorisation, a damaged folder: many exception classes, one answer
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         print(f"{name}: not available, its scores are left out ({reason})", file=sys.stderr)
         return None
@@ -202,14 +204,14 @@ def load_scorer(name: str | None, device: torch.device | str = "cpu") -> Scorer 
 
 
 def mean_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Over all pairs of a row of `a` [N, e] and one of `b` [M, e], all of unit length."""
+    """Mean over all pairs of a row of `a` [N, e] and one of `b` [M, e], all of unit length."""
     return (a.double() @ b.double().T).mean().item()
 
 
 def mean_pairwise_cosine(vectors: torch.Tensor) -> float:
-    """Over all pairs of two different rows of [N, e], all of unit length; nan for one row."""
+    """Mean over all pairs of two different rows of [N, e], all of unit length; nan for one row."""
     count = len(vectors)
-    total = vectors.double().sum(0).square().sum().item()  # all ordered pairs, the N of a row with itself included
+    total = vectors.double().sum(0).square().sum().item()  # all ordered pairs, including the N of a row with itself
     return (total - count) / (count * (count - 1)) if count > 1 else float("nan")
 
 

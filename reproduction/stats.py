@@ -1,8 +1,8 @@
-"""Statistics of runs. The unit is the subject: seeds of one subject are no independent witnesses of a method.
+"""Statistics of runs. The unit is the subject: seeds of one subject are not independent evidence about a method.
 
 Records are {(subject, seed): what is known of a run}. A subject's seeds are averaged first; differences between two rows are
-then paired over the subjects that both have, and an interval is over subjects. Of a single subject it is over seeds, and speaks
-of that subject alone. (Named `stats`, as `statistics` is a module of the standard library.)
+then paired over the subjects that both have, and an interval is over subjects. For a single subject it is over seeds, and holds
+for that subject alone. (Named `stats` because `statistics` is a module of the standard library.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from zoodip.records import T_975, mean_interval, quantile
 
 Run = tuple[str, int]  # subject, seed
 Records = dict[Run, dict]
-NO_SUBJECT = ""  # of a control, which is of no subject and compared with each
+NO_SUBJECT = ""  # the subject of a control, which belongs to none and is compared with each
 
 # One-sided quantiles at 80 % of Student's t for 1, 2, ... degrees of freedom: the power of "what a table could have seen".
 T_80 = (1.376, 1.061, .978, .941, .920, .906, .896, .889, .883, .879, .876, .873, .870, .868, .866, .865, .863, .862, .861,
@@ -37,7 +37,7 @@ T_80 = (1.376, 1.061, .978, .941, .920, .906, .896, .889, .883, .879, .876, .873
 
 
 def derived(record: dict, tau: int) -> dict:
-    """Columns that follow from a run's record. `tau`: of a run whose flags do not name it."""
+    """Columns that follow from a run's record. `tau`: for a run whose flags do not name it."""
     result = {}
     if "stored_bytes" in record:
         result["stored_kb"] = record["stored_bytes"] / 1000
@@ -52,8 +52,10 @@ def derived(record: dict, tau: int) -> dict:
 
 
 def add_equal_budgets(rows: dict[str, Records]) -> None:
-    """`loss_at` and `loss_path` to every record with a curve: the loss at the forwards that every run of the table has used, and
-    its mean on the way there. Steps cost differently."""
+    """Add `loss_at` and `loss_path` to every record with a curve: the loss at equal forwards, and its mean on the way there.
+
+    The forwards are those that every run of the table has used, because steps differ in cost.
+    """
     records = [record for row in rows.values() for record in row.values() if record.get("curve") and record["forwards"]]
     budget = min((record["forwards"] for record in records), default=0)
     for record in records:
@@ -63,7 +65,7 @@ def add_equal_budgets(rows: dict[str, Records]) -> None:
 
 
 def add_gaps(rows: Iterable[Records], start: Records, end: Records, name: str = "gap_closed") -> None:
-    """`name` to every record: (L_start - L) / (L_start - L_end), with the subject's mean losses of those two rows."""
+    """Add `name` to every record: (L_start - L) / (L_start - L_end), with the subject's mean losses of those two rows."""
     starts, ends = (by_subject({run: record["loss"] for run, record in records.items()}) for records in (start, end))
     for records in rows:
         for (subject, _), record in records.items():
@@ -72,7 +74,7 @@ def add_gaps(rows: Iterable[Records], start: Records, end: Records, name: str = 
 
 
 def add_likeness(rows: dict[str, Records], ceiling: Records, floor: Records) -> None:
-    """`likeness` to every record: where its CLIP-I lies between true renders of other subjects (0) and of its own (1)."""
+    """Add `likeness` to every record: its CLIP-I on a scale from true renders of other subjects (0) to its own (1)."""
     tops, bottoms = (by_subject({run: record["CLIP-I"] for run, record in records.items() if "CLIP-I" in record})
                      for records in (ceiling, floor))  # fmt: skip
     for records in rows.values():
@@ -88,7 +90,7 @@ def by_subject(values: dict[Run, float]) -> dict[str, float]:
 
 
 def units(values: dict[Run, float]) -> list[float]:
-    """What an interval is over: one value per subject; of a single subject, one per seed."""
+    """The values that an interval is over: one per subject or, for a single subject, one per seed."""
     means = by_subject(values)
     return list(means.values()) if len(means) > 1 else list(values.values())
 
@@ -98,7 +100,7 @@ def values_of(records: Records, score: str) -> list[float]:
 
 
 def paired_differences(a: Records, b: Records, score: str) -> list[float]:
-    """a - b, by unit: of each subject that both have the means of its seeds; of a single one the seeds that both have."""
+    """a - b by unit: means over seeds of each subject that both have or, for a single one, the seeds that both have."""
     ours, theirs = ({run: record[score] for run, record in records.items() if score in record} for records in (a, b))
     means, their_means = by_subject(ours), by_subject(theirs)
     if NO_SUBJECT in their_means:
@@ -111,9 +113,9 @@ def paired_differences(a: Records, b: Records, score: str) -> list[float]:
 
 
 def best_of_others(rows: dict[str, Records], label: str, score: str) -> Records:
-    """Of each subject its records in the best of all rows but one, chosen on the other subjects (of a single one, other seeds).
+    """For each subject, its records in the best of all other rows, chosen on the other subjects (for a single one, other seeds).
 
-    A row chosen on the runs that it is judged on would be better by chance: of twenty some are.
+    A row chosen on the runs on which it is judged would be better by chance: of twenty rows some are.
     """
     sign = -1 if COLUMNS[score].lower_is_better else 1
     others = {name: {run: record for run, record in records.items() if score in record}
@@ -135,9 +137,9 @@ def best_of_others(rows: dict[str, Records], label: str, score: str) -> Records:
 
 
 def spread_of_seeds(records: Records, score: str) -> tuple[float, float, int] | None:
-    """(standard deviation of a subject's seeds, of the subjects' means, runs); None where no subject has two seeds.
+    """(standard deviation of a subject's seeds, of the subjects' means, runs); None if no subject has two seeds.
 
-    The first is pooled over subjects. A part of the second is the first: chance of the seeds that a mean is over.
+    The first is pooled over subjects. It contributes to the second, because a mean is over seeds that vary by chance.
     """
     values = {run: record[score] for run, record in records.items() if score in record}
     means = by_subject(values)
@@ -151,8 +153,8 @@ def spread_of_seeds(records: Records, score: str) -> tuple[float, float, int] | 
 def spread_of_cells(rows: dict[str, Records], score: str) -> tuple[float, float] | None:
     """Standard deviation of a grid's cell means, and what noise alone would make it (two-way layout without replication).
 
-    Noise is what is left of the values [cells, subjects] after the means of cells and subjects are taken out. None where runs
-    are missing or of one subject.
+    Noise is what is left of the values [cells, subjects] after the means of cells and subjects are taken out. None if runs are
+    missing or all of one subject.
     """
     values = [values_of(records, score) for records in rows.values()]
     if len({len(row) for row in values}) != 1 or len(values) < 2 or len(values[0]) < 2:
@@ -173,11 +175,12 @@ NOTHING_FOUND, TOO_FEW = "no difference found", "too few runs"
 
 
 def verdict(mean: float, half_width: float, margin: float | None = None) -> str:
-    """Of an advantage with a 95 % interval. Fixed before the runs that it judges.
+    """The verdict on an advantage with a 95 % interval. Fixed before the runs that it judges.
 
-    "Beats" is reproduced where the interval lies above 0, contradicted where it lies below; where it holds 0 no difference was
-    found. "Is as good" is the same about -margin, and where the interval holds that it is not decided. (An earlier rule, by
-    which the table Gap of the second edition was judged, called "as good" contradicted wherever the interval lay below 0.)
+    "Beats" is reproduced if the interval lies above 0 and contradicted if it lies below; if it contains 0, no difference was
+    found. "Is as good" is judged in the same way against -margin, and is not decided if the interval contains that value. (An
+    earlier rule, by which the table Gap of the second edition was judged, called "as good" contradicted whenever the interval
+    lay below 0.)
     """
     if not np.isfinite(half_width):
         return TOO_FEW
@@ -190,9 +193,9 @@ def verdict(mean: float, half_width: float, margin: float | None = None) -> str:
 
 
 def smallest_effect(half_width: float, count: int) -> float:
-    """The smallest true difference that an interval of this width over `count` units would have shown with a chance of 80 %.
+    """The smallest true difference that an interval of this width over `count` units would show with a probability of 80 %.
 
-    (t_.975 + t_.80) standard errors, the usual approximation to the noncentral t.
+    It is (t_.975 + t_.80) standard errors, the usual approximation to the noncentral t.
     """
     if count < 2:
         return float("nan")
@@ -202,12 +205,12 @@ def smallest_effect(half_width: float, count: int) -> float:
 @dataclass
 class Finding:
     claim: Claim
-    score: str  # that decides
+    score: str  # the one that decides
     verdict: str
     margin: float | None
     differences: dict[str, tuple[float, float, int]]  # score -> mean of a - b, half width, units
     published: dict[str, float]  # a - b
-    unit: str = "subjects"  # or seeds, of a single subject
+    unit: str = "subjects"  # or seeds, for a single subject
 
     @property
     def smallest(self) -> float:
@@ -217,9 +220,9 @@ class Finding:
 
 
 def judge(claim: Claim, rows: dict[str, Records], untrained: Records) -> Finding | None:
-    """None where no score that decides is there of both rows. One of which lower is better enters with the sign turned.
+    """The finding on a claim; None if no deciding score exists for both rows. Scores of which lower is better change sign.
 
-    `untrained`: the records of the class word, where a rule's margin starts.
+    `untrained`: the records of the class word, from which the margin of a rule is measured.
     """
     a, rule = rows.get(claim.a, {}), claim.rule
     b = best_of_others(rows, claim.a, rule.scores[0]) if claim.b == OTHERS else rows.get(claim.b, {})
@@ -249,7 +252,7 @@ def judge(claim: Claim, rows: dict[str, Records], untrained: Records) -> Finding
 # When to stop
 # ---------------------------------------------------------------------------------------------------------------------
 
-# {who chooses the snapshot: of the points of a curve that one which is taken}
+# {how the snapshot is chosen: a function from the points of a curve to the chosen one}
 STOPS: dict[str, Callable[[list[dict]], dict]] = {
     AT_THE_END: lambda points: points[-1],
     "stopped where other pictures are best": lambda points: max(points, key=lambda point: point.get("choosing", -1.0)),
@@ -262,12 +265,12 @@ SIGNALS = {"eval_loss": "loss on the photographs", "training_loss": "training lo
 
 
 def trained_points(record: dict) -> list[dict]:
-    """The points of a curve whose pictures are scored, the start not among them."""
+    """The points of a curve whose pictures are scored, without the start."""
     return [point for point in record.get("curve", []) if point["step"] and "CLIP-I" in point]
 
 
 def stopped(records: Records) -> dict[str, Records]:
-    """{a row of STOPS: records} of the runs of one row, each scored at the snapshot that is chosen."""
+    """{a row of STOPS: records} for the runs of one row, each scored at the chosen snapshot."""
     rows: dict[str, Records] = {label: {} for label in STOPS}
     for run, record in records.items():
         if points := trained_points(record):
@@ -291,7 +294,7 @@ def signals(records: Records, score: str) -> dict[str, tuple[float, float]]:
         for run, record in records.items():
             points = [point for point in trained_points(record) if score in point and point.get(name) is not None]
             columns = [ranks([point[which] for point in points]) for which in (name, score)]
-            if len(points) > 2 and all(np.ptp(column) for column in columns):  # one that never changes says nothing
+            if len(points) > 2 and all(np.ptp(column) for column in columns):  # a column that never changes says nothing
                 values[run] = float(np.corrcoef(*columns)[0, 1])
         if values:
             found[name] = mean_interval(units(values))
@@ -307,9 +310,9 @@ def signals(records: Records, score: str) -> dict[str, tuple[float, float]]:
 def control_removed(
     kind: str, tau: int, nu: float, dim: int, refreshes: int, seed: int = 0, variation: tuple[str, ...] = ()
 ) -> list[int]:
-    """How many directions of the buffer SG would remove, at each of `refreshes`, of a token that learns nothing.
+    """How many directions of the buffer SG would remove at each of `refreshes`, for a token that learns nothing.
 
-    walk: independent Gaussian steps. noise: the method's own update (with a `variation`), fed losses that are pure noise.
+    walk: independent Gaussian steps. noise: the method's own update (with a `variation`), given losses that are pure noise.
     """
     generator, removed = torch.Generator().manual_seed(seed), []
     if kind == "walk":

@@ -4,16 +4,16 @@
     python -m reproduction.tables                                  # the miniature, everything
     python -m reproduction.tables --quick --jobs 2                 # the same in about 20 minutes: 2 subjects, 1 seed, short runs
     python -m reproduction.tables --tables 3 S4 --jobs 2           # some tables
-    python -m reproduction.tables --tables TuningRates            # choose the learning rates of weight tuning, by pictures
+    python -m reproduction.tables --tables TuningRates             # choose the learning rates of weight tuning, by pictures
     python -m reproduction.tables --tables Tuning TuneQDM KronA --subjects vaxmo mexti runma      # weight tuning's own tables
     python -m reproduction.tables --dry_run --jobs 2               # what would run, and how long, by table
-    python -m reproduction.tables --redraw --report FOLDER         # the pictures of a report, from the tokens that it keeps
-    python -m reproduction.tables --shard 1/8                      # the first of eight machines; then, on one, without it
+    python -m reproduction.tables --redraw --report FOLDER         # draw the pictures of a report again, from its tokens
+    python -m reproduction.tables --shard 1/8                      # the first of eight machines; afterwards, on one, without it
     python -m reproduction.tables --world sd15 --data dataset --prompts dataset/prompts_and_classes.txt
 
 Interrupted, the same command continues. Flags that are not listed below are train_zoodip.py's and go to every run (for example
---variant fp16 --mixed_precision bf16). `experiments.py` is the one list of what is run and what was
-published, `claims.py` of how it is judged.
+--variant fp16 --mixed_precision bf16). `experiments.py` is the one list of what is run and what was published; `claims.py` is the
+list of claims and of how they are judged.
 """
 
 from __future__ import annotations
@@ -46,31 +46,31 @@ def build_parser() -> argparse.ArgumentParser:
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--world", default="miniature", choices=list(WORLDS), help="the bundled miniature, or Stable Diffusion v1.5")
-    add("--tables", nargs="+", default=None, choices=list(BY_NAME), metavar="TABLE", help="which of them; default: the world's")
-    add("--quick", action="store_true", help="two subjects, one seed, a quarter of the steps, one picture a prompt")
-    add("--subjects", nargs="+", default=None, help="instead of the tables' own")
-    add("--seeds", type=int, nargs="+", default=None, help="instead of the world's")
-    add("--model", default=None, help="another model folder or hub name than the world's")
+    add("--tables", nargs="+", default=None, choices=list(BY_NAME), metavar="TABLE", help="tables to make; default: the world's")
+    add("--quick", action="store_true", help="two subjects, one seed, a quarter of the steps, one picture per prompt")
+    add("--subjects", nargs="+", default=None, help="subjects to use instead of the tables' own")
+    add("--seeds", type=int, nargs="+", default=None, help="seeds to use instead of the world's")
+    add("--model", default=None, help="model folder or hub name to use instead of the world's")
     add("--data", type=Path, default=Path("dataset"), help="sd15: folder of DreamBooth's subject folders")
     add("--prompts", type=Path, default=Path("dataset/prompts_and_classes.txt"), help="sd15: DreamBooth's prompts")
-    add("--clip", default=None, help="another CLIP scorer than the world's, name or folder")
-    add("--dino", default=None, help="another DINOv2 scorer than the world's, name or folder")
-    add("--output", type=Path, default=None, help="folder of runs; default: results/reproduction/<world>")
+    add("--clip", default=None, help="CLIP scorer to use instead of the world's: hub name or folder")
+    add("--dino", default=None, help="DINOv2 scorer to use instead of the world's: hub name or folder")
+    add("--output", type=Path, default=None, help="folder for runs; default: results/reproduction/<world>")
     add(
         "--report",
         type=Path,
         default=None,
-        help=f"folder for RESULTS.md and .html, results.json, plots, sheets and {archives.ARCHIVE}, whose runs are taken from "
-        "there; default: --output",
+        help=f"folder for RESULTS.md and .html, results.json, plots, sheets and {archives.ARCHIVE}, from which runs are "
+        "taken; default: --output",
     )
-    add("--rates", type=Path, default=rates.FILE, help="learning rates of weight tuning, as --tables TuningRates chose them")
+    add("--rates", type=Path, default=rates.FILE, help="learning rates for weight tuning, chosen by --tables TuningRates")
     add("--jobs", type=int, default=1, help="runs at once")
-    add("--threads", type=int, default=1, help="CPU threads of each")
+    add("--threads", type=int, default=1, help="CPU threads per run")
     add("--shard", default=None, metavar="I/K", help="do only every K-th run, from the I-th; write no report")
-    add("--dry_run", action="store_true", help="only print what would run, and a guess at the hours")
-    add("--dry_steps", type=int, default=None, help="every run for so many steps with one picture: is anything broken?")
-    add("--report_only", action="store_true", help="run nothing, report what is done")
-    add("--redraw", action="store_true", help="draw pictures again that are not there, of runs that are scored: to look at them")
+    add("--dry_run", action="store_true", help="only print what would run, and an estimate of the hours")
+    add("--dry_steps", type=int, default=None, help="run everything for this many steps with one picture, as a smoke test")
+    add("--report_only", action="store_true", help="run nothing; report on the finished runs")
+    add("--redraw", action="store_true", help="redraw missing pictures of scored runs, to look at them")
     return parser
 
 
@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.tables = args.tables or [name for name, experiment in BY_NAME.items() if experiment.is_default_in(args.world)]
     if elsewhere := [name for name in args.tables if args.world not in BY_NAME[name].worlds]:
         parser.error(f"--tables: {elsewhere[0]} is not of --world {args.world}; leave it out")
-    train_zoodip.parse_args(["--train_data_dir", "x", "--initializer_token", "x", *rest])  # exits where a value is wrong
+    train_zoodip.parse_args(["--train_data_dir", "x", "--initializer_token", "x", *rest])  # exits if a value is wrong
     args.extra = given_flags(rest)
     if forbidden := SUITE_FLAGS & set(args.extra):
         parser.error(f"--{sorted(forbidden)[0]} is set by the suite; use --subjects, --seeds, --output or --model")
@@ -97,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def given_flags(argv: list[str]) -> dict:
-    """The flags of train_zoodip.py that a command line names, one named at its default too: the suite has other defaults."""
+    """The flags of train_zoodip.py named on a command line, also those at their default: the suite has other defaults."""
     parser, not_given = train_zoodip.build_parser(), object()
     names = vars(parser.parse_args([]))
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, not_given)))
@@ -105,7 +105,7 @@ def given_flags(argv: list[str]) -> dict:
 
 
 def take_shard_of_launcher(args: argparse.Namespace) -> None:
-    """Under `accelerate launch` or torchrun: each process is one shard on its own GPU, and not a part of one distributed run."""
+    """Under `accelerate launch` or torchrun, make each process one shard on its own GPU, not part of one distributed run."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes == 1:
         return
@@ -114,11 +114,11 @@ def take_shard_of_launcher(args: argparse.Namespace) -> None:
     local = int(os.environ["LOCAL_RANK"])
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
     for name in [name for name in os.environ if name in LAUNCHER_VARIABLES or name.startswith("TORCHELASTIC_")]:
-        del os.environ[name]  # the workers inherit what is left
+        del os.environ[name]  # the workers inherit the rest
 
 
 def make_settings(args: argparse.Namespace) -> Settings:
-    """Raises InputError where the model's folder is not whole."""
+    """Raises InputError if the model's folder is incomplete."""
     output = args.output or Path("results") / "reproduction" / args.world
     world = WORLDS[args.world](output, args.data, args.prompts)
     model, variant = args.model or world.model, args.extra.get("variant")
@@ -143,7 +143,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
 
 
 def print_plan(jobs: list[Job], args: argparse.Namespace, settings: Settings) -> None:
-    """Every run with its seconds; then the hours of every table, a run counted in the first that asks for it."""
+    """Print every run with its seconds, then the hours of every table; a run counts in the first table that needs it."""
     seconds = {runs.digest(job.spec): 0.0 if job.done(settings) else plans.estimated_seconds(job, settings) for job in jobs}
     for job in jobs:
         spec, duration = job.spec, seconds[runs.digest(job.spec)]
@@ -180,7 +180,7 @@ def main(args: argparse.Namespace) -> None:
         mine = jobs[args.shard[0] - 1 :: args.shard[1]] if args.shard else jobs
         if args.redraw:  # and nothing else
             mine = [job for job in mine if job.done(replace(settings, redraw=False))]
-        settings.world.prepare({job.spec["subject"] for job in jobs})  # of all shards, so that each writes the same
+        settings.world.prepare({job.spec["subject"] for job in jobs})  # for all shards, so that each writes the same
         failures = workers.run_jobs(mine, settings, args.jobs)
     if args.shard is None:
         report.write_report(args.tables, jobs, settings, folder)

@@ -1,7 +1,7 @@
-"""The systems that tune weights: their rows, and the tables of their own. Data.
+"""The systems that tune weights: their rows and their own tables, as data.
 
-A rate is of a system in its bits, as Adam moves a number by about rate x steps, and a scale of 4 bits is 17 times as large as one
-of 8. Steps are the scripts' own, as published.
+Each system has its own rate per bit width, because Adam moves a number by about rate x steps, and a 4-bit scale is 17 times as
+large as an 8-bit one. Steps are the scripts' own, as published.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ SYSTEMS: dict[str, tuple[str, dict, float]] = {
     "DiffuseKronA": ("diffusekrona", {}, 5e-4),
 }
 TUNERS = ("DreamBooth", "QLoRA", "PEQA", "TuneQDM", "DiffuseKronA")  # the systems of the paper's tables, and KronA
-# of a system's start rate; two were best at the lower edge of the grid
+# multiples of a system's start rate; two systems were best at the lower edge of the grid
 GRID_FACTORS = dict.fromkeys(SYSTEMS, (1 / 3, 1.0, 3.0)) | dict.fromkeys(("QLoRA", "TuneQDM, 4 bit"), (1 / 9, 1 / 3, 1.0, 3.0))
 
 
 def tuned(system: str, label: str = "", published: dict | None = None, **flags) -> Row:
-    """A row of a system at the world's rate for it."""
+    """A row of a system, at the world's rate for that system."""
     method, own, _ = SYSTEMS[system]
     return Row(label or system, own | flags, method, published or {}, rate_of=system)
 
@@ -46,12 +46,12 @@ TUNER_ROWS = (
     *(tuned(system, published=TUNER_SCORES.get(system)) for system in TUNERS),
     *(at_published_rate(system) for system in TUNERS),
 )
-CONFOUND = ("The systems that tune weights are asked for \"a sks dog in the jungle\", the token methods for \"a <sks> in the "
-            "jungle\": the class word is part of what is compared.")  # fmt: skip
-NO_DRIFT = "Drift is of pictures of the class word alone, which a token leaves as they were."
+CONFOUND = ("The systems that tune weights are prompted with \"a sks dog in the jungle\", the token methods with \"a <sks> in "
+            "the jungle\": the class word is part of what is compared.")  # fmt: skip
+NO_DRIFT = "Drift is measured on pictures of the class word alone, which a token does not change."
 
-INTERVALS = ((0, 250), (250, 500), (500, 750), (750, 1000), (500, 900))  # the last is that of PUTS
-RATE_FACTORS = (0.2, 0.4, 1.0, 2.0)  # of KronA's rate: 1e-4 to 1e-3 where that is the published one, as in its Fig. 4
+INTERVALS = ((0, 250), (250, 500), (500, 750), (750, 1000), (500, 900))  # the last is PUTS's
+RATE_FACTORS = (0.2, 0.4, 1.0, 2.0)  # multiples of KronA's rate: 1e-4 to 1e-3 if that is the published one, as in its Fig. 4
 SCALES = {"s_out": dict(no_scale_in=True), "s_out and s_in": {}}
 
 
@@ -68,7 +68,7 @@ def s_in_row(rate: float) -> Row:
 
 
 def s1_row(low: int, high: int, apply: str) -> Row:
-    """One set of scales that is trained on an interval of timesteps, and serves there or everywhere."""
+    """One set of scales, trained on an interval of timesteps and applied there or everywhere."""
     flags = dict(experts=1, train_interval=[low, high], apply=apply)
     return Row(f"S1 [{low}, {high}), {apply}", flags, "tuneqdm", rate_of="PEQA")
 
@@ -78,7 +78,7 @@ def factor_row(a1: int, a2: int) -> Row:
 
 
 def kron_rates(system: str) -> tuple[Row, ...]:
-    """A system at four rates, the same ones for KronA and LoRA, and how far the four lie apart."""
+    """A system at four rates, the same for KronA and LoRA, and the spread over the four."""
     method, own, _ = SYSTEMS[system]
     rows = tuple(
         Row(f"{system}, {factor:g} x KronA's rate", own, method, rate_of="DiffuseKronA", rate_factor=factor)
@@ -96,12 +96,12 @@ N1_8, N2_8, N2_OUT_8 = scales_row(8, "s_out and s_in", 1), scales_row(8, "s_out 
 N4_8, N4_4 = (
     scales_row(8, "s_out and s_in", 4, scores(.307, .816, .578)), scales_row(4, "s_out and s_in", 4, scores(.306, .802, .551))
 )  # fmt: skip
-# experts as in the rows above: where the two rates are one, so are the runs
+# experts as in the rows above: if the two rates are the same, so are the runs
 OWN_8, OWN_4 = (tuned(system, f"{bits} bit, N = 4, its own rate", experts=4) for system, bits in (("TuneQDM", 8),
                                                                                              ("TuneQDM, 4 bit", 4)))  # fmt: skip
 S1_OF_PUTS = s1_row(500, 900, "interval")
 TUNING_COLUMNS = ("attributes", *OBEYED, "CLIP-I", "DINO", "CLIP-T", *DRIFT, "loss", "loss_all")
-SHOWN = ("a {} in the snow", "a {} on the beach", "a {} wearing a santa hat")  # of the sheets
+SHOWN = ("a {} in the snow", "a {} on the beach", "a {} wearing a santa hat")  # on the sheets
 
 TUNING_EXPERIMENTS = (
     Experiment("TuningRates", "Learning rates of weight tuning", tuple(
@@ -109,33 +109,33 @@ TUNING_EXPERIMENTS = (
         for system, (method, own, _) in SYSTEMS.items() for factor in GRID_FACTORS[system]
     ), ("attributes", *OBEYED, *DRIFT, "CLIP-I", "CLIP-T", "loss", "loss_all"), worlds=WITH_MINIATURE_ONLY, on_request=True,
         chooses_rates=True,
-        note="On two spare breeds, on which nothing else is reported. The choice is by pictures: the shares of attributes, "
-             "scenes and accessories that are right, added up; the loss is no judge."),
+        note="On two spare breeds, on which nothing else is reported. The choice is made by pictures: by the sum of the shares "
+             "of attributes, scenes and accessories that are right. The loss plays no part in it."),
     Experiment("Tuning", "Weight tuning: the five systems", (
         UNTUNED_NF4, UNTUNED_INT8, *(tuned(system) for system in TUNERS),
     ), TUNING_COLUMNS, on_request=True,
         plot=PictureGrid("tuning.png", {"untuned": "untuned, NF4"} | {system: system for system in TUNERS}, SHOWN),
-        note="Every photograph has the prompt \"a photo of sks\" and its class. Drift is of pictures of the class word alone; "
-             "the untuned rows say how much of it is chance."),
+        note="Every photograph has the prompt \"a photo of sks\" followed by its class. Drift is measured on pictures of the "
+             "class word alone; the untuned rows show how much of it is chance."),
     Experiment("Prompts", "Weight tuning: captions and prior preservation", (
         *(row for system in TUNERS for row in (tuned(system), tuned(system, f"{system}, captions", use_cc=True))),
         *(tuned(system, f"{system}, prior preservation, {steps} steps", prior_preservation=True, num_class_images=64,
                 max_train_steps=steps)
           for system, steps in (("DreamBooth", 400), ("DreamBooth", 800), ("QLoRA", 500), ("QLoRA", 1000))),
     ), TUNING_COLUMNS, on_request=True, breeds=4, against="DreamBooth",
-        note="Without captions every photograph has the prompt \"a photo of sks\" and its class."),
-    Experiment("TuneQDM", "TuneQDM: what its paper claims of it", (
+        note="Without captions every photograph has the prompt \"a photo of sks\" followed by its class."),
+    Experiment("TuneQDM", "TuneQDM: the claims of its paper", (
         UNTUNED_INT8, PEQA_8, N2_OUT_8, N1_8, N2_8, N4_8, OWN_8, s_in_row(1e-3), S1_OF_PUTS,
         UNTUNED_INT4, PEQA_4, N4_4, OWN_4,
     ), (*TUNING_COLUMNS, "travel", "trained"), on_request=True,
         plot=PictureGrid("tuneqdm.png", {"untuned": "untuned, 8 bit", "PEQA": PEQA_8.label, "N = 1": N1_8.label,
                                          "N = 4": N4_8.label, "S1": S1_OF_PUTS.label, "4 bit, PEQA": PEQA_4.label,
                                          "4 bit, N = 4": N4_4.label}, SHOWN),
-        note="One rate for all rows of the same bits, PEQA's, and equal steps, as published; two rows have the rate that "
-             "the grid chose for TuneQDM itself, and are the runs of the rows above where that is the same. Rate x steps /"
-             " median scale says how far Adam can move a scale. s_in at its own rate has no weight decay and is ours. What"
-             " S1 does outside its interval the sources do not say: \"interval\" leaves the untuned scales there. The "
-             "published figures are one subject's, and their DINO is not DINOv2."),
+        note="All rows have equal steps, as published. Rows of the same bit width have one rate, PEQA's, except for two: they "
+             "have the rate that the grid chose for TuneQDM itself, and share the runs of the rows above if it is the same. Rate "
+             "x steps / median scale shows how far Adam can move a scale. s_in at its own rate has no weight decay and is our "
+             "own addition. The sources do not say what S1 does outside its interval: \"interval\" leaves the untuned scales "
+             "there. The published figures are one subject's, and their DINO is not DINOv2."),
     Experiment("Scales", "TuneQDM: scales, experts, bits, S1", (
         *(scales_row(bits, scales, experts) for bits in (8, 4) for scales in SCALES for experts in (1, 2, 4)),
         *(Row(f"8 bit, s_out and s_in, N = {experts}, {400 * experts} steps",
@@ -143,17 +143,17 @@ TUNING_EXPERIMENTS = (
         *(s_in_row(rate) for rate in (1e-4, 1e-3, 1e-2)),
         *(s1_row(low, high, apply) for low, high in INTERVALS for apply in ("interval", "everywhere")),
     ), (*TUNING_COLUMNS, "travel"), on_request=True, breeds=4, against=PEQA_8.label,
-        note="The whole grid, on four breeds. N experts share the steps, so two rows have as many for each expert as N = 1 has."),
-    Experiment("KronA", "DiffuseKronA beside LoRA", (
+        note="The whole grid, on four breeds. N experts share the steps, so two rows have as many steps per expert as N = 1."),
+    Experiment("KronA", "DiffuseKronA compared with LoRA", (
         UNTUNED_NF4, factor_row(4, 64), factor_row(4, 16),
         tuned("QLoRA", "LoRA r = 2"), *kron_rates("DiffuseKronA"), *kron_rates("QLoRA"),
     ), (*TUNING_COLUMNS, "trained"), on_request=True,
         plot=PictureGrid("krona.png", {"untuned": "untuned, NF4", "KronA (4, 64)": "KronA (4, 64)",
                                        "KronA (4, 16)": "KronA (4, 16)", "LoRA": "LoRA r = 2"}, SHOWN),
-        note="LoRA r = 2 has as many numbers as (4, 64) in Stable Diffusion v1.5, and on the miniature between (4, 16) and "
-             "(2, 16). The four rates are the same ones for both systems, around KronA's. Its paper has another "
-             "model, subjects and DINO (Stable Diffusion v1.4, 12 subjects; CLIP-I, CLIP-T, DINO: LoRA .808, .260, .710, (8, 64) "
-             ".822, .269, .732)."),
+        note="LoRA r = 2 has as many parameters as (4, 64) in Stable Diffusion v1.5; on the miniature it lies between (4, 16) "
+             "and (2, 16). The four rates are the same for both systems, around KronA's. KronA's paper uses another model, "
+             "other subjects and another DINO (Stable Diffusion v1.4, 12 subjects; CLIP-I, CLIP-T, DINO: LoRA .808, .260, .710, "
+             "(8, 64) .822, .269, .732)."),
     Experiment("Factors", "DiffuseKronA: Kronecker factors", (
         *(factor_row(a1, 64) for a1 in (2, 4, 8, 16)), *(factor_row(a1, 16) for a1 in (2, 4)),
     ), (*TUNING_COLUMNS, "trained"), on_request=True, breeds=4, against="KronA (4, 64)"),

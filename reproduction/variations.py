@@ -1,6 +1,6 @@
-"""The method with a part exchanged, for the rows that ask what that part does: the script itself needs no flag for it.
+"""The method with one part replaced, for rows that ask what the part does: the script itself needs no flag for it.
 
-A variation replaces names of `train_zoodip` while its `main` runs; all else of a run is as ever.
+A variation replaces names of `train_zoodip` while its `main` runs; everything else in a run stays as it is.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from zoodip.run import Run
 
 
 def rounded(tensor: torch.Tensor) -> torch.Tensor:
-    """Numbers as fp16 holds them, in fp32: a checkpoint keeps its types."""
+    """Numbers rounded to fp16 but kept in fp32, because a checkpoint keeps its types."""
     return tensor.half().float()
 
 
 class HalfPrecisionAdam(torch.optim.Adam):
-    """Adam of one tensor whose gradient and moments are rounded to fp16 after each operation, as in the authors' script.
+    """Adam for one tensor, whose gradient and moments are rounded to fp16 after each operation, as in the authors' script.
 
     (1 - beta2) g^2 rounds to 0 while |g| < 5.5e-3 (half of fp16's smallest number is 3e-8): v stays 0, and the update is
     momentum descent at the rate lr / epsilon.
@@ -50,9 +50,9 @@ class HalfPrecisionAdam(torch.optim.Adam):
 
 
 class HalfPrecisionZO(ZOAdam):
-    """ZOAdam on that Adam; theta itself stays fp32, as no rounding of it is asked about."""
+    """ZOAdam with this Adam; theta itself stays fp32, because its rounding is not in question."""
 
-    @wraps(ZOAdam.__init__)  # whose keywords are the flags that it is given
+    @wraps(ZOAdam.__init__)  # whose keywords are the flags that are passed to it
     def __init__(self, token: torch.Tensor, **settings):
         super().__init__(token, **settings)
         (group,) = self.optimizer.param_groups
@@ -67,9 +67,9 @@ class HalfPrecisionZO(ZOAdam):
 
 
 class Epochs:
-    """A `Data` of one image, the next of its epoch, where `run` stands: drawn from, it gives every image once an epoch.
+    """A `Data` of one image, the next in the epoch at the current step of `run`, so that every image comes once per epoch.
 
-    An epoch's order follows from the seed and its number, so that an interrupted run goes on in the same order.
+    The order of an epoch follows from the seed and the epoch's number, so an interrupted run continues in the same order.
     """
 
     def __init__(self, data: Data, run: Run):
@@ -103,9 +103,9 @@ train = train_zoodip.train
 
 
 class PrintedOnePoint(OnePoint):
-    """p_i u_i in place of p_i u_i+1, as the supplement prints it.
+    """p_i u_i instead of p_i u_i+1, as printed in the supplement.
 
-    With the directions in reverse that is `OnePoint`'s estimate with the other sign, so it goes up.
+    With the directions in reverse order this is `OnePoint`'s estimate with the opposite sign, so it ascends.
     """
 
     @staticmethod
@@ -114,20 +114,20 @@ class PrintedOnePoint(OnePoint):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What may be exchanged
+# What can be replaced
 # ---------------------------------------------------------------------------------------------------------------------
 
 VARIATIONS: dict[str, dict[str, Any]] = {
     "half_adam": {"ZOAdam": HalfPrecisionZO},
     "epochs": {"train": train_by_epochs},
     "printed_sign": {"ESTIMATORS": train_zoodip.ESTIMATORS | {"one_point": PrintedOnePoint}},
-    "article": {},  # its captions are another file: `runs.spec_argv`
+    "article": {},  # its captions come from another file: `runs.spec_argv`
 }
 
 
 @contextmanager
 def varied(names: list[str]) -> Iterator[None]:
-    """`train_zoodip` with these variations; the same functions run, with other parts."""
+    """`train_zoodip` with these variations: the same functions run, with other parts."""
     with ExitStack() as stack:
         for name in names:
             for part, other in VARIATIONS[name].items():

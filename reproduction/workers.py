@@ -1,4 +1,4 @@
-"""Runs, done: the method's own `main`, then a judge of what it left; many of them in worker processes."""
+"""Executes runs: the method's own `main`, then a judge of what it left; many runs are done in worker processes."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ Result = TypeVar("Result")
 
 
 def learn(spec: dict, settings: Settings, **flags: int) -> dict:
-    """Have the method's own `main` do the run, from its checkpoint where it was interrupted -> its run.json.
+    """Let the method's own `main` do the run, from its checkpoint if it was interrupted -> its run.json.
 
-    Raises KeyboardInterrupt where it is interrupted now, and saved. flags: output flags, instead of the suite's own.
+    Raises KeyboardInterrupt if it is interrupted now, after it has saved. flags: output flags that replace the suite's own.
     """
     args, folder = runs.spec_args(spec, settings), settings.folder(spec)
     record, steps = folder / "run.json", args.max_train_steps
@@ -67,8 +67,11 @@ def learn(spec: dict, settings: Settings, **flags: int) -> dict:
 
 
 def seen_at_refreshes(folder: Path, every: int) -> dict:
-    """From the checkpoints at the refreshes of Subspace Gradient: how many directions each removed (Fig. 8), which share of the
-    square of Adam's first moment then lay in them, and which share of its second moments was 0."""
+    """What the checkpoints at the refreshes of Subspace Gradient show: how many directions each refresh removed (Fig. 8).
+
+    Also the share of the square of Adam's first moment that then lay in these directions, and the share of its second moments
+    that was 0.
+    """
     removed, shares, zeros = [], [], []
     for path in list_checkpoints(folder):
         with safe_open(path, framework="pt") as file:
@@ -81,8 +84,10 @@ def seen_at_refreshes(folder: Path, every: int) -> dict:
 
 
 def leave_untrained(spec: dict, settings: Settings) -> None:
-    """The token that nothing was learned for, as a run leaves one: of a description as many vectors as it has words. Untuned
-    weights are the model's, and nothing is left."""
+    """Write the token of a run that learns nothing, in the form that a run leaves; untuned weights leave nothing.
+
+    A description's token has as many vectors as it has words.
+    """
     if runs.tunes_weights(spec["method"]):
         return
     args = runs.spec_args(spec, settings)
@@ -96,8 +101,10 @@ def leave_untrained(spec: dict, settings: Settings) -> None:
 
 
 def measure_cost(spec: dict, settings: Settings) -> None:
-    """A few steps by the method's own script in a fresh process that has the machine to itself: speed and peak memory. And the
-    machine's load before, which says whether it had."""
+    """Measure speed and peak memory over a few steps by the method's own script, in a fresh process alone on the machine.
+
+    The machine's load before the run is also recorded; it shows whether the process was alone.
+    """
     folder, load = settings.folder(spec), os.getloadavg()[0]
     argv = [*runs.spec_argv(spec, settings), "--eval_steps", "0", "--checkpointing_steps", "0"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -118,7 +125,7 @@ def measure_cost(spec: dict, settings: Settings) -> None:
 
 
 def lacks_what_to_draw(job: Job, settings: Settings) -> bool:
-    """Whether a run of an archive, which has neither tuned weights nor every snapshot, is to be scored by what is not there."""
+    """Whether a run from an archive, which lacks tuned weights and some snapshots, is to be scored by what it lacks."""
     spec, kinds = job.spec, set(job.to_score(settings))
     if not kinds or spec["method"] not in METHODS:
         return False
@@ -128,7 +135,7 @@ def lacks_what_to_draw(job: Job, settings: Settings) -> bool:
 
 
 def do(job: Job, settings: Settings) -> None:
-    """What is not there yet of one job."""
+    """Do what is still missing of one job."""
     spec, folder = job.spec, settings.folder(job.spec)
     folder.mkdir(parents=True, exist_ok=True)
     judge = cache(lambda: open_judge(spec, settings))
@@ -144,19 +151,19 @@ def do(job: Job, settings: Settings) -> None:
             run = learn(spec, settings)
             seen = seen_at_refreshes(folder, spec["flags"].get("tau", 128))
             write_json(folder / "result.json", judge().result(run) | seen)
-            for path in list_checkpoints(folder):  # they were to go on from
+            for path in list_checkpoints(folder):  # they were for resuming
                 path.unlink()
     for kind in job.to_score(settings):
         judge().score(kind)
 
 
-interrupted = False  # of this worker: the pool would still hand it the job that it has already fetched
+interrupted = False  # in this worker: the pool would still give it the job that it has already fetched
 
 
 def do_in_worker(job: Job, settings: Settings, do: Callable[[Job, Settings], None] = do) -> str | None:
-    """None, or why the job failed; its log is in its folder."""
+    """Do a job -> None, or why it failed; the log is in the job's folder."""
     global interrupted
-    log = io.StringIO()  # also of progress bars: those of several workers on one terminal are noise
+    log = io.StringIO()  # takes progress bars too: those of several workers on one terminal are noise
     try:
         if interrupted:
             raise KeyboardInterrupt
@@ -174,11 +181,11 @@ def do_in_worker(job: Job, settings: Settings, do: Callable[[Job, Settings], Non
 
 
 def run_jobs(jobs: list[Job], settings: Settings, workers: int, do: Callable[[Job, Settings], None] = do) -> list[str]:
-    """Do all jobs that are not done -> one line per failure. Runs that measure cost come last, one at a time."""
+    """Do all unfinished jobs -> one line per failure. Runs that measure cost come last, one at a time."""
     waiting = [job for job in jobs if not job.done(settings)]
     waiting.sort(key=lambda job: (str(job.spec["flags"].get("quantization")), job.spec["subject"]))  # a worker keeps its model
     together, alone = ([job for job in waiting if bool(job.spec.get("cost")) is cost] for cost in (False, True))
-    alone.sort(key=lambda job: job.spec["seed"])  # in rounds: what slows the machine for a while strikes all rows alike
+    alone.sort(key=lambda job: job.spec["seed"])  # in rounds: a temporary slowdown affects all rows alike
     failures = []
     with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), unit="run", smoothing=0, desc="runs") as bar:
 
@@ -208,9 +215,9 @@ def run_jobs(jobs: list[Job], settings: Settings, workers: int, do: Callable[[Jo
 
 
 def in_processes(do: Callable[[Task], Result], tasks: Iterable[Task], count: int, threads: int) -> Iterator[tuple[Task, Result]]:
-    """(task, what `do` returned of it), as they end, in `count` processes; whoever leaves the loop waits only for those begun.
+    """(task, result of `do`) as tasks end, in `count` processes; a caller that leaves the loop waits only for those begun.
 
-    Raises InputError where a process is killed, and what `do` raises.
+    Raises InputError if a process is killed, and whatever `do` raises.
     """
     prepare_environment()
     with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), start_worker, (threads,)) as pool:
@@ -219,28 +226,28 @@ def in_processes(do: Callable[[Task], Result], tasks: Iterable[Task], count: int
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool:
-            raise InputError("a worker was killed, perhaps for want of memory; try fewer --jobs") from None
+            raise InputError("a worker was killed, perhaps because memory ran out; try fewer --jobs") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # or a small model would have one
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # a small model would otherwise have one
     quiet_libraries()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job is born ignoring it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a script starts out ignoring it
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_with_parent() -> None:
-    """Interrupt this worker, which saves, where whoever started it has been killed: nobody waits for its work."""
+    """Interrupt this worker, which then saves, if its parent has been killed: nobody waits for its work."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
-        signal.pthread_kill(cast(int, threading.main_thread().ident), signal.SIGINT)  # raised here, it would not wake that one
+        signal.pthread_kill(cast(int, threading.main_thread().ident), signal.SIGINT)  # raised here, it would not wake that thread
 
 
 def do_for_parent(do: Callable[[Task], Result], task: Task) -> Result:
-    """Call `do`; a worker without a parent then ends here, as it would wait for the next task for ever."""
+    """Call `do`; a worker without a parent then ends here, because it would wait for the next task for ever."""
     try:
         return do(task)
     finally:

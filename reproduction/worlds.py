@@ -1,6 +1,6 @@
-"""Where the runs happen: the bundled miniature, or Stable Diffusion v1.5 on DreamBooth's photographs.
+"""The worlds in which runs happen: the bundled miniature, or Stable Diffusion v1.5 on DreamBooth's photographs.
 
-A world says what stands for the paper's settings there, and has subjects, prompts, pictures to learn from and to judge on.
+A world defines what the paper's settings correspond to there, and has subjects, prompts, and pictures to learn from and judge on.
 """
 
 from __future__ import annotations
@@ -47,42 +47,42 @@ TUNERS = {"dreambooth": dict(max_train_steps=400), "qlora": dict(max_train_steps
 
 
 class World:
-    """What the two have in common."""
+    """What the two worlds have in common."""
 
     name: str
     model: str
-    width: int  # of a token; what the paper gives for 768 scales with it: tau, GF-TI's intrinsic dimension
+    width: int  # of a token; what the paper gives for 768 scales with it: tau and GF-TI's intrinsic dimension
     methods: dict[str, dict]  # flags of each method
-    start_rates: dict[str, float] = {}  # of `tuning_experiments.SYSTEMS`, where they are not the published ones: a grid's middle
+    start_rates: dict[str, float] = {}  # of `tuning_experiments.SYSTEMS` if not the published ones: a grid's middle
     grid_subjects: tuple[str, ...] = ()  # on which rates are chosen
     subjects: tuple[str, ...]
-    paper_subjects = False  # whether a table is of its `paper_subjects`, and not of the world's
+    paper_subjects = False  # whether tables use their `paper_subjects` instead of the world's subjects
     seeds: tuple[int, ...] = (0, 1, 2)
     images: int  # pictures per prompt
-    scheduler: str  # one of `zoodip.model.SCHEDULERS`, for so many
+    scheduler: str  # one of `zoodip.model.SCHEDULERS`, for this many
     inference_steps: int
     guidance: float
     clip: str
     dino: str | None
     cost_steps: int  # of the runs that measure time and memory
-    seconds_per_step: float  # of a step whatever its candidates, and
-    seconds_per_forward: float  # of each sample, on
+    seconds_per_step: float  # per step, whatever its candidates, and
+    seconds_per_forward: float  # per sample, on
     speed_of: str  # this machine: for the estimate of --dry_run
     caveats = ""  # printed before the tables; {steps} and {rate} are ZOODiP's
 
     data: Path  # folder of the subjects' folders
     captions: Path
-    other_captions: Path  # the same with an article before the word where it has none, and the other way round
+    other_captions: Path  # the same with an article before the word where it has none, and vice versa
 
     def scaled(self, value: int) -> int:
         return max(2, round(value * self.width / 768))
 
     def steps_of_paper(self, steps: int) -> int:
-        """What is `steps` here in proportion to the paper's 30,000 of ZOODiP."""
+        """The steps here that correspond to `steps` of the paper's 30,000 for ZOODiP."""
         return round(steps * self.methods["zoodip"]["max_train_steps"] / 30000)
 
     def prepare(self, subjects: Iterable[str]) -> None:
-        """Have the subjects' pictures and captions ready. Raises InputError for one that is not there."""
+        """Make the subjects' pictures and captions ready. Raises InputError for a subject that does not exist."""
         raise NotImplementedError
 
     def write_other_captions(self) -> None:
@@ -95,26 +95,26 @@ class World:
         raise NotImplementedError
 
     def prompts(self, subject: str) -> list[str]:
-        """Each with one {} for token or class word."""
+        """The prompts of a subject, each with one {} for the token or class word."""
         raise NotImplementedError
 
     def description(self, subject: str) -> str:
-        """The words that describe a subject wholly. Raises InputError where nobody knows them."""
+        """The words that fully describe a subject. Raises InputError if they are not known."""
         raise InputError(f"{self.name}: nobody has described {subject} in words; leave out the row that wants it")
 
     def judging_subject(self, subject: str) -> str:
-        """The folder, beside the subject's, of the pictures on which its tokens' loss is judged."""
+        """The name of the folder, next to the subject's, with the pictures on which the loss of its tokens is judged."""
         return subject
 
     def renders(self, subject: str, others: bool, images: int) -> list[list[Image.Image]]:
-        """True pictures [prompt][image] of a subject, or of the others, for what the prompts ask.
+        """True pictures [prompt][image] of a subject, or of the others, showing what the prompts ask for.
 
-        Raises InputError where nobody has them.
+        Raises InputError if there are none.
         """
         raise InputError(f"{self.name}: nobody has true pictures of {subject} for the prompts; leave out the row that wants them")
 
     def picture_scores(self, pictures: dict[str, list[Image.Image]], subject: str) -> dict[str, float]:
-        """Scores of pictures {prompt: [one for each seed]} beside CLIP's and DINO's."""
+        """Scores of pictures {prompt: [one for each seed]} in addition to those of CLIP and DINO."""
         return {}
 
 
@@ -122,7 +122,7 @@ class World:
 # The miniature
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Those of DreamBooth's prompts for live subjects that the miniature world has words for, and what they ask for.
+# Those of DreamBooth's prompts for live subjects for which the miniature world has words, and what they ask for.
 MINIATURE_PROMPTS = {
     "a {} in the jungle": ("scene", "forest"), "a {} in the snow": ("scene", "snow"), "a {} on the beach": ("scene", "beach"),
     "a {} on a cobblestone street": ("scene", "cobblestone street"), "a {} on top of pink fabric": ("scene", "pink fabric"),
@@ -146,29 +146,29 @@ class Miniature(World):
         "gf_ti": dict(max_train_steps=433, intrinsic_dim=85, quantization="nf4"),
         "initial": dict(use_cc=True), "described": dict(use_cc=True),
         "gauss_newton": dict(use_cc=True),
-        **TUNERS, "diffusekrona": TUNERS["diffusekrona"] | dict(a1=4, a2=16),  # nearest to the numbers of LoRA r = 2
+        **TUNERS, "diffusekrona": TUNERS["diffusekrona"] | dict(a1=4, a2=16),  # nearest to the size of LoRA r = 2
     }  # fmt: skip
-    # 3 to 30 times the published ones, at which so small a model hardly changes. The best of a first grid, on ronfo
-    # and zafpux, which are reported: so these are a grid's middles only, and the choice is made on spare breeds.
+    # 3 to 30 times the published ones, at which so small a model hardly changes. They were best on a first grid on ronfo and
+    # zafpux, which are reported breeds: so these are only the middles of a grid, and the choice is made on spare breeds.
     start_rates = {"DreamBooth": 1.5e-4, "QLoRA": 6.67e-4, "PEQA": 1e-5, "PEQA, 4 bit": 1.7e-4, "TuneQDM": 3e-5,
                    "TuneQDM, 4 bit": 5.1e-4, "DiffuseKronA": 2e-3}  # fmt: skip
-    grid_subjects = ("dixpi", "vakvik")  # of the spare breeds: nothing is reported on them
+    grid_subjects = ("dixpi", "vakvik")  # spare breeds, on which nothing is reported
     subjects = tuple(breed.name for breed in held_out_breeds())
-    # PNDM with 25 steps gives half of the pictures a wrong colour; these 15 are as good as 50 of it (miniature/schedulers.json)
+    # 25 steps of PNDM give half of the pictures a wrong colour; these 15 are as good as 50 of PNDM (miniature/schedulers.json)
     images, scheduler, inference_steps, guidance = 2, "dpmsolver++", 15, 5.0
     clip, dino = str(ROOT / "miniature" / "clip"), None
     cost_steps, seconds_per_step, seconds_per_forward, speed_of = 200, 0.023, 0.0127, "one of two busy CPU cores"
-    caveats = """Subjects are breeds that the miniature has never seen; the scorer is its own CLIP, and its attribute
-classifier reads whether the subject's looks are right. The losses are on renders that no run saw, in scenes that no run saw.
-There is no DINO for this world. The published figures beside ours are Stable Diffusion v1.5's on photographs: their level
-cannot be compared, the order of rows can. What scale does not carry over:
+    caveats = """Subjects are breeds that the miniature has never seen. The scorer is the miniature's own CLIP, and the
+miniature's attribute classifier reads whether the subject's looks are right. The losses are on renders that no run saw, in
+scenes that no run saw. There is no DINO for this world. The published figures beside ours are Stable Diffusion v1.5's on
+photographs: their level cannot be compared, but the order of rows can. What does not carry over between the scales:
 
 - the token has 256 numbers, not 768: tau and GF-TI's intrinsic dimension are a third of the paper's;
 - {steps} steps at learning rate {rate} instead of 30,000 at 0.005; GF-TI's and TI's steps are reduced with them;
-- the base is NF4 here, INT8 in the paper (Table S8 has both); activations are fp32, so a small mu is not drowned in rounding;
+- the base is NF4 here and INT8 in the paper (Table S8 has both); activations are fp32, so a small mu is not drowned in rounding;
 - CLIP-I and the loss need not agree: a token of lower loss can draw worse pictures. Look at the sheets;
 - 16 x 16 latents lose their layout at earlier timesteps than 64 x 64 ones: PUTS's bounds need not be the best here;
-- a small model has less redundancy to spare for 4 bits than 860 M weights have."""
+- a small model has less redundancy to spare for 4 bits than one of 860 M weights."""
 
     def __init__(self, output: Path, data: Path, prompts: Path):
         self.data, self.captions, self.other_captions = (output / "data", output / "data" / "cc.json",
@@ -182,7 +182,7 @@ cannot be compared, the order of rows can. What scale does not carry over:
         for subject in sorted(set(subjects)):
             for name, make in ((subject, make_subject), (self.judging_subject(subject), make_unseen)):
                 captions[name] = render_once(self.data / name, lambda folder, s=subject, m=make: m(s, folder))
-        if self.captions.exists():  # of an earlier command with other subjects
+        if self.captions.exists():  # from an earlier command with other subjects
             captions = json.loads(self.captions.read_text()) | captions
         write_atomically(self.captions, (json.dumps(captions, indent=1) + "\n").encode())
         self.write_other_captions()
@@ -200,7 +200,7 @@ cannot be compared, the order of rows can. What scale does not carry over:
         return f"{subject}-unseen"
 
     def renders(self, subject: str, others: bool, images: int) -> list[list[Image.Image]]:
-        """The others take turns, so that each is there about as often; places and details are of this table alone."""
+        """The others take turns, so that each appears about equally often; places and details are only this table's."""
         breeds = [breed for breed in held_out_breeds() if (breed.name != subject) == others]
         rng = np.random.default_rng([2, others, [breed.name for breed in held_out_breeds()].index(subject)])
         pictures = []
@@ -214,10 +214,10 @@ cannot be compared, the order of rows can. What scale does not carry over:
         return pictures
 
     def picture_scores(self, pictures: dict[str, list[Image.Image]], subject: str) -> dict[str, float]:
-        """Shares of the pictures in which the classifier reads the subject's attributes, and what the prompt asks.
+        """Shares of the pictures in which the classifier reads the subject's attributes, and what the prompt asks for.
 
         attributes_corrected: the same with the classifier's own errors taken out, (p - false) / (right - false) by attribute
-        (Rogan and Gladen 1978): unbiased, so it may be a little above 1.
+        (Rogan and Gladen 1978). It is unbiased, so it may be slightly above 1.
         """
         critter = breed_by_name(subject).critter
         names = [name for name in ATTRIBUTES if not (name == "pattern_colour" and critter.pattern == "plain")]
@@ -245,7 +245,7 @@ def pixels_of(images: list[Image.Image]) -> torch.Tensor:
 
 @lru_cache
 def classifier_rates(count: int = 1000) -> dict[tuple[str, str], tuple[float, float]]:
-    """{(attribute, value): (share read as it where it is true, where it is not)} on renders that the classifier never saw."""
+    """{(attribute, value): (share read as this value if it is true, and if not)} on renders the classifier never saw."""
     from miniature.measures import fresh_renders
 
     images, specs = fresh_renders(count)
@@ -268,18 +268,18 @@ def classifier():
 
 
 def render_once(folder: Path, make: Callable[[Path], dict[str, str]]) -> dict[str, str]:
-    """The captions of `make(folder)`, whose pictures appear in `folder` all at once: another shard may be reading there."""
+    """The captions of `make(folder)`; its pictures appear in `folder` all at once, because another shard may be reading there."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     captions = make(temporary)
     try:
         temporary.rename(folder)
-    except OSError:  # it is there already
+    except OSError:  # it already exists
         shutil.rmtree(temporary)
     return captions
 
 
 def make_unseen(subject: str, folder: Path, count: int = 16) -> dict[str, str]:
-    """Renders of a breed in the scenes that `make_subject` leaves out, to judge a token on -> their captions."""
+    """Render a breed in the scenes that `make_subject` leaves out, to judge tokens on -> the captions."""
     breed = breed_by_name(subject)
     rng = np.random.default_rng([1, [each.name for each in (*held_out_breeds(), *spare_breeds())].index(subject)])
     scenes = [scene for scene in SCENES if scene not in TRAINING_SCENES]

@@ -1,4 +1,4 @@
-"""Shared fixtures: a Stable Diffusion of a few thousand random weights in the published folder format, and a subject."""
+"""Shared fixtures: a tiny Stable Diffusion of random weights in the published folder format, and a subject."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def make_model(folder: Path, prediction_type: str = "epsilon", width: int = 32, 
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
     )
-    # the default initialisation is a fan-in one for some layers and 0.02 for others: seeded, as tests compare numbers
+    # the default initialisation is by fan-in for some layers and 0.02 for others: seeded, because tests compare numbers
     with torch.random.fork_rng():
         torch.manual_seed(0)
         text_encoder = CLIPTextModel(
@@ -138,7 +138,7 @@ def subject(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def restore_signal_handlers():
-    """A run installs its own; left in place they would swallow the Ctrl-C that is meant for pytest."""
+    """A run installs its own; left in place, they would swallow a Ctrl-C that is meant for pytest."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in kept.items():
@@ -146,7 +146,7 @@ def restore_signal_handlers():
 
 
 def arguments(model: Path | str, subject: Path | str, output: Path | str, **flags) -> list[str]:
-    """A command line for a short run; flags given as name=value, True or False for a switch, None to leave one out."""
+    """A command line for a short run; flags are name=value, True or False for a switch, None to leave one out."""
     flags = {
         "pretrained_model_name_or_path": model, "train_data_dir": subject, "output_dir": output,
         "initializer_token": "dog", "cpu": True, "resolution": 16, "max_train_steps": 12, "eval_steps": 6,
@@ -160,7 +160,7 @@ def arguments(model: Path | str, subject: Path | str, output: Path | str, **flag
 
 
 def run_cli(argv: list[str], script=None) -> int:
-    """The exit code of a training script's command line, run in this process: train_zoodip.py's, or of the module given."""
+    """Run a training script's command line in this process -> its exit code. The script is train_zoodip or the given module."""
     import train_zoodip
     from zoodip.errors import run_script
 
@@ -184,13 +184,13 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture
 def copy(tiny_model, tmp_path) -> Path:
-    """The tiny model in a folder of its own, to break."""
+    """A copy of the tiny model, to break."""
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
 @pytest.fixture
 def hub_model(copy, monkeypatch) -> str:
-    """The name of the tiny model on a hub that has its weights in half-precision files alone, as *.fp16.safetensors."""
+    """The name of the tiny model on a hub that has its weights only in half precision, as *.fp16.safetensors."""
     import huggingface_hub
 
     import zoodip.folder
@@ -219,7 +219,7 @@ def tiny(request, tiny_model):
 
 @pytest.fixture
 def refused(capsys, tiny_model, subject, tmp_path):
-    """Runs a command line and checks that it is refused in the house's manner; returns the line."""
+    """Runs a command line and checks that it is refused as every wrong one is, in one line; returns the line."""
 
     def check(*, argv: list[str] | None = None, model=tiny_model, data=subject, output_dir=tmp_path / "out", **flags) -> str:
         code = run_cli(arguments(model, data, output_dir, **flags) if argv is None else argv)

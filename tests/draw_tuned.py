@@ -1,4 +1,4 @@
-"""A user's own process: load what the weight-tuning trainers left, each by its ecosystem's loader, and draw a picture of it.
+"""A user's own process: load each result of the weight-tuning trainers with its ecosystem's loader, and draw a picture with it.
 
     python tests/draw_tuned.py MODEL REQUESTS.json TARGET      # requests: [[loader, what a trainer left], ...]
 
@@ -17,7 +17,7 @@ import torch
 
 
 def draw(pipeline) -> np.ndarray:
-    """Four denoising steps, in which guidance and the sets of scales of three quarters of the timesteps take part."""
+    """Four denoising steps with guidance, which use the sets of scales of three quarters of the timesteps."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         "a photo of sks dog", num_inference_steps=4, height=16, width=16, generator=torch.Generator().manual_seed(0),

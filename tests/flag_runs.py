@@ -1,5 +1,5 @@
-"""Pairs of runs that differ in one flag, for the tables of test_flags.py and test_tuning_flags.py: what they run on, what they
-leave, and how far apart that is."""
+"""Pairs of runs that differ in one flag, for the tables of test_flags.py and test_tuning_flags.py: their inputs, their outcomes,
+and how far apart these are."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def make_worlds(tiny_model: Path, subject: Path, place: Path) -> dict[str, Path 
 def make_runner(
     script: ModuleType, command: Callable[..., list[str]], worlds: dict, tmp_path_factory, defaults: dict, stopped: dict
 ) -> Callable[..., Outcome]:
-    """Runs of `script` with `defaults` and some flags of their own, each combination once; `command(model, subject, folder,
-    **flags)` is their command line. One that is resumed goes on with what a run with the flags `stopped` left."""
+    """Runs `script` with `defaults` and the flags given, each combination once; `command(model, subject, folder, **flags)` is the
+    command line. A run with --resume_from_checkpoint resumes from what a run with the flags `stopped` left."""
 
     @functools.cache
     def run_once(**flags) -> Outcome:
@@ -157,13 +157,13 @@ def beside(outcome: Outcome) -> list[str]:
     return sorted(path.name for path in outcome.folder.parent.iterdir())
 
 
-# flag: (flags of the first run, of the second, what must differ between them). For `learned` it must differ by more than
-# rounding makes of a run; for everything else the two values must not be equal.
+# flag: (flags of the first run, of the second, what must differ between them). For `learned` the difference must exceed that of
+# rounding; for everything else the two values must not be equal.
 Effects = dict[str, tuple[dict, dict, Callable[[Outcome], object]]]
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The largest difference of two runs' tensors, over the part of the same names and places that both have."""
+    """The largest difference of two runs' tensors, over the names and positions that both have."""
     largest = []
     for name in one.keys() & other.keys():
         common = tuple(slice(min(sizes)) for sizes in zip(one[name].shape, other[name].shape, strict=True))
@@ -172,9 +172,9 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
 
 
 def check_effect(run: Callable[..., Outcome], effects: Effects, flag: str, learning_rate: float) -> None:
-    """A flag that is read and then ignored would leave everything as it was."""
+    """A flag that is read and then ignored would change nothing."""
     first, second, look = effects[flag]
-    assert {name for name in {**first, **second} if first.get(name, 0) != second.get(name, 0)} == {flag}  # in it alone
+    assert {name for name in {**first, **second} if first.get(name, 0) != second.get(name, 0)} == {flag}  # and nothing else
     one, other = look(run(**first)), look(run(**second))
     if look is learned:
         # no two of these agree to rounding; a step moves each number by up to the learning rate

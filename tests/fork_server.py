@@ -1,10 +1,10 @@
-"""Starts runs quickly: a process that has imported everything forks one for each command line it is sent.
+"""Starts runs quickly: a process that has imported everything forks one run for each command line that it receives.
 
-A run on the tiny model takes a third of a second, importing torch and diffusers several. The runs are processes like any
-other: what they leave when killed, and what a second one finds, is what the script's own would. (It is a process apart from
-pytest's, and computes nothing itself, as threads do not survive a fork.)
+A run on the tiny model takes a third of a second, importing torch and diffusers several. The runs are ordinary processes: what
+they leave when killed, and what a second run finds, is the same as with the script itself. (The server is separate from pytest's
+process and computes nothing itself, because threads do not survive a fork.)
 
-Each line of standard input is a request {"argv", "place", ...}; in the folder `place` then appear the files pid, stdout, stderr
+Each line of standard input is a request {"argv", "place", ...}; the folder `place` then receives the files pid, stdout, stderr
 and, once the run has ended, status: its exit code, or minus the signal that ended it.
 """
 
@@ -20,18 +20,18 @@ import sys
 import traceback
 from pathlib import Path
 
-CHANGES = {"open", "os.rename", "os.remove", "os.mkdir"}  # audit events of what changes a folder, raised before it does
+CHANGES = {"open", "os.rename", "os.remove", "os.mkdir"}  # audit events of changes to a folder, raised before the change
 
 
 def drop_capabilities() -> None:
-    """Have permission bits hold for root too, who is otherwise exempt."""
+    """Make permission bits apply to root too, who is otherwise exempt."""
     header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)  # version 3, this process; no capability at all
     if ctypes.CDLL(None).capset(header, nothing):
         raise OSError("capset failed")
 
 
 def die_at(change: int | None, folder: str) -> list[str]:
-    """SIGKILL this process just before its `change`-th change (from 0) to `folder`; returns the list they are noted in."""
+    """SIGKILL this process just before its `change`-th change (from 0) to `folder`; returns the list of changes."""
     changes = []
 
     def hook(event: str, arguments: tuple) -> None:
@@ -75,7 +75,7 @@ def run(request: dict) -> None:
 
 
 def supervise(request: dict) -> None:
-    """Fork the run, and tell how it ended."""
+    """Fork the run and report how it ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     place = Path(request["place"])
     pid = os.fork()

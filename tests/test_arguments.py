@@ -1,4 +1,4 @@
-"""What the user gives: refused early, in one line that names the flag, the value and the remedy."""
+"""Wrong input is refused early, in one line that names the flag, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def test_output_folder_that_cannot_be(refused, tmp_path, place):
 
 
 def test_output_folder_in_use(refused, tiny_model, subject, tmp_path):
-    """Two runs that write the same files would spoil both; what a killed run left half written is removed by the next."""
+    """Two runs that write the same files would spoil both; half-written files of a killed run are removed by the next run."""
     out = tmp_path / "out"
     out.mkdir()
     (out / ".run.json.123.tmp").write_text("half")
     lock = lock_folder(out)
     line = refused()
     assert "--output_dir" in line and str(out) in line
-    assert (out / ".run.json.123.tmp").exists()  # it may be what the other run is just writing
+    assert (out / ".run.json.123.tmp").exists()  # the other run may be writing it
     lock.release()
     assert run_cli(arguments(tiny_model, subject, out, max_train_steps=1, eval_steps=0)) == 0
     assert not list(out.glob(".*.tmp"))
@@ -132,7 +132,7 @@ def flags() -> list[argparse.Action]:
 
 
 def test_every_flag_has_help():
-    """That each has an effect: test_flags.py."""
+    """test_flags.py tests that each has an effect."""
     actions = flags()
     assert len(actions) > 30
     for action in actions:
@@ -140,7 +140,7 @@ def test_every_flag_has_help():
 
 
 def test_every_setting_is_recorded():
-    """A flag that decides what is learned and is not in SETTINGS could change at a resume unseen."""
+    """A flag that affects what is learned but is not in SETTINGS could change unnoticed on resuming."""
     not_deciding = set(
         """cpu compile save_quantized train_data_dir cc_file max_train_steps candidates_per_forward output_dir
         save_steps
@@ -164,7 +164,7 @@ def test_defaults_are_the_papers():
 
 
 def test_defaults_of_functions_are_the_flags():
-    """Who calls ZOAdam without the script gets the paper's method too."""
+    """A caller of ZOAdam without the script gets the paper's method too."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(ZOAdam).parameters.items()
                 if parameter.kind is parameter.KEYWORD_ONLY}  # fmt: skip
     args = vars(parse_args(["--train_data_dir", "x", "--initializer_token", "dog", "--mu", "1e-3"]))
@@ -181,7 +181,7 @@ def test_defaults_that_depend_on_the_device():
     (dict(mixed_precision="fp16"), ("fp16", 1e-3, 16)), (dict(mixed_precision="bf16", mu=0.5, resolution=24), ("bf16", 0.5, 24)),
 ])  # fmt: skip
 def test_defaults_that_depend(tiny_model, subject, tmp_path, given, expected):
-    """bf16 keeps 8 bits, in which a perturbation of 1e-3 drowns: the paper uses 1e-2. What is given stays.
+    """bf16 keeps 8 bits, in which a perturbation of 1e-3 drowns: the paper uses 1e-2. Values that are given stay.
 
     The model's own resolution is 16: the UNet's 8 x 8 latents times the VAE's factor of 2.
     """

@@ -1,4 +1,4 @@
-"""What the measurements stand on: bytes counted exactly, steps timed from outside, and the trainer's own step."""
+"""What the measurements rely on: bytes counted exactly, steps timed from outside, and the trainer's own step."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_live_bytes_by_stage_and_layer():
 
 
 def test_resident_memory_is_seen():
-    """100 MB that a process touches are found, and no file is behind them."""
+    """100 MB that a process touches are found, and count as anonymous."""
     code, _, peaks = run_watched([sys.executable, "-c", "import time; held = b'x' * 100_000_000; time.sleep(0.5)"])
     assert code == 0
     assert peaks["resident"] > peaks["anonymous"] > 100_000_000
@@ -86,7 +86,7 @@ def task(tiny_model, subject) -> Task:
 
 
 def test_the_step_measured_is_the_trainer_s(task, tiny_model, subject, tmp_path):
-    """The same token, bit for bit, as `train_zoodip.py` leaves."""
+    """It gives the same token, bit for bit, as `train_zoodip.py`."""
     argv = arguments(tiny_model, subject, tmp_path, max_train_steps=6, eval_steps=0, mu=1e-3, nu=1e-3)
     assert run_cli(argv) == 0
     method = ThisProject(task)
@@ -97,7 +97,7 @@ def test_the_step_measured_is_the_trainer_s(task, tiny_model, subject, tmp_path)
 
 
 def test_the_gauss_newton_step_measured_is_the_trainer_s(task, tiny_model, subject, tmp_path):
-    """The same, bit for bit, over the first basis and two steps; and its defaults are what the table of costs counts with."""
+    """The same, bit for bit, over the first basis and two steps; the table of costs assumes the trainer's defaults."""
     argv = arguments(
         tiny_model, subject, tmp_path, max_train_steps=None, tau=None, nu=None, mu=None, max_forwards=18, eval_steps=0
     )
@@ -113,7 +113,7 @@ def test_the_gauss_newton_step_measured_is_the_trainer_s(task, tiny_model, subje
 
 
 def test_gauss_newton_s_cost_by_hand():
-    """400 forwards are 44 steps and two bases: (44 x 9 + 2 x 18) / 396 seconds a forward, where ZOODiP takes one."""
+    """400 forwards are 44 steps and two bases: (44 x 9 + 2 x 18) / 396 seconds per forward, and ZOODiP's take one each."""
     text = gauss_newton_table({"zoodip": [3.0], "newton": [9.0], "newton_basis": [18.0]})
     rows = [line.split(" | ")[1:] for line in text.splitlines() if line.startswith("| Gauss-Newton")]
     assert rows == [["100", "1", "1.18 |"], ["400", "2", "1.09 |"], ["1,500", "4", "1.05 |"]]
@@ -122,7 +122,7 @@ def test_gauss_newton_s_cost_by_hand():
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in ("zoodip", "zoodip_compiled")])
 def test_every_method_steps(task, name):
-    """Each loads the same model; what trains a token moves it."""
+    """Each loads the same model; those that train a token move it."""
     method = METHODS[name](task)
     method.load()
     token = {"ti": "table", "authors": "token"}.get(name.partition("_")[0])
@@ -134,7 +134,7 @@ def test_every_method_steps(task, name):
 
 
 def test_time_table_compares_round_by_round():
-    """Ratios are medians over the rounds of ratios, not ratios of medians."""
+    """Ratios are medians of the rounds' ratios, not ratios of medians."""
     text = time_table({"zoodip": [2.0, 4.0, 9.0], "floor": [1.0, 4.0, 3.0], "floor_as_loaded": [4.0, 4.0, 4.0]})
     ours = next(line for line in text.splitlines() if line.startswith("| ZOODiP")).split(" | ")
     assert ours[1] == "4" and ours[3:6] == ["2.00", "1.00", "1.00"]  # 2, 1, 3 over the floor; 0.5, 1, 2.25 over the other
@@ -142,7 +142,7 @@ def test_time_table_compares_round_by_round():
 
 @pytest.mark.slow
 def test_a_device_compared_with_itself():
-    """`gpu.py` on the CPU: fp32 is the reference to the last bit; bf16 is not, and stays within the stated tolerance."""
+    """`gpu.py` on the CPU: fp32 equals the reference to the last bit; bf16 does not, and stays within the stated tolerance."""
     records = gpu.compare(MINIATURE, "cpu", ["fp32", "bf16"], samples=2, directions=2)
     assert len(records) == 3 * 2 * len(gpu.SCALES)
     for record in records:
@@ -163,7 +163,7 @@ def test_gpu_without_a_gpu_is_refused_in_a_line(capsys):
 @pytest.mark.parametrize("layer", [nn.Linear(48, 32), nn.Conv2d(6, 8, 3, stride=2, padding=1)], ids=["linear", "convolution"])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_stock_path_of_scales_is_the_same_layer(layer, bits):
-    """What the benchmark of weight tuning sets beside ours computes the same; fp32, sums in another order."""
+    """The stock layer in the weight-tuning benchmark computes the same as ours, in fp32 with sums in another order."""
     packed = quantized_layer(layer, pack_weight(layer.weight.data, f"affine{bits}"), torch.float32)
     ours, theirs = ScaledLayer(packed, 2, True), Dequantised(layer, bits, 2, True)
     with torch.no_grad():
@@ -182,7 +182,7 @@ def test_the_stock_path_of_scales_is_the_same_layer(layer, bits):
 
 @pytest.mark.slow
 def test_weight_tuning_is_measured_on_the_miniature(tmp_path):
-    """A row, by its command: ZOODiP, ours and the stock path, which trains as many numbers; checkpointing needs fewer bytes."""
+    """One row, by its command: ZOODiP, ours and the stock path, which trains as many numbers; checkpointing needs fewer bytes."""
     command = [sys.executable, "-m", "benchmarks.weight_tuning", "--small", "--rows", "tuneqdm8", "--output", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
     found = json.loads((tmp_path / "weight_tuning.json").read_text())["rows"]["tuneqdm8"]
@@ -193,14 +193,14 @@ def test_weight_tuning_is_measured_on_the_miniature(tmp_path):
     for path in ("ours", "stock"):
         assert 0 < found[path]["held"] < found[path]["checkpointed"]["peak"] < found[path]["plain"]["peak"]
         assert len(found[path]["plain"]["seconds"]) == 2 and min(found[path]["plain"]["seconds"]) > 0
-    assert found["ours"]["plain"]["peak"] < found["stock"]["plain"]["peak"]  # which keeps two weights of each layer
+    assert found["ours"]["plain"]["peak"] < found["stock"]["plain"]["peak"]  # the stock path keeps two weights of each layer
     assert len(found["zoodip"]["seconds"]) == 2 and 0 < found["zoodip"]["held"] < found["zoodip"]["peak"]
     text = (tmp_path / "weight_tuning.md").read_text()
     assert f"TuneQDM int8, N = 4 | {trained:,} |" in text and "as the authors' code does" in text
 
 
 def test_tf32_keeps_ten_bits_and_is_undone():
-    """To the nearest multiple of 2^-10 between 1 and 2, ties to even; and the layer is itself again afterwards."""
+    """Rounds to the nearest multiple of 2^-10 between 1 and 2, ties to even; the layer is restored afterwards."""
     values = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-12, -1.75, 0.0])
     assert to_tf32(values).tolist() == [1.0, 1 + 2**-10, 1.0, 1 + 2**-9, 1.0, -1.75, 0.0]
     layer, picture = torch.nn.Conv2d(3, 2, 3, bias=False), torch.randn(1, 3, 8, 8)
@@ -213,7 +213,7 @@ def test_tf32_keeps_ten_bits_and_is_undone():
 
 
 def test_gpu_memory_of_a_process_on_two_gpus(tmp_path, monkeypatch):
-    """nvidia-smi has a row for each GPU of a process, and no number for some."""
+    """nvidia-smi prints a row for each GPU of a process, and no number for some processes."""
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\nprintf '7, 100\\n8, [N/A]\\n7, 20\\n'\n")
     program.chmod(0o755)

@@ -113,9 +113,9 @@ def test_a_token_of_several_vectors_is_all_noun():
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("a [red cat* and", "never closed"), ("a red cat] here", "closes none"), ("a [red [cat*]]", "nest"), ("a [] here", "empty"),
-    ("a [red* cat*]", "2 stars"), ("a [red cat]", "put a star"), ("a [red * cat]", "whole word"),
-    ("a red cat* here", "no brackets"),
+    ("a [red cat* and", "never closed"), ("a red cat] here", "closes nothing"), ("a [red [cat*]]", "nest"),
+    ("a [] here", "empty"), ("a [red* cat*]", "2 stars"), ("a [red cat]", "put a star"), ("a [red * cat]", "whole word"),
+    ("a red cat* here", "outside brackets"),
     ("a [red cat*s]", "whole word"), ("a [<sks> and <sks>]", "put a star"),
 ])  # fmt: skip
 def test_wrong_marks_are_refused_in_one_line(text, said):
@@ -125,7 +125,7 @@ def test_wrong_marks_are_refused_in_one_line(text, said):
 
 
 def test_rows_are_those_of_the_words(pipeline):
-    """Against the tokenizer's own pieces: upper case, an added word, and a word in letters ("zq") in between."""
+    """Against the tokenizer's own pieces: upper case, an added word, and a word split into letters ("zq") in between."""
     encode, text = Encoder(pipeline), "a zq Dog and <sks> in Red"
     encoded = encode(text)
     pieces = ["<bos>", *pipeline.tokenizer.tokenize(text)]
@@ -163,8 +163,8 @@ def test_end_tokens(pipeline):
     changed = substitute_end_tokens(whole.states, clean.states, whole.end)
     assert torch.equal(changed[: whole.end], whole.states[: whole.end])
     assert torch.equal(changed[whole.end :], clean.states[whole.end :]) and clean.end < whole.end
-    first = whole.rows((marked.groups[0].noun[1], len(marked.prompt)))[0]  # the first row that says something else
-    # causal attention: what follows cannot reach it; 1e-5 as both are computed with sums of other lengths
+    first = whole.rows((marked.groups[0].noun[1], len(marked.prompt)))[0]  # the first row that differs
+    # causal attention: later tokens cannot reach it; 1e-5 because the two sum over different lengths
     assert torch.allclose(whole.states[:first], clean.states[:first], atol=1e-5)
     assert not torch.allclose(whole.states[first], clean.states[first], atol=1e-2)
 
@@ -187,7 +187,7 @@ def test_phrase_states(pipeline):
 
 
 def test_maps_are_read_without_a_trace(pipeline):
-    """The prediction stays bit-equal, hooks are gone after an exception too, and maps are diffusers' own probabilities."""
+    """The prediction stays bit-identical, hooks are gone even after an exception, and maps are diffusers' own probabilities."""
     unet, states = pipeline.unet, torch.randn(2, 77, 32, generator=seeded())
     layers = list(cross_attentions(unet).values())
     hooks = lambda: sum(len(layer._forward_pre_hooks) for layer in layers)  # noqa: E731
@@ -198,7 +198,7 @@ def test_maps_are_read_without_a_trace(pipeline):
         with attention_maps(layers, 1) as alone:
             unet(noise(), 500, encoder_hidden_states=states[1:])
     assert hooks() == 0 and {tuple(each.shape) for each in maps} == {(1, 128, 77), (1, 32, 77)} and len(maps) == len(layers)
-    for joint, own in zip(maps, alone, strict=True):  # only the last half entered; 1e-5: batches of other sizes round otherwise
+    for joint, own in zip(maps, alone, strict=True):  # only the last half is read; 1e-5: other batch sizes round differently
         assert torch.allclose(joint.sum(-1), torch.ones(()), atol=1e-5) and torch.allclose(joint, own, atol=1e-5)
     with pytest.raises(KeyError), attention_maps(layers, 1):
         raise KeyError
@@ -255,7 +255,7 @@ def test_location_bias():
 
 
 def test_biased_attention(pipeline):
-    """The unconditional half is the same to the bit whatever the bias; a bias of zero changes rounding only."""
+    """The unconditional half is bit-identical whatever the bias; a bias of zero changes only rounding."""
     unet, states = pipeline.unet, torch.randn(2, 77, 32, generator=seeded())
     inputs = (noise().repeat(2, 1, 1, 1), 500, states)
     before = dict(unet.attn_processors)
@@ -270,7 +270,7 @@ def test_biased_attention(pipeline):
     with torch.no_grad():
         plain = unet(*inputs).sample
     none, weak, strong = (prediction(strength) for strength in (0, 3, 6))
-    assert torch.allclose(none, plain, atol=1e-5)  # softmax with and without a mask are two kernels
+    assert torch.allclose(none, plain, atol=1e-5)  # softmax with and without a mask uses different kernels
     assert torch.equal(weak[0], none[0]) and torch.equal(strong[0], none[0])
     assert (strong[1] - none[1]).abs().max() > 1e-3 and unet.attn_processors == before
     with pytest.raises(KeyError), biased_attention(unet, lambda cells: none):
@@ -294,7 +294,7 @@ def test_a_bias_without_end_removes_a_word(pipeline):
 
 
 def test_the_semantic_loss_and_its_contexts(pipeline, folder):
-    """Zero for the anchor's own row in its own frame; alone, keys do not matter at all, in a frame they do."""
+    """It is zero for the anchor's own row in its own frame; keys do not matter at all for a row alone, but do in a frame."""
     bound, encode = bound_of(pipeline)
     group = bound.groups[1]
     row = encode("an orange cat").rows((10, 13))[0]
@@ -418,7 +418,7 @@ def test_every_method_changes_the_picture_and_leaves_the_pipeline(pipeline):
 
 
 def test_counts_of_forwards(pipeline):
-    """Full: the guided pair; per group the anchor's pair and its iterations; the maps' iterations; once, to find the layers."""
+    """Full: the guided pair; per group the anchor's pair and its iterations; the maps' iterations; one to find the layers."""
     settings = replace(FULL, sem_steps=2, sem_iterations=3, map_steps=1, map_iterations=4, map_rate=0.0, **SHORT)
     (picture,) = draw_bound(pipeline, [TWO], settings=settings, **SIZE)
     refined = len(picture.steps[0]["maps"])
@@ -428,7 +428,7 @@ def test_counts_of_forwards(pipeline):
 
 
 def test_the_anchors_do_not_touch_the_picture(pipeline):
-    """With steps of length 0 their trajectories run beside it: the picture is that of merging alone, to the bit."""
+    """With steps of length 0 their trajectories run alongside, and the picture is bit-identical to that of merging alone."""
     still = replace(FULL, sem_rate=0.0, map_steps=0)
     assert torch.equal(latents_of(pipeline, still), latents_of(pipeline, MERGE))
 
@@ -449,7 +449,7 @@ def test_alone_or_in_a_batch(pipeline):
         together, alone = draw_bound(pipeline, prompts, batch_size=4, **how), draw_bound(pipeline, prompts, **how)
         for one, other in zip(together, alone, strict=True):
             assert (one.prompt, one.seed) == (other.prompt, other.seed)
-            # batches of other sizes round otherwise, and guidance of 5 enlarges that
+            # other batch sizes round differently, and guidance of 5 amplifies that
             assert torch.allclose(one.latents, other.latents, atol=2e-3)
 
 
@@ -463,7 +463,7 @@ def test_quantised_several_vectors_and_numbers_of_groups(folder, tmp_path_factor
 
 
 def test_multistep_schedulers(pipeline):
-    """Each trajectory has a scheduler of its own, so one with a history stays the stock pipeline's."""
+    """Each trajectory has its own scheduler, so one with a history works as in the stock pipeline."""
     from diffusers import DPMSolverMultistepScheduler
 
     scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
@@ -486,7 +486,7 @@ def test_what_cannot_be_drawn_is_refused(pipeline, text, how, said):
 
 
 def test_end_is_counted_not_searched():
-    """Padding may have the end token's id, or, as Stable Diffusion 2.x has it, another."""
+    """Padding may have the end token's id or, as in Stable Diffusion 2.x, another."""
     for padding in (49407, 0):
         mask, spans = [1, 1, 1, 1] + [0] * 6, [(0, 0), (0, 1), (2, 5), (0, 0)] + [(0, 0)] * 6
         found = SimpleNamespace(input_ids=[49406, 320, 2, 49407] + [padding] * 6, attention_mask=mask, offset_mapping=spans)
@@ -531,7 +531,7 @@ def test_the_command_refuses_in_one_line(folder, tmp_path, argv, said, capsys, m
     from zoodip.binding import check_flags, main
     from zoodip.errors import run_script
 
-    monkeypatch.setitem(sys.modules, "spacy", None)  # as if it were not installed, where it is
+    monkeypatch.setitem(sys.modules, "spacy", None)  # as if it were not installed
     argv = ["--model", str(folder), "--output", str(tmp_path / "out"), *argv]
     if "--embedding" not in argv:
         embedding = tmp_path / "word.safetensors"
@@ -546,7 +546,7 @@ def test_the_command_refuses_in_one_line(folder, tmp_path, argv, said, capsys, m
 
 
 def test_steps_without_backpropagation(pipeline):
-    """F1 is the gradient's projection on its directions; F2's estimates average to the gradient."""
+    """F1 is the gradient's projection onto its directions; F2's estimates average to the gradient."""
     from reproduction.binding_steps import coefficient_gradient, coefficient_step, estimated_step
 
     bound, _ = bound_of(pipeline)

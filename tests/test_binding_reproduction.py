@@ -1,4 +1,4 @@
-"""Binding's evaluation: prompts, ceiling, judges, scores and tables; and the whole command, small."""
+"""Binding's evaluation: prompts, ceiling, judges, scores and tables; and a small run of the whole command."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pipeline(tiny_model):
 
 
 def test_sets_of_prompts():
-    """Every set has 96 test prompts, none of them for development, all with marks, within the miniature's 30 tokens."""
+    """Every set has 96 test prompts, none also used for development, all with marks, within the miniature's 30 tokens."""
     for name in SETS:
         test, development = tasks_of(name, "test"), tasks_of(name, "development")
         known = {task.prompt for task in test}
@@ -67,7 +67,7 @@ def test_rows_have_settings_that_are_allowed():
 
 @pytest.mark.parametrize("row", ["phrase", "F: merge + semantic", "D: semantic + entropy, not merged"])
 def test_passes_of_a_picture(pipeline, row):
-    """As they are counted while it is drawn; thresholds, which only rows with maps have, may save some."""
+    """They equal those counted while drawing; thresholds, which only rows with maps have, may save some."""
     settings = replace(settings_of(row, 3, 5.0), sem_steps=min(1, ROWS[row].sem_steps), map_steps=min(1, ROWS[row].map_steps))
     (picture,) = draw_bound(pipeline, [TWO], settings=settings, **SIZE)
     expected = passes(settings, 2)
@@ -101,7 +101,7 @@ def test_windows_of_the_ceiling():
 
 
 def test_each_side_of_the_ceiling_is_its_own_groups(pipeline):
-    """One step: what is left of the overlap does not know the right group at all."""
+    """In one step, the part to the left of the overlap does not depend on the right group at all."""
     how = dict(settings=replace(METHODS["plain"], steps=1, guidance=5.0), seeds=[0, 1], height=16, width=64)
     prompts = [TWO, TWO.replace("white cat", "grass dog")]
     first, again, other, _ = ceiling_latents(pipeline, prompts, **how)
@@ -109,7 +109,7 @@ def test_each_side_of_the_ceiling_is_its_own_groups(pipeline):
     assert torch.equal(first[..., left], other[..., left]) and not torch.equal(first[..., right], other[..., right])
     assert not torch.equal(first, again)  # another seed
     (alone,) = ceiling_latents(pipeline, prompts[:1], **{**how, "seeds": [0]})
-    assert torch.allclose(alone, first, atol=1e-4)  # batches of other sizes round otherwise
+    assert torch.allclose(alone, first, atol=1e-4)  # other batch sizes round differently
 
 
 # ----------------------------------------------------------------------------------------------------- judges and scores
@@ -119,7 +119,7 @@ def test_each_side_of_the_ceiling_is_its_own_groups(pipeline):
     ([], (0, 0)), ([32, 96], (1, 1)), ([20, 44], (2, 0)), ([20, 44, 60], (2, 0)), ([58], (1, 0)),
 ])  # fmt: skip
 def test_pictures_to_count_on(middles, counts, monkeypatch):
-    """A half counts the creatures whose middle is in it, 2 for more; without any it shows the scene alone."""
+    """A half counts the creatures whose middle is in it, with 2 for two or more; without any it shows only the scene."""
     monkeypatch.setattr(binding_judges, "middles_of", lambda rng, count: middles)
     picture, found = counted_picture(index := len(middles))
     scene = render(replace(random_spec(np.random.default_rng([SEED, index]), held_out=True), x=-2.0), SIDE)
@@ -137,7 +137,7 @@ def test_creatures_stand_apart_and_off_the_middle():
 
 
 def halves(*colours: str, accessory=("nothing", "nothing"), chances=(1e-3, 1e-3), count=(1, 1), **more) -> list[dict]:
-    """Readings as `read_halves` has them; `chances` of a red hat."""
+    """Readings in the form of `read_halves`; `chances` are those of a red hat."""
     rows = []
     for k, colour in enumerate(colours):
         likely = [-10.0] * len(ACCESSORIES)
@@ -161,7 +161,7 @@ def test_scores_by_hand():
     worn = Task("", (Wanted("red"), Wanted("blue", "red hat")), "beach")
     scores = score(worn, halves("red", "blue", accessory=("red hat", "nothing"), chances=(0.75, 0.5)))
     assert scores["owner"] == 0 and scores["margin"] == pytest.approx(-0.25) and scores["uninvited"] == scores["scene"] == 0
-    assert score(worn, halves("red", "blue", chances=(1e-6, 2e-6)))["owner"] == 1  # small in both, and still more likely on one
+    assert score(worn, halves("red", "blue", chances=(1e-6, 2e-6)))["owner"] == 1  # small on both, and still more likely on one
     assert score(worn, halves("red", "blue"))["owner"] == 0.5  # a tie
     looks = (("colour", "red"), ("pattern", "spotted"), ("ears", "long"), ("shape", "tall"))
     breed = Task("", (Wanted("red", None, "meppor", looks), Wanted("blue")), "snow")
@@ -173,7 +173,7 @@ def test_scores_by_hand():
 
 @pytest.mark.slow
 def test_counter_learns_and_is_read_back(tmp_path):
-    """Better than chance, a third, after few renders: 150 fresh halves, so that .5 is four standard deviations above."""
+    """Better than chance (a third) after few renders: with 150 fresh halves, .5 is four standard deviations above it."""
     train_counter(tmp_path, 300)
     counter, known = load_counter(tmp_path)
     assert np.mean(list(known["right"].values())) > 0.5 and known["fresh"] == 150
@@ -189,7 +189,7 @@ def test_counter_learns_and_is_read_back(tmp_path):
 
 
 def records_of(**right: list[bool]) -> list[dict]:
-    """Records of S1's first prompts in rows that are right, or have the first colour twice."""
+    """Records of S1's first prompts, in rows that are right or have the first colour twice."""
     found = []
     for row, values in right.items():
         for task, value in zip(tasks_of("S1", "test"), values, strict=False):
@@ -254,7 +254,7 @@ def test_tables_come_from_the_records_alone(tmp_path):
     binding.main(binding.parse_args(["--report_only", "--report", str(tmp_path)]))
     assert (tmp_path / "RESULTS.md").read_bytes() == report and (tmp_path / "steps.png").stat().st_size > 1000
     (tmp_path / "records.json.xz").write_bytes(b"torn")
-    with pytest.raises(InputError, match="no whole file of records"):
+    with pytest.raises(InputError, match="not a valid file of records"):
         binding.main(binding.parse_args(["--report_only", "--report", str(tmp_path)]))
 
 
@@ -263,7 +263,7 @@ def test_tables_come_from_the_records_alone(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_goes_on_where_it_stopped(tmp_path):
-    """Stopped after its first job, it reports what is there; then it draws the rest, and what was drawn stays as it is."""
+    """Stopped after its first job, it reports what is there; run again, it draws the rest and leaves earlier pictures alone."""
     argv = ["--split", "development", "--sets", "S1", "--rows", "plain", "phrase", "ceiling",
             "--prompts", "2", "--seeds", "0", "--batch_size", "1",
             "--steps", "2", "--quantization", "none", "--counter_pictures", "60", "--jobs", "1",

@@ -1,4 +1,4 @@
-"""Checkpoints of other runs and damaged ones: refused in one line, or passed over."""
+"""Checkpoints of other runs and damaged ones are refused in one line, or skipped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def trained(tiny_model, tmp_path_factory):
     ("learnable_property", "style", "was 'object', is 'style'"), ("mixed_precision", "bf16", "was 'fp32', is 'bf16'"),
 ])  # fmt: skip
 def test_checkpoint_of_another_run(trained, refused, flag, value, was):
-    """The difference is named, flag, old and new."""
+    """The error names the difference: flag, old value and new value."""
     checkpoint = trained / "out" / "checkpoint-6.safetensors"
     line = refused(data=trained / "dog", resume_from_checkpoint=checkpoint, **{flag: value})
     assert f"--{flag} {was}" in line and "checkpoint-6" in line
@@ -50,7 +50,7 @@ def test_checkpoint_of_other_images(trained, tmp_path, refused):
 
 
 def test_checkpoint_of_other_weights(trained, tmp_path, tiny_model, refused):
-    """The same folder's name, another model in it: a retrained or a different variant."""
+    """The same folder name with another model in it: a retrained one or a different variant."""
     model = shutil.copytree(tiny_model, tmp_path / tiny_model.name)
     path = model / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
@@ -61,7 +61,7 @@ def test_checkpoint_of_other_weights(trained, tmp_path, tiny_model, refused):
 
 
 def damage(source, target, kind: str, resigned: bool = False) -> None:
-    """A checkpoint damaged in one way; `resigned`: with a checksum that fits what it then holds."""
+    """Write a checkpoint damaged in one way; `resigned`: with a checksum that fits the damaged content."""
     content = source.read_bytes()
     if kind == "truncated":
         return target.write_bytes(content[:-40])
@@ -107,25 +107,25 @@ KINDS_OF_STATE = ["nan", "infinite", "shape", "rows", "dtype", "another name", "
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "garbage", "header", "json", *KINDS_OF_STATE])
 def test_damaged_checkpoint(trained, tmp_path, refused, kind):
-    """Named as such; a run never goes on from half a state."""
+    """It is named as such; a run never resumes from half a state."""
     damage(trained / "out" / "checkpoint-6.safetensors", tmp_path / "checkpoint-6.safetensors", kind)
     line = refused(data=trained / "dog", resume_from_checkpoint=tmp_path / "checkpoint-6.safetensors")
-    assert "is not a whole checkpoint" in line and "checkpoint-6" in line
+    assert "is not a valid checkpoint" in line and "checkpoint-6" in line
 
 
 @pytest.mark.parametrize("kind", ["json", *KINDS_OF_STATE])
 def test_a_checksum_that_fits_is_not_enough(trained, tmp_path, refused, kind):
-    """Names, dtypes, shapes and finite numbers are compared with a fresh state: a broadcast would go unseen for hours."""
+    """Names, dtypes and shapes must match a fresh state, and numbers be finite: a broadcast would go unnoticed for hours."""
     damage(trained / "out" / "checkpoint-6.safetensors", tmp_path / "checkpoint-6.safetensors", kind, resigned=True)
     line = refused(data=trained / "dog", resume_from_checkpoint=tmp_path / "checkpoint-6.safetensors")
-    assert "is not a whole checkpoint" in line and "checkpoint-6" in line
+    assert "is not a valid checkpoint" in line and "checkpoint-6" in line
 
 
 @pytest.mark.parametrize(
-    ("settings", "fault"), [({}, "'n' is missing"), ([], "of another form: list indices"), (None, "NoneType")]
+    ("settings", "fault"), [({}, "'n' is missing"), ([], "has another form: list indices"), (None, "NoneType")]
 )
 def test_a_header_of_another_version(tmp_path, settings, fault):
-    """What is wrong is named as it is: a value that is missing, or one of another kind."""
+    """The error says what exactly is wrong: a missing value, or one of another kind."""
     run = Run(SimpleNamespace(state_dict=dict), seeded(), SimpleNamespace(is_main_process=True), {"n": 2}, {},
               output_dir=tmp_path, max_train_steps=4, save_steps=0, checkpointing_steps=0, checkpoints_total_limit=0,
               eval_steps=0, validation_steps=0)  # fmt: skip
@@ -133,7 +133,7 @@ def test_a_header_of_another_version(tmp_path, settings, fault):
     write_checkpoint(tmp_path / "checkpoint-1.safetensors", {**header, "settings": settings}, tensors)
     with pytest.raises(InputError, match=re.escape(fault)) as caught:
         run.load_checkpoint(tmp_path / "checkpoint-1.safetensors")
-    assert "is of another method or version" in str(caught.value)
+    assert "is from another method or version" in str(caught.value)
     assert ("is missing" in str(caught.value)) == (settings == {})
 
 
@@ -143,7 +143,7 @@ def test_checkpoint_that_is_not_there(trained, tmp_path, refused):
 
 @pytest.mark.parametrize("kind", ["truncated", "nan", "generator", "adam.step"])
 def test_latest_passes_over_a_damaged_checkpoint(trained, tmp_path, tiny_model, capsys, kind):
-    """A full disk may leave the newest broken; the one before it is taken, and gives the same result."""
+    """A full disk may leave the newest broken; the one before it is used and gives the same result."""
     out = tmp_path / "out"
     out.mkdir()
     shutil.copy(trained / "out" / "checkpoint-3.safetensors", out)

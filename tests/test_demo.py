@@ -63,7 +63,7 @@ def test_demo_leaves_what_the_readme_says(demo):
     assert record["step"] == STEPS and record["unet_forwards"] == 3 * STEPS and record["settings"]["quantization"] == "nf4"
     with safe_open(demo / "learned_embeds.safetensors", framework="pt") as file:
         assert list(file.keys()) == ["<sks>"]
-        assert str(ROOT) not in json.dumps(file.metadata())  # the model is named, not its place on this machine
+        assert str(ROOT) not in json.dumps(file.metadata())  # the model's name, not its path on this machine
     picture = np.asarray(Image.open(demo / f"validation-{STEPS}.png"))
     assert picture.shape[1:] == (1024, 3) and picture.shape[0] > 256  # four of 64 pixels, enlarged, the prompt beneath
     assert all(tile.std() > 10 for tile in np.split(picture[:256], 4, axis=1))  # pictures, not one colour
@@ -71,7 +71,7 @@ def test_demo_leaves_what_the_readme_says(demo):
 
 @pytest.fixture(scope="module")
 def results(demo, tmp_path_factory) -> Path:
-    """A folder of results, each in one of its own: the demo's word, and a LoRA of one step."""
+    """A folder of results, each in its own subfolder: the demo's word, and a LoRA trained for one step."""
     folder = tmp_path_factory.mktemp("results")
     (folder / "demo").symlink_to(demo)
     argv = ["--pretrained_model_name_or_path", "miniature/model", "--train_data_dir", "dataset/furmix", "--class_word", "critter",
@@ -99,7 +99,7 @@ def test_notebook(demo, results):
 
 
 def test_notebook_is_committed_with_outputs():
-    """Of every cell that shows pictures."""
+    """Every cell that shows pictures has its outputs."""
     notebook = nbformat.read(ROOT / "inference.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code" and re.search(r"^ *show\(", cell.source, re.MULTILINE)]
     assert len(cells) == 5
@@ -121,7 +121,7 @@ def test_the_bundled_subject_is_the_world_s(tmp_path):
 
 @pytest.mark.slow
 def test_quick(tmp_path):
-    """`sh train_zoodip.sh quick` says what it does, learns, and ends with the names of its files, which are all there."""
+    """`sh train_zoodip.sh quick` says what it does, learns, and ends with the names of its files, all of which exist."""
     output = tmp_path / "quick"
     environment = {**os.environ, "OUTPUT_DIR": str(output), "PYTHON": sys.executable}
     run = subprocess.run(
@@ -137,4 +137,4 @@ def test_quick(tmp_path):
     assert record["step"] == 66 and record["unet_forwards"] == 594
     with open(output / "training_log.csv") as file:
         losses = [float(row["eval_loss"]) for row in csv.DictReader(file)]
-    assert losses[-1] < 0.96 * losses[0], losses  # the demo's 300 steps of 3 forwards are asked for half of that
+    assert losses[-1] < 0.96 * losses[0], losses  # test_demo_learns asks half of that of 300 steps of 3 forwards

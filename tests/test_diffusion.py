@@ -54,14 +54,14 @@ def test_draw_batch_covers_everything_and_pairs_captions():
             seen[key] = seen.get(key, 0) + 1
     pairs = {(image, flip, row) for image in range(3) for flip in range(2) for row in choices[image]}
     assert set(seen) == pairs
-    # 1200 draws: 100 expected for images of two captions, 200 for one; 5 standard deviations of a Poisson count
+    # 1200 draws: 100 expected for images with two captions, 200 with one; 5 standard deviations of a Poisson count
     for (image, _, _), count in seen.items():
         expected = 100 if len(choices[image]) == 2 else 200
         assert abs(count - expected) < 5 * math.sqrt(expected)
 
 
 def test_the_fixed_set_is_fixed(tiny):
-    """Learning curves of different seeds and samplers must be judged on the same examples: no generator is handed in."""
+    """Learning curves of different seeds and samplers must be judged on the same examples: no generator is passed in."""
     data = Data(torch.rand(3, 2, 2, 4, 8, 8, generator=seeded()), [[0], [1], [0, 1]], tiny.prompts, scheduler_of(tiny.folder))
     sets = []
     for seed in (0, 9):
@@ -74,12 +74,12 @@ def test_the_fixed_set_is_fixed(tiny):
             assert torch.equal(getattr(first, name), getattr(second, name))
     timesteps = [int(batch.timesteps) for batch in sets[0]]
     assert sorted(timesteps) == [525, 575, 625, 675, 725, 775, 825, 875]  # the middles of eight equal parts of [500, 900)
-    assert timesteps != sorted(timesteps)  # else image and timestep would go together
+    assert timesteps != sorted(timesteps)  # otherwise image and timestep would be correlated
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_merged_batches_are_the_same_examples(tiny, size):
-    """Joining batches to save forwards must keep every example, in its order."""
+    """Joining batches to save forwards must keep every example, in order."""
     data = Data(torch.rand(3, 2, 2, 4, 8, 8, generator=seeded()), [[0], [1], [0, 1]], tiny.prompts, scheduler_of(tiny.folder))
     batches = evaluation_batches(data, 8, 0, 1000)
     merged = merge_batches(batches, size)

@@ -1,4 +1,4 @@
-"""The search for fewer forwards: what is run and read where, the rule of its verdicts, runs that are scored along the way."""
+"""The search for fewer forwards: what is run and read where, the rule of its verdicts, and runs that are scored along the way."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def settings(tiny_model, subject, tmp_path) -> runs.Settings:
 
 
 def test_spare_breeds_are_others():
-    """Neither their names nor their looks are those of the breeds that results are reported on."""
+    """They share neither names nor looks with the breeds that results are reported on."""
     names, looks = (
         {of(breed) for breed in held_out_breeds()} for of in (lambda b: b.name, lambda b: b.critter.main_attributes())
     )
@@ -78,7 +78,7 @@ def test_spare_breeds_are_others():
 
 @pytest.mark.parametrize("form", [*FORMS, *RIVALS, *SECOND_ROUND], ids=lambda form: form.label)
 def test_a_form_s_tokens_are_kept_and_paid_for(form, tmp_path):
-    """At each budget the token that is judged is one that the run keeps, and cost at most the budget, and little less."""
+    """At each budget the judged token is one that the run keeps, and it cost at most the budget and little less."""
     settings = runs.Settings(Miniature(tmp_path, tmp_path, tmp_path), tmp_path, "model", "id", None, None)
     job = fewer_forwards.job_of(form, held_out_breeds()[0].name, 0, settings)
     args = runs.spec_args(job.spec, settings)
@@ -102,7 +102,7 @@ def test_labels_are_names():
 
 
 def test_plan_and_hours(capsys, tmp_path):
-    """Nothing is run, and both parts say how long they would take; a run that two rows want is made once."""
+    """Nothing is run, and both parts say how long they would take; a run that two rows share is made once."""
     args = fewer_forwards.parse_args(["--dry_run", "--output", str(tmp_path / "runs"), "--jobs", "2"])
     fewer_forwards.main(args)
     lines = capsys.readouterr().out.splitlines()
@@ -133,8 +133,8 @@ def test_flags_of_the_measures():
 
 
 def test_scored_along_the_way(settings, tmp_path):
-    """What a run is judged at on its way is, to the bit, what a run of that length ends with; judged once, also by the command
-    that goes on after an interruption."""
+    """A token scored along the way equals, to the bit, the one that a run of that length ends with; it is scored only once, even
+    by a command that resumes after an interruption."""
     job = fewer_forwards.job_of(SMALL, "dog6", 0, settings)
     assert isinstance(job, fewer_forwards.FormJob) and not job.done(settings)
     fewer_forwards.do(job, settings)
@@ -150,7 +150,7 @@ def test_scored_along_the_way(settings, tmp_path):
         assert {"loss", "token_norm", "contrast", "CLIP-I", "CLIP-T"} <= set(point)
     path = fewer_forwards.points_path(job, settings)
     record = json.loads(path.read_text())
-    first = record["points"]["100"] | {"loss": 7.0}  # were it judged again, it would not stay
+    first = record["points"]["100"] | {"loss": 7.0}  # it would not stay if it were scored again
     path.write_text(json.dumps(record | {"points": {"100": first}}))
     fewer_forwards.do(job, settings)
     again = fewer_forwards.read_points(job, settings)
@@ -166,7 +166,7 @@ def test_scored_along_the_way(settings, tmp_path):
 
 
 def test_sheet_and_archive(settings, tmp_path):
-    """A line for each breed that is done; the archive holds the tokens that were judged and their scores, and no others."""
+    """One line for each breed that is done; the archive holds the tokens that were judged and their scores, and no others."""
     form = replace(SMALL, label=DEFAULT.label)
     measures = fewer_forwards.Part([form], ["dog6"], [0], settings)
     assert not fewer_forwards.write_sheet(measures, tmp_path / "none.jpg", 200, {})
@@ -186,7 +186,7 @@ def test_sheet_and_archive(settings, tmp_path):
 
 
 def test_contrast(tiny):
-    """Of a model that predicts its input, noise all over, the expected picture is flat: the noise it began from is all gone."""
+    """For a model that predicts that its input is all noise, the expected picture is flat: the initial noise is all gone."""
     scheduler, token = scheduler_of(tiny.folder), tiny.tokens(1)[0]
 
     class Echo:
@@ -225,7 +225,7 @@ def test_verdict_in_pictures(attributes, clip, said):
 
 
 def invented(better: float = 0.0, breeds: int = 3) -> dict:
-    """Of every row a curve that closes half of what is left of the gap at every budget; ours closes `better` of it besides."""
+    """For every row, a curve that closes half of the remaining gap at every budget; ours closes `better` of it besides."""
     found = {}
     for form in (*FORMS, *RIVALS, Form(GRADIENTS, method="ti"), BESIDE):
         of = {}
@@ -246,7 +246,7 @@ def invented(better: float = 0.0, breeds: int = 3) -> dict:
 def test_gap_between_budgets():
     curve = {100: {("a", 0): {"gap": 0.4}}, 300: {("a", 0): {"gap": 0.8}, ("b", 0): {"gap": 0.1}}}
     assert gap_at(curve, 250) == pytest.approx({("a", 0): 0.7, ("b", 0): 0.1 * 250 / 300})
-    assert gap_at(curve, 301) == {}  # nobody was judged there
+    assert gap_at(curve, 301) == {}  # nothing was scored there
 
 
 def test_aims():
@@ -281,7 +281,7 @@ def shift(found: dict, label: str, budgets: tuple[int, ...], score: str, by: flo
 
 
 def test_choice_of_a_form():
-    """Only what wins at two budgets in one score and loses nowhere takes the place of the trainer as it stands."""
+    """Only a form that wins at two budgets in one score and loses nowhere replaces the trainer as it is."""
     found = invented()
     clip, basis, vectors = "clip 0.1", "basis 24", "two vectors"
     assert chosen_form(found, FORMS) is DEFAULT  # all alike
@@ -314,7 +314,7 @@ def test_third_round():
 
 
 def test_tables_and_page():
-    """Our row wins where it is better on every breed, in loss too, where lower is better; and a page is filled twice alike."""
+    """Our row wins if it is better on every breed, also in loss, where lower is better; filling a page twice changes nothing."""
     found = invented(better=0.1)
     tables = measured_tables(found, DEFAULT.label, best_rivals(found))
     first = tables["verdicts"].lines[0]
@@ -352,7 +352,7 @@ def test_search_notes():
 
 
 def test_runs_done_are_collected(settings):
-    """A form's points with the gap they close: 0 of the class word's loss, 1 of converged gradients'."""
+    """A form's points with the gap that they close: 0 at the class word's loss, 1 at that of converged gradients."""
     end = replace(ENDS[1], flags=dict(max_train_steps=2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fewer_forwards, "ENDS", (ENDS[0], end))

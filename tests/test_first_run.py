@@ -30,7 +30,7 @@ def digests(folder: Path) -> dict[str, bytes]:
 
 
 def one_error(capsys) -> str:
-    """The one line of error of a refused command."""
+    """The single error line of a refused command."""
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, lines
     return lines[0]
@@ -85,7 +85,7 @@ def test_a_packed_folder_packed_again_stays_what_it_is(packed, tmp_path, capsys)
     assert pack(packed, tmp_path / "again") == 0
     assert "with int8 weights" in capsys.readouterr().out
     assert digests(tmp_path / "again") == digests(packed)
-    assert pack(packed, tmp_path / "other", "--quantization", "nf4") == 2  # it used to say nf4 of a copy in int8
+    assert pack(packed, tmp_path / "other", "--quantization", "nf4") == 2  # it used to call an int8 copy nf4
     assert "packed as int8" in one_error(capsys) and not (tmp_path / "other").exists()
 
 
@@ -134,7 +134,7 @@ PICTURES = dict(num_validation_images=1, final_picture=True)
 
 
 def interrupt_when(path: Path) -> threading.Thread:
-    """Ctrl-C in this process as soon as a file is there."""
+    """Send Ctrl-C to this process as soon as a file exists."""
 
     def wait() -> None:
         while not path.exists():
@@ -188,7 +188,7 @@ def test_the_picture_shows_the_initial_word_above_the_learned_one(tiny_model, su
 
 
 def test_the_last_pictures_can_be_stopped_and_are_drawn_on_resuming(tiny_model, subject, tmp_path, capsys):
-    """run.json is there before they are; Ctrl-C ends between two denoising steps, and nothing but the pictures is missing."""
+    """run.json is written before them; Ctrl-C stops between two denoising steps, and only the pictures are missing."""
     output = tmp_path / "out"
     flags = dict(max_train_steps=2, eval_steps=0, checkpointing_steps=0, final_picture=True)
     interrupt_when(output / "run.json")
@@ -205,7 +205,7 @@ def test_the_last_pictures_can_be_stopped_and_are_drawn_on_resuming(tiny_model, 
 
 
 def test_pictures_on_the_way_that_were_stopped_are_drawn_on_resuming(tiny_model, subject, tmp_path):
-    """The resumed run ends with the same files as one that nobody stopped."""
+    """The resumed run ends with the same files as an uninterrupted one."""
     flags = dict(max_train_steps=4, save_steps=2, validation_steps=2, validation_prompt="a photo of {}", eval_steps=0,
                  checkpointing_steps=2, checkpoints_total_limit=1, final_picture=False)  # fmt: skip
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -224,7 +224,7 @@ def test_pictures_on_the_way_that_were_stopped_are_drawn_on_resuming(tiny_model,
 
 
 def published(*variants: str) -> list[str]:
-    """The files of a model on a hub, its weights in these variants."""
+    """The files of a model on a hub, with its weights in these variants."""
     from zoodip.folder import WEIGHT_NAMES
 
     names = ["model_index.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json"]
@@ -235,14 +235,14 @@ def published(*variants: str) -> list[str]:
 
 @pytest.mark.parametrize(("variants", "chosen"), [(("", ".fp16"), "fp16"), (("",), None), ((".fp16",), "fp16")])
 def test_of_a_hub_model_the_half_precision_files_are_taken(monkeypatch, tmp_path, variants, chosen):
-    """It used to download 4.3 GB in fp32 to pack them in 4 bits. Who names a variant gets that."""
+    """It used to download 4.3 GB in fp32 to pack them in 4 bits. A named variant is the one used."""
     import huggingface_hub
 
     from zoodip.folder import hub_variant
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, revision=None: published(*variants))
     assert hub_variant("someone/sd") == chosen
-    assert hub_variant(str(tmp_path)) is None  # of a folder what is asked for
+    assert hub_variant(str(tmp_path)) is None  # for a folder, only what is asked for
 
 
 def test_half_precision_files_in_the_cache_are_found_without_network(monkeypatch, tmp_path):
@@ -271,7 +271,7 @@ def test_half_precision_files_in_the_cache_are_found_without_network(monkeypatch
 
 
 def lines_of_flags(model: Path, flags: dict) -> list[str]:
-    """What is said of a command line's flags."""
+    """The warnings about a command line's flags."""
     import train_zoodip
     from zoodip.arguments import without_effect
 
@@ -282,8 +282,8 @@ def lines_of_flags(model: Path, flags: dict) -> list[str]:
 @pytest.mark.parametrize(("flags", "said"), [
     (dict(cc_file="mine.json"), "--cc_file mine.json has no effect without --use_cc"),
     (dict(use_cc=True, learnable_property="style"), "--learnable_property style has no effect with --use_cc"),
-    (dict(timestep_sampling="uniform", t_min=100), "--t_min 100 moves the evaluation set only"),
-    (dict(timestep_sampling="snr", t_max=800), "--t_max 800 moves the evaluation set only"),
+    (dict(timestep_sampling="uniform", t_min=100), "--t_min 100 affects only the evaluation set"),
+    (dict(timestep_sampling="snr", t_max=800), "--t_max 800 affects only the evaluation set"),
     (dict(num_validation_images=2), "--num_validation_images 2 has no effect"),
     (dict(validation_guidance=3), "--validation_guidance 3.0 has no effect"),
     (dict(revision="main"), "--revision main has no effect"),
@@ -323,12 +323,12 @@ def test_captions_that_are_not_used_are_spoken_of(tmp_path, subject, capsys):
 
 @pytest.mark.slow
 def test_accelerate_launch_that_starts_one_process_instead_of_two_is_spoken_of(tiny_model, subject, tmp_path):
-    """It used to train in one process in silence."""
+    """It used to train silently in one process."""
     argv = arguments(tiny_model, subject, tmp_path / "out", max_train_steps=1, eval_steps=0)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train_zoodip.py", *argv]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    assert "asked for 2 processes and started 1" in result.stderr and "torchrun --nproc_per_node 2" in result.stderr
+    assert "asked for 2 processes but started 1" in result.stderr and "torchrun --nproc_per_node 2" in result.stderr
 
 
 # ----------------------------------------------------------------------------------------------------- TensorBoard
@@ -350,5 +350,5 @@ def test_pictures_arrive_in_tensorboard_and_runs_are_kept_apart(tiny_model, subj
                 steps.setdefault(tag, []).extend(event.step for event in log.Images(tag))
             for tag in log.Tags()["scalars"]:
                 if "eval_loss" in tag:
-                    assert [event.step for event in log.Scalars(tag)] == [0, 3]  # of one run
+                    assert [event.step for event in log.Scalars(tag)] == [0, 3]  # of one run only
         assert steps == {"validation": [2, 3], "before_after": [3]}

@@ -1,4 +1,4 @@
-"""Every flag has an effect: two runs that differ in it alone, and what must differ between them."""
+"""Every flag has an effect: two runs that differ only in it, and what must differ between them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from flag_runs import Effects, apart, beside, check_effect, learned, left, make_
 
 import train_zoodip
 
-LEARNING_RATE = 5e-3  # by which a step moves a coordinate of the token at most
+LEARNING_RATE = 5e-3  # the most that a step moves a coordinate of the token
 
 
 @pytest.fixture(scope="module")
 def run(tiny_model, subject, tmp_path_factory):
-    """A run of ten steps with some flags of its own, each combination once."""
+    """Runs ten steps with the flags given, each combination once."""
     worlds = make_worlds(tiny_model, subject, tmp_path_factory.mktemp("worlds"))
     defaults, stopped = dict(max_train_steps=10, eval_steps=0), dict(max_train_steps=6)
     return make_runner(train_zoodip, arguments, worlds, tmp_path_factory, defaults, stopped)
@@ -88,21 +88,21 @@ def test_every_flag_has_an_effect(run, flag):
     ("estimator", "one_point"), ("timestep_sampling", "snr"), ("quantization", "none"), ("mixed_precision", "fp16"), ("nu", 0),
 ])  # fmt: skip
 def test_every_choice_has_an_effect(run, flag, value):
-    """The remaining choices of a flag are neither its default nor the one in the table."""
+    """The remaining choices of a flag give neither the default's result nor that of the choice in the table."""
     table = EFFECTS[flag][1]
     for other in (run(), run(**table)):
         assert apart(learned(run(**{flag: value})), learned(other)) > 1e-2 * LEARNING_RATE
 
 
 def test_candidates_per_forward_is_obeyed(run):
-    """The forwards of ten steps: three candidates at once, or one by one; and one forward that tries the model at the start."""
+    """The forwards of ten steps: three candidates at once, or one by one; and one forward that checks the model at the start."""
     assert run().unet_batches == [1] + [3] * 10
     assert run(candidates_per_forward=1).unet_batches == [1] + [1] * 30
     assert run(candidates_per_forward=2, train_batch_size=2).unet_batches == [1] + [4, 2] * 10
 
 
 def test_pictures_are_asked_of_the_unet_as_the_flags_say(run):
-    """Two halves of a batch with guidance, one without; 20 forwards a picture."""
+    """Two halves of a batch with guidance, one without; 20 forwards per picture."""
     for flags, size, count in ((PICTURE, 2, 1), (dict(PICTURE, validation_guidance=1), 1, 1),
                                (dict(PICTURE, num_validation_images=2), 2, 2)):  # fmt: skip
         assert run(**flags).unet_batches[11:] == [size] * 20 * count

@@ -1,7 +1,7 @@
-"""Every file the script reads, damaged as disks, downloads and people damage files.
+"""Every file that the script reads, damaged as disks, downloads and people damage files.
 
-Whatever it is, a run ends well (0), or with one line that begins "error: " and exit code 2; without a traceback, in time,
-and without half a result. The cases are generated, the same ones every time.
+Whatever the damage, a run ends well (0), or with exit code 2 and one line that begins "error: "; without a traceback, in time,
+and without partial results. The cases are generated and the same every time.
 
 The script reads images, cc.json, the model's folder (weights, index of shards, configurations, tokenizer, scheduler) and its own
 checkpoints. It reads no embedding: what it writes for others is checked where it is loaded, in test_run.py.
@@ -45,9 +45,9 @@ LIMIT = 120  # seconds: a run takes a third of one, but machines are shared
 
 
 def cases(number: int, sample: int, **strategies):
-    """Two tests of one function over generated cases: the first `sample`, and as `..._all`, slow, all `number` of them.
+    """Two tests of one function over generated cases: the first `sample` and, as the slow `..._all`, all `number` of them.
 
-    The same cases every time, without hypothesis' limits on time.
+    The cases are the same every time, without hypothesis' time limits.
     """
 
     def tests_of(function):
@@ -71,7 +71,7 @@ def too_long(*_):
 
 @pytest.fixture
 def outcome(capfd, tmp_path):
-    """Runs a command line in `output` and holds it to the rule above; returns the exit code and stderr."""
+    """Runs a command line in `output` and checks it against the rule above; returns the exit code and stderr."""
 
     def check(argv: list[str], output: Path = tmp_path / "out") -> tuple[int, str]:
         capfd.readouterr()
@@ -107,19 +107,19 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_model, data) -> Path:
-    """Of a run of two steps, at the first; the embedding of the second beside it."""
+    """The first checkpoint of a run of two steps; the embedding after the second step is beside it."""
     assert run_cli(arguments(tiny_model, data, data.parent / "trained", **RUN)) == 0
     return data.parent / "trained" / "checkpoint-1.safetensors"
 
 
 @pytest.fixture
 def copy(tiny_model, tmp_path) -> Path:
-    """The model's folder as links, to exchange files in."""
+    """The model's folder as hard links, to replace files in."""
     return Path(shutil.copytree(tiny_model, tmp_path / "model" / tiny_model.name, copy_function=os.link))
 
 
 def exchange(path: Path, content: bytes) -> None:
-    """Another content for a linked file; never through the link."""
+    """Replace the content of a linked file, never writing through the link."""
     path.unlink()
     path.write_bytes(content)
 
@@ -159,13 +159,13 @@ def damaged(content: bytes, damage: tuple) -> bytes:
 
 @cases(60, 6, damage=DAMAGE)
 def test_checkpoint_bytes(outcome, checkpoint, tiny_model, data, tmp_path, damage):
-    """A checkpoint with one bit changed is refused as a whole, wherever the bit is: another token must not come of it."""
+    """A checkpoint with even one changed bit is refused as a whole: it must not lead to another token."""
     content = damaged(checkpoint.read_bytes(), damage)
     assume(content != checkpoint.read_bytes())
     path = tmp_path / "checkpoint-1.safetensors"
     path.write_bytes(content)
     code, text = outcome(arguments(tiny_model, data, tmp_path / "out", resume_from_checkpoint=path, **RUN))
-    assert code == 2 and "is not a whole checkpoint" in text and str(path) in text
+    assert code == 2 and "is not a valid checkpoint" in text and str(path) in text
 
 
 @cases(8, 2, damage=DAMAGE)
@@ -199,7 +199,7 @@ CHANGES = {
 
 
 def spoilt(tensor: torch.Tensor, value: float) -> torch.Tensor:
-    """The tensor with one value exchanged, where it can hold it."""
+    """The tensor with one value replaced, if its dtype can hold it."""
     tensor = tensor.clone()
     if tensor.is_floating_point() and tensor.numel():
         tensor.view(-1)[-1] = value
@@ -207,17 +207,17 @@ def spoilt(tensor: torch.Tensor, value: float) -> torch.Tensor:
 
 
 def signed(path: Path, tensors: dict, header: str) -> None:
-    """A checkpoint whose checksum fits: not damaged but made, so that only what it says can be wrong."""
+    """A checkpoint whose checksum fits: crafted rather than damaged, so that only its content can be wrong."""
     try:
         digest = state_digest(header, tensors)
-    except TypeError:  # a dtype that numpy has not
+    except TypeError:  # a dtype that numpy lacks
         digest = ""
     path.write_bytes(save(tensors, {"format": "pt", "zoodip.checkpoint": header, "zoodip.sha256": digest}))
 
 
 @cases(90, 8, name=st.sampled_from(STATE), other=st.sampled_from(STATE), change=st.sampled_from(["swap", "missing", *CHANGES]))
 def test_checkpoint_state(outcome, checkpoint, tiny_model, data, tmp_path, name, other, change):
-    """Wrong dtype, wrong shape, NaN inside, swapped, with a checksum that fits: refused, or numbers that a run can use."""
+    """Wrong dtype, wrong shape, NaN inside, swapped, with a checksum that fits: refused, unless a run can use the numbers."""
     assume((name, change) != ("adam.step", "negative"))  # no disk counts backwards, and Adam would divide by zero
     whole, path = load_file(checkpoint), tmp_path / "checkpoint-1.safetensors"
     tensors = dict(whole)
@@ -232,12 +232,12 @@ def test_checkpoint_state(outcome, checkpoint, tiny_model, data, tmp_path, name,
     code, text = outcome(arguments(tiny_model, data, tmp_path / "out", resume_from_checkpoint=path, **RUN))
     possible = change != "missing" and all(can_be(key, tensors[key], whole[key]) for key in (name, other))
     assert code == 2 or possible
-    assert code == 0 or "is not a whole checkpoint" in text or (possible and ("token is NaN or Inf" in text or "finite" in text))
+    assert code == 0 or "is not a valid checkpoint" in text or (possible and ("token is NaN or Inf" in text or "finite" in text))
     assert code == 0 or str(path) in text or possible
 
 
 def can_be(name: str, tensor: torch.Tensor, whole: torch.Tensor) -> bool:
-    """Whether some run of the same flags has this tensor in its state: a history has any number of rows, all else its shape."""
+    """Whether some run of the same flags has such a tensor in its state: a history has any number of rows, all else its shape."""
     rows = 1 if name.startswith("subspace.") else 0
     same = (tensor.dtype, tensor.dim(), tensor.shape[rows:]) == (whole.dtype, whole.dim(), whole.shape[rows:])
     return same and bool(torch.isfinite(tensor).all())
@@ -257,7 +257,7 @@ def nodes(tree, path=()):
 
 
 def changed(tree, choice: int, value, delete: bool):
-    """The document with one value exchanged or deleted."""
+    """The document with one value replaced or deleted."""
     *path, last = list(nodes(tree))[1:][choice % (len(list(nodes(tree))) - 1)]
     tree = json.loads(json.dumps(tree))
     inner = tree
@@ -275,8 +275,8 @@ JSON_CHANGE = dict(choice=st.integers(0, 10**6), value=st.sampled_from(VALUES), 
 
 @cases(60, 6, **JSON_CHANGE, part=st.sampled_from(["settings", "fingerprint", "progress"]), resigned=st.booleans())
 def test_checkpoint_header(outcome, checkpoint, tiny_model, data, tmp_path, choice, value, delete, part, resigned):
-    """A value in it exchanged for any other kind of value: refused by its checksum; with a new checksum, which no disk computes,
-    what it says of another run is believed, and the run refused for it. (Counts under a new checksum are not looked into.)
+    """A value replaced by any other kind of value is refused by the checksum; with a new checksum, which no disk computes, what
+    it says of another run is believed, and the run refused for it. (Counts under a new checksum are not checked.)
     """
     with safe_open(checkpoint, "pt") as handle:
         metadata = handle.metadata()
@@ -290,7 +290,7 @@ def test_checkpoint_header(outcome, checkpoint, tiny_model, data, tmp_path, choi
         path.write_bytes(save(load_file(checkpoint), {**metadata, "zoodip.checkpoint": text}))
     code, line = outcome(arguments(tiny_model, data, tmp_path / "out", resume_from_checkpoint=path, **RUN))
     assert code == 2 and str(path) in line
-    assert ("is not a whole checkpoint" if not resigned else "start anew without --resume_from_checkpoint") in line
+    assert ("is not a valid checkpoint" if not resigned else "start over without --resume_from_checkpoint") in line
 
 
 CONFIGS = ["unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json",
@@ -299,7 +299,7 @@ CONFIGS = ["unet/config.json", "vae/config.json", "text_encoder/config.json", "s
 
 @cases(150, 12, file=st.sampled_from(CONFIGS), **JSON_CHANGE)
 def test_configurations(outcome, copy_once, data, tmp_path, tiny_model, file, choice, value, delete):
-    """A value that no model of that kind can have, in any place of any configuration."""
+    """A value that no model of that kind can have, anywhere in any configuration."""
     tree = json.loads((tiny_model / file).read_text())
     exchange(copy_once / file, json.dumps(changed(tree, choice, value, delete)).encode())
     try:
@@ -310,7 +310,7 @@ def test_configurations(outcome, copy_once, data, tmp_path, tiny_model, file, ch
 
 @pytest.fixture
 def copy_once(copy):
-    """The same links for all examples of a test, each of which puts back what it took."""
+    """The same links for all examples of a test, each of which restores what it replaced."""
     return copy
 
 
@@ -342,7 +342,7 @@ def weights(part: str) -> str:
 
 @cases(45, 6, part=st.sampled_from(PARTS), damage=DAMAGE)
 def test_weight_bytes(outcome, copy_once, data, tmp_path, tiny_model, part, damage):
-    """A header that is damaged is found; a bit of a weight is a weight like another, unless it makes NaN of it."""
+    """A damaged header is found; a flipped bit in a weight just gives another weight, unless it gives NaN."""
     content = (tiny_model / weights(part)).read_bytes()
     broken = damaged(content, damage)
     exchange(copy_once / weights(part), broken)
@@ -405,7 +405,7 @@ def packed(tiny_model, tmp_path_factory) -> dict[str, Path]:
     change=st.sampled_from(["swap", "missing", *CHANGES]),
 )
 def test_packed_tensors(outcome, packed, data, tmp_path, quantization, part, choice, other, change):
-    """4-bit codes and their scales in the wrong type or size, or NaN: C code reads them, so they must be found before."""
+    """4-bit codes and their scales in the wrong type or size, or NaN: C code reads them, so this must be found before."""
     (file,) = (packed[quantization] / part).glob("*.safetensors")
     whole = file.read_bytes()
     tensors = load_file(file)
@@ -465,7 +465,7 @@ def run_packing(argv: list[str]) -> tuple[int, str]:
     ("part", "key"), [("unet", "layers_per_block"), ("vae", "layers_per_block"), ("text_encoder", "num_hidden_layers")]
 )
 def test_a_model_without_end(outcome, copy, data, tmp_path, part, key):
-    """A configuration of a billion layers is refused, and not built."""
+    """A configuration of a billion layers is refused without being built."""
     config = json.loads((copy / part / "config.json").read_text())
     exchange(copy / part / "config.json", json.dumps(config | {key: 10**9}).encode())
     code, text = outcome(arguments(copy, data, tmp_path / "out", **RUN))
@@ -534,7 +534,7 @@ def pickled(content) -> bytes:
 
 @pytest.mark.parametrize("pair", sample(itertools.permutations(PARTS, 2), ("unet", "vae"), ("vae", "text_encoder")), ids="-".join)
 def test_swapped_files(outcome, copy, data, tmp_path, pair):
-    """The weights of one part in the place of another's, and its configuration likewise."""
+    """The weights of one part in place of another's, then its configuration."""
     source, target = pair
     content = (copy / weights(source)).read_bytes()
     original = (copy / weights(target)).read_bytes()
@@ -554,7 +554,7 @@ CAPTION = st.text(max_size=60)
 
 @cases(50, 5, before=CAPTION, after=CAPTION, braces=st.integers(0, 2))
 def test_captions(outcome, data, tmp_path, tiny_model, before, after, braces):
-    """Any text there is, in any script, with {} once as it should be, never or twice."""
+    """Any text, in any script, with {} once, as it should be, never, or twice."""
     caption = before + "{}" * braces + after
     file = tmp_path / "cc.json"
     file.write_text(json.dumps({"dog": {"00.png": caption}}))
@@ -607,7 +607,7 @@ SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "AVIF": ".avif", "BM
 
 
 def encoded(mode: str, kind: str, size: tuple[int, int] = (12, 10)) -> bytes | None:
-    """A picture of that mode in that format, or None where Pillow does not write it."""
+    """A picture of that mode in that format, or None if Pillow does not write it."""
     image = Image.new(mode, size)
     values = np.random.default_rng(0).integers(0, 256, len(image.tobytes()), np.uint8)
     if mode == "F":
@@ -634,7 +634,7 @@ def one_picture(tmp_path: Path, content: bytes, name: str = "x.png") -> Path:
 
 @pytest.mark.parametrize("mode", sample(MODES, "P", "LAB", "I;16"))
 def test_every_mode(outcome, tmp_path, tiny_model, mode):
-    """Every mode in every format that holds it trains, or is refused by the picture's name."""
+    """Every mode in every format that holds it trains, or is refused in a line that names the picture."""
     kinds = [kind for kind in SUFFIXES if (mode, kind) in PICTURES]
     assert kinds or mode in ("HSV", "PA", "La", "RGBa", "I;16L", "RGBX", "I;16B"), "Pillow has learned to write it"
     for kind in kinds:
@@ -648,7 +648,7 @@ def test_image_bytes(outcome, tmp_path, tiny_model, picture, damage):
     """Damaged pictures of every kind."""
     folder = one_picture(tmp_path, damaged(PICTURES[picture], damage))
     code, text = outcome(arguments(tiny_model, folder, tmp_path / "out", **RUN))
-    assert code == 0 or (str(folder / "x.png") in text and "remove it or save it anew" in text) or "too large" in text
+    assert code == 0 or (str(folder / "x.png") in text and "remove it or save it again" in text) or "too large" in text
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -661,7 +661,7 @@ def png(width: int, height: int, *chunks: bytes, pixels: bytes = b"") -> bytes:
 
 
 def bits(width: int, height: int) -> bytes:
-    """All-black pixels: a thousandth of them in bytes."""
+    """All-black pixels, compressed a thousandfold."""
     return zlib.compress(bytes((width // 8 + 1) * height), 9)
 
 
@@ -685,7 +685,7 @@ def animated(kind: str) -> bytes:
 
 
 def gif_bomb() -> bytes:
-    """A 1 x 1 GIF whose screen says 65535 x 65535."""
+    """A 1 x 1 GIF that declares a screen of 65535 x 65535."""
     buffer = io.BytesIO()
     Image.new("P", (1, 1)).save(buffer, "GIF")
     return buffer.getvalue()[:6] + struct.pack("<HH", 65535, 65535) + buffer.getvalue()[10:]
@@ -719,12 +719,12 @@ NAMED = {
 
 @pytest.mark.parametrize("name", sample(NAMED, "1 pixel", "20,000 wide", "text bomb", "animated GIF", "NaN", "EPS"))
 def test_named_images(outcome, tmp_path, tiny_model, name):
-    """The corners: by exit code, or by words of the line; None: either, but in time and memory."""
+    """Corner cases, by exit code or by words of the error line; None: either outcome, within limits of time and memory."""
     make, expected = NAMED[name]
     folder = one_picture(tmp_path, make())
     peak = peak_memory()
     code, text = outcome(arguments(tiny_model, folder, tmp_path / "out", **RUN))
-    # the largest picture that is let through is 0.4 GB; these are refused before, or are small
+    # the largest picture that is accepted is 0.4 GB; these are refused before that, or are small
     assert peak_memory() - peak < 0.2, f"{peak_memory() - peak:.2f} GB"
     if expected is not None:
         assert code == (0 if expected == 0 else 2) and (expected == 0 or (expected in text and "x.png" in text)), text
@@ -740,7 +740,7 @@ PICTURE_NAMES = {"line break": b"a\nerror: b.png", "terminal codes": b"\x1b[2J\x
 
 @pytest.mark.parametrize("kind", sample(PICTURE_NAMES, "line break", "no text"))
 def test_names_of_images(outcome, tmp_path, tiny_model, kind):
-    """Line breaks, terminal codes and bytes that are no text, in the name of a broken picture: still one line."""
+    """Line breaks, terminal codes and bytes that are not text, in the name of a broken picture: still one line."""
     name = os.fsdecode(PICTURE_NAMES[kind])
     folder = one_picture(tmp_path, b"broken", name)
     code, text = outcome(arguments(tiny_model, folder, tmp_path / "out", **RUN))

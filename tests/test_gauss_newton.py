@@ -78,11 +78,11 @@ def test_what_few_mixtures_see_is_the_projection():
 
 
 @pytest.mark.parametrize("directions, steps, tolerance", [
-    (12, 1, 1e-4),  # what is left is fp32's rounding of the candidates
+    (12, 1, 1e-4),  # the rest is fp32 rounding of the candidates
     (3, 400, 1e-2),  # a step sees a quarter of the space: the memory still holds a little of the way
 ])  # fmt: skip
 def test_a_quadratic_is_solved(directions, steps, tolerance):
-    """The whole space as basis, no clip, hardly any prior: the least-squares solution. It is 4 away from the start."""
+    """The whole space as basis, no clip, hardly any prior: this gives the least-squares solution, 4 away from the start."""
     world = Linear()
     memory = 1e6 if steps == 1 else 20.0
     learner = world.learner(12, directions=directions, rho=0.5, prior=1e4, clip=1e4, memory=memory, inflation=1e-6)
@@ -95,7 +95,7 @@ def test_a_quadratic_is_solved(directions, steps, tolerance):
 
 
 def test_the_update_is_the_one_written_down():
-    """Two steps against the formulas of the head of the script, written with dense matrices and an explicit inverse."""
+    """Two steps against the formulas in the head of the script, written with dense matrices and an explicit inverse."""
     world = Linear()
     settings = dict(rho=0.5, inflation=2.0, prior=0.3, clip=0.05, memory=4.0)
     learner = world.learner(6, directions=3, **settings)
@@ -139,7 +139,7 @@ def test_a_larger_basis_keeps_what_was_learned():
 
 
 def test_variance_from_the_data():
-    """Of residuals that are white noise, their variance; of residuals that repeat each number four times, four times that."""
+    """For residuals that are white noise, their variance; for residuals that repeat each number four times, four times that."""
     generator = torch.Generator().manual_seed(8)
     found = []
     for repeats in (1, 4):
@@ -156,7 +156,7 @@ def test_variance_from_the_data():
 
 @pytest.mark.parametrize("growth, spans", [(0.0, [5, 5, 5]), (0.5, [5, 5.5, 6])])
 def test_memory(growth, spans):
-    """Of what a step adds, the next ones keep 1 - 1 / span each."""
+    """Each later step keeps 1 - 1 / span of what a step added."""
     world = Linear()
     learner, kept = world.learner(4, directions=4, memory=5.0, memory_growth=growth), []
     for _ in spans:
@@ -187,7 +187,7 @@ def test_the_best_start_goes_on():
 
 
 def test_a_rotated_basis_changes_nothing():
-    """Rebasing to a rotation of the same directions keeps the token, and the solution that the past points to."""
+    """Rebasing to a rotation of the same directions keeps the token, and the solution that past steps point to."""
     world = Linear()
     learner, generator = world.learner(6, directions=3, rho=0.5, clip=1e4), torch.Generator().manual_seed(4)
     for _ in range(5):
@@ -272,7 +272,7 @@ def test_sixteen_bit_encoder_is_given_back(tiny_model):
     dict(starts=2, start_steps=1, max_forwards=44, rebase_steps=1),
 ], ids=["default", "growing", "two starts"])  # fmt: skip
 def test_run_and_resume(form, tiny_model, subject, tmp_path):
-    """An interrupted run goes on to the same bits, over a change of basis and a choice of starts."""
+    """An interrupted run resumes to the same bits, across a change of basis and a choice of starts."""
     assert run(flags(tiny_model, subject, tmp_path / "whole", checkpointing_steps=1, checkpoints_total_limit=0, **form)) == 0
     for step in (1, 2, 3):
         checkpoint = tmp_path / "whole" / f"checkpoint-{step}.safetensors"
@@ -291,7 +291,7 @@ def test_run_and_resume(form, tiny_model, subject, tmp_path):
     (dict(rho=0), "--rho must be a positive number"), (dict(memory=1), "--memory must be more than 1"),
     (dict(t_min=950), "--t_min must be below --t_max"), (dict(basis_size=99), "--basis_size 99 is more than the token's 32"),
     (dict(basis_size=[6, 1]), "--directions must be at most --basis_size 1"), (dict(inflation="some"), "--inflation"),
-    (dict(starts=2, start_steps=1), "--max_forwards must be at least 41, the forwards up to one step with the best of"),
+    (dict(starts=2, start_steps=1), "--max_forwards must be at least 41, enough for one step with the best of"),
     (dict(memory_growth=-1), "--memory_growth must not be negative"), (dict(start_steps=0), "--start_steps must be at least 1"),
 ])  # fmt: skip
 def test_wrong_flags_are_one_line(change, says, tiny_model, subject, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""A run that is killed, interrupted, or loses its disk, at any moment, is not lost: nothing half written, nothing different."""
+"""A run that is killed, interrupted or loses its disk at any moment is not lost: nothing is half written, nothing differs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PATIENCE = 300  # seconds; a run takes less than one, but machines are shared
 
 
 class Run:
-    """A run in a process of its own, started by fork_server.py."""
+    """A run in its own process, started by fork_server.py."""
 
     def __init__(self, server: subprocess.Popen, place: Path, output: Path, argv: list[str], **options):
         self.place, self.watch, self.started = place, Watch(output), time.monotonic()
@@ -63,7 +63,7 @@ class Run:
             pass
 
     def error(self) -> str:
-        """Its one line of error."""
+        """Its single error line."""
         lines = re.split(r"[\r\n]+", (self.place / "stderr").read_text())
         errors = [line for line in lines if line.startswith("error: ")]
         assert len(errors) == 1 and "Traceback" not in "".join(lines), lines
@@ -98,7 +98,7 @@ def start(server, tiny_model, subject, tmp_path_factory):
 
 @dataclass
 class Reference:
-    """A run that nothing happens to."""
+    """An undisturbed run."""
 
     output: Path
     changes: list[str]  # to its folder, in order
@@ -125,7 +125,7 @@ def reference(start, tmp_path_factory):
 
 @pytest.fixture
 def finish(start, reference):
-    """Resumes a run to its end and holds what it leaves to the reference of the same flags, byte for byte."""
+    """Resumes a run to its end and compares its files with the reference of the same flags, byte for byte."""
 
     def check(output: Path, stopped: bool = False, **flags) -> None:
         run = start(output, resume_from_checkpoint="latest", **flags)
@@ -150,10 +150,10 @@ def kill_before(change: int, start, finish, output: Path, **flags) -> None:
 
 @pytest.mark.parametrize("every", sample([1, 7], 7))
 def test_killed_before_every_change_to_the_folder(start, reference, finish, tmp_path, every):
-    """Each open, rename and removal in the output folder, from the lock to run.json, is the first thing a run does not do.
+    """A run is killed just before each open, rename and removal in the output folder, from the lock to run.json.
 
-    What it has done by then is at most --checkpointing_steps steps ahead of the newest checkpoint, all files are whole, and the
-    resumed run leaves the same bytes as one that nothing happened to.
+    By then it is at most --checkpointing_steps steps ahead of the newest checkpoint, all files are whole, and the resumed run
+    leaves the same bytes as an undisturbed one.
     """
     changes = len(reference().changes)
     assert changes > 30  # an open and a rename for each of 6 + 2 embeddings, 3 checkpoints, 3 curves, run.json ...
@@ -163,7 +163,7 @@ def test_killed_before_every_change_to_the_folder(start, reference, finish, tmp_
 
 @pytest.mark.slow
 def test_killed_while_drawing(start, reference, finish, tmp_path):
-    """No picture is missing after a resume, nor, when the run dies over its last one, the embedding."""
+    """No picture is missing after a resume; nor is the embedding if the run dies while writing its last picture."""
     changes = reference(**PICTURES).changes
     drawn = [i for i, change in enumerate(changes) if change.startswith("os.rename") and "validation-" in change]
     assert len(drawn) == 2 and "checkpoint-4" in changes[drawn[0] + 1]
@@ -176,7 +176,7 @@ def test_killed_while_drawing(start, reference, finish, tmp_path):
 
 @pytest.mark.parametrize("number", sample([20, 4], 4))
 def test_killed_at_random_moments(start, reference, finish, tmp_path, number):
-    """SIGKILLs spread over a run's life, several on the same run, the folder watched all the while."""
+    """SIGKILLs spread over a run's life, several on the same run, with the folder watched throughout."""
     life, rng, kills, polls = reference().seconds, random.Random(0), 0, 0
     output = tmp_path / "out"
     while kills < number:
@@ -202,7 +202,7 @@ def test_killed_at_random_moments(start, reference, finish, tmp_path, number):
 @pytest.mark.parametrize("runs", sample([range(6), (0, 4)], (0, 4)), ids=["all", "some"])
 @pytest.mark.parametrize("number", sample([signal.SIGINT, signal.SIGTERM], signal.SIGINT))
 def test_signals_at_random_moments(start, reference, finish, tmp_path, number, runs):
-    """A run that is asked to stop says how to go on, with the code a shell gives; no step that was done is repeated."""
+    """A run that is asked to stop says how to resume and ends with the code a shell gives; no completed step is repeated."""
     life, rng, stepping = reference().seconds, random.Random(int(number)), 0
     for i in runs:
         output = tmp_path / str(i)
@@ -228,7 +228,7 @@ def test_signals_at_random_moments(start, reference, finish, tmp_path, number, r
 
 
 def test_signals_while_the_script_starts(tiny_model, subject, tmp_path):
-    """Ctrl-C while torch is imported: a line, not a traceback through a hundred modules."""
+    """Ctrl-C while torch is imported gives one line, not a traceback through a hundred modules."""
     script = [sys.executable, ROOT / "train_zoodip.py", *arguments(tiny_model, subject, tmp_path / "out")]
     process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     limit = time.monotonic() + PATIENCE
@@ -241,7 +241,7 @@ def test_signals_while_the_script_starts(tiny_model, subject, tmp_path):
 
 
 def test_interrupted_while_packing(server, tmp_path):
-    """Ctrl-C during --save_quantized: hundreds of megabytes that are of no use are not left behind."""
+    """Ctrl-C during --save_quantized leaves no hundreds of useless megabytes behind."""
     argv = ["--pretrained_model_name_or_path", str(MINIATURE), "--save_quantized", str(tmp_path / "packed")]
     run = Run(server, tmp_path / "place", tmp_path / "none", argv)
     run.wait(until=lambda: any(tmp_path.glob(".packed.*.tmp/unet/*.safetensors")))
@@ -255,7 +255,7 @@ def test_interrupted_while_packing(server, tmp_path):
 
 
 def test_out_of_memory(start, tmp_path):
-    """Pictures of 64 million pixels in 1 GB: what to change, in one line; a damaged folder is not blamed."""
+    """Pictures of 64 million pixels in 1 GB: one line says what to change, and a damaged folder is not blamed."""
     run = start(tmp_path / "out", dict(memory=1 << 30), resolution=8000)
     assert run.wait() == 2
     assert "out of memory; try --candidates_per_forward 1" in run.error()
@@ -265,7 +265,7 @@ def test_out_of_memory(start, tmp_path):
 
 
 def stopped_by(run: Run, output: Path, fault, mended, finish, words: str, **flags) -> None:
-    """Have `fault()` strike after the first checkpoint; the run must stop with one line, and go on once `mended()`."""
+    """Have `fault()` strike after the first checkpoint; the run must stop with one line, and resume once `mended()`."""
     run.wait(until=lambda: newest_checkpoint(output) > 0)
     fault()
     try:
@@ -282,7 +282,7 @@ def stopped_by(run: Run, output: Path, fault, mended, finish, words: str, **flag
 
 
 def test_file_size_limit(start, finish, tmp_path):
-    """A quota on file sizes (as a full disk, this fails in the middle of a write): the partial file is not left behind."""
+    """A quota on file sizes fails, like a full disk, in the middle of a write: the partial file is not left behind."""
     output = tmp_path / "out"
     run = start(output, **ENDLESS)
     stopped_by(
@@ -297,7 +297,7 @@ def test_file_size_limit(start, finish, tmp_path):
 
 
 def test_disk_full(start, finish, tmp_path):
-    """A file system of 6 MB that something else fills while the run goes on."""
+    """A file system of 6 MB that something else fills during the run."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", disk], capture_output=True).returncode:
@@ -325,7 +325,7 @@ def test_disk_full(start, finish, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets root give up writing anywhere")
 def test_read_only_folder(start, finish, tmp_path):
-    """Refused at the start, before a model is loaded; when it becomes so later, the checkpoint before stays good."""
+    """Refused at the start, before a model is loaded; if it becomes read-only later, the last checkpoint stays good."""
     output = tmp_path / "out"
     output.mkdir(mode=0o555)
     for target in (output, output / "below"):
@@ -371,7 +371,7 @@ def test_a_killed_run_does_not_keep_the_folder(start, reference, tmp_path):
 
 # --- the demo ---
 
-DEMO_STEPS, DEMO_CHECKPOINTING = 300, 30  # of its 500 and 500: twenty kills take minutes, and most fall among the steps
+DEMO_STEPS, DEMO_CHECKPOINTING = 300, 30  # instead of 500 and 500: twenty kills take minutes, and most fall among the steps
 
 
 def demo(output: Path, *flags: str) -> subprocess.Popen:
@@ -383,7 +383,7 @@ def demo(output: Path, *flags: str) -> subprocess.Popen:
 
 
 def steps_shown(text: str) -> int:
-    """The last step that the progress bar has shown, which is renewed twice a second."""
+    """The last step shown by the progress bar, which is refreshed twice a second."""
     return max((int(step) for step in re.findall(rf"(\d+)/{DEMO_STEPS} \[", text)), default=0)
 
 
@@ -391,7 +391,7 @@ def steps_shown(text: str) -> int:
 def test_the_demo_killed_twenty_times(tmp_path):
     """`sh train_zoodip.sh demo` as it is, but shorter and with more checkpoints: SIGKILL at 20 random moments of its life.
 
-    Each run is killed and resumed until it is through, and must end with the same embedding as the one that was left alone.
+    Each run is killed and resumed until it finishes, and must end with the same embedding as the one that was left alone.
     """
     started = time.monotonic()
     assert demo(tmp_path / "reference").wait() == 0
@@ -421,7 +421,7 @@ def test_the_demo_killed_twenty_times(tmp_path):
                 assert (output / name).read_bytes() == (tmp_path / "reference" / name).read_bytes()
             shutil.rmtree(output)
             finished += 1
-            life = min(life, max(5.0, time.monotonic() - begun))  # shorter where the reference had to share the machine
+            life = min(life, max(5.0, time.monotonic() - begun))  # shorter if the reference had to share the machine
     print(
         f"\nlife of the demo {life:.0f} s; killed after {kills} s; steps repeated {repeated}; {finished} runs finished; "
         f"{watch.polls} polls of the folder, {len(watch.seen)} versions of files, all whole"

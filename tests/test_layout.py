@@ -1,4 +1,4 @@
-"""The house: which way imports go, where `args` stops, and what is loaded when."""
+"""The layout of the code: which way imports go, where `args` stops, and what is loaded when."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ HEAVY = {"torch", "numpy", "diffusers", "transformers", "accelerate", "bitsandby
 
 
 def trees(*places: str) -> dict[Path, ast.Module]:
-    """{file: its source, parsed} of files, and of all Python files in folders."""
+    """{file: parsed source} of files, and of all Python files in folders."""
     files = [file for place in places for file in (sorted((ROOT / place).rglob("*.py")) if place in FOLDERS else [ROOT / place])]
     assert len(files) >= len(places)
     return {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
 
 
 def imported(tree: ast.Module) -> set[str]:
-    """Modules of ours that are imported anywhere in a file, in functions too: "zoodip.run", "trainers.gf_ti"."""
+    """Our own modules imported anywhere in a file, including in functions: "zoodip.run", "trainers.gf_ti"."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -41,14 +41,14 @@ def imported(tree: ast.Module) -> set[str]:
     ("reproduction", OURS - {"benchmarks"}), ("benchmarks", OURS),
 ])  # fmt: skip
 def test_arrows(place, allowed):
-    """Scripts are roofs over the package, and no roof stands on another: what two of them need lives in the package."""
+    """Scripts import the package and never each other: what two of them need lives in the package."""
     for file, tree in trees(place).items():
         wrong = {name for name in imported(tree) if name.split(".")[0] not in allowed}
         assert not wrong, f"{file.relative_to(ROOT)} imports {sorted(wrong)}"
 
 
 def test_the_package_takes_values():
-    """`args` stops at the script's door: no function of the package takes a Namespace."""
+    """`args` stays within the scripts: no function of the package takes a Namespace."""
     for file, tree in trees("zoodip").items():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -61,20 +61,20 @@ def test_the_package_takes_values():
 
 
 def test_no_folder_in_the_package():
-    """Flat: a file has its place by its topic alone."""
+    """The package is flat: files are organised by topic alone."""
     assert not [path.name for path in (ROOT / "zoodip").iterdir() if path.is_dir() and path.name != "__pycache__"]
 
 
 @pytest.mark.parametrize("module", ["zoodip", "zoodip.errors", "zoodip.arguments"])
 def test_what_is_loaded_with_the_package(module):
-    """A script reads its flags before it pays for torch."""
+    """A script parses its flags before it imports torch."""
     code = f"import sys, {module}; print(*sorted({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
 
 
 def cpu_seconds(*argv: str) -> tuple[float, subprocess.CompletedProcess]:
-    """Processor time of a Python process, which other programs do not prolong as they do wall time."""
+    """Processor time of a Python process, which other programs do not inflate as they do wall time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -90,8 +90,8 @@ TUNERS = {f"trainers/{name}.py" for name in ("dreambooth", "qlora", "tuneqdm", "
 def test_help_and_errors_are_quick(script, argv):
     """Half a second at most, and no library loaded: argparse and our flags take 0.07 s of CPU here, torch alone takes 1.8.
 
-    Machines differ threefold and more under load, so the bound is also put in starts of a bare interpreter (0.013 s here): five
-    of them are measured, 150 of torch's import. The best of three, as caches may be cold.
+    Machines differ threefold, and more under load, so the bound is also given in starts of a bare interpreter (0.013 s here):
+    five of them are measured, and 150 for torch's import. The best of three counts, as caches may be cold.
     """
     if argv == WRONG:
         argv = [*WRONG, "--class_word" if script in TUNERS else "--initializer_token", "dog"]

@@ -1,4 +1,4 @@
-"""The long run's harness: what it would say of a leak, and a short run through it."""
+"""The long run's harness: what it would report of a leak, and a short run through it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zoodip.records import ROOT
 
 
 def samples(steps: int, leak: float) -> list[dict]:
-    """Of a run at 20 ms a step whose memory grows by `leak` MB and whose files by one every 10,000 steps."""
+    """Samples of a run at 20 ms per step whose memory grows by `leak` MB, and its open files by one, every 10,000 steps."""
     rng = np.random.default_rng(0)
     return [dict(seconds=step * 0.02, cpu=step * 0.015, step=step, open_files=4 + step // 10000, checkpoints=2, kilobytes=100,
                  resident=500 + leak * step / 1e4 + rng.normal(), anonymous=400 + rng.normal())
@@ -23,7 +23,7 @@ def samples(steps: int, leak: float) -> list[dict]:
 
 @pytest.mark.parametrize("leak", [0.0, 1.0])
 def test_a_leak_is_found(leak):
-    """1 MB in 10,000 steps, under noise of 1 MB a sample: seen, and not where there is none."""
+    """1 MB in 10,000 steps is seen under noise of 1 MB per sample, and none is seen where there is none."""
     parts = long_run.part_means(samples(30000, leak), 30000)
     assert len(parts) == long_run.PARTS
     steps = [part["step"] for part in parts]

@@ -77,7 +77,7 @@ def test_timestep_puts_of_one_value():
 
 
 def test_the_script_s_own_timesteps_are_those_that_other_trainers_draw():
-    """Eq. 9 stands in the script; of the package's samplers, whose distribution is tested above, it is the one called puts."""
+    """Eq. 9 is written in the script; of the package's samplers, whose distribution is tested above, it equals `puts`."""
     ours = partial_uniform_timesteps(1000, seeded(), 500, 900)
     assert torch.equal(ours, sampler_of("puts", 500, 900)(1000, seeded()))
     assert ours.min() >= 500 and ours.max() < 900
@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
 
 @pytest.mark.parametrize("estimator", NAMES)
 def test_the_loss_of_a_step(estimator):
-    """At theta where it is evaluated there; else the mean over the candidates, which is it to the order of mu."""
+    """The loss at theta if it is evaluated there; else the mean over the candidates, which equals it to the order of mu."""
     zo = ZOAdam(torch.zeros(1, 4), estimator=estimator, n=2, mu=MU)
     directions, candidates = zo.candidates(seeded())
     losses = torch.arange(1.0, len(candidates) + 1)
@@ -248,7 +248,7 @@ def standardise(history: np.ndarray) -> np.ndarray:
 
 
 def plain_low_variance(history: np.ndarray, nu: float) -> np.ndarray:
-    """Eqs. 4 to 7 and Algorithm 2, without a thought for speed."""
+    """Eqs. 4 to 7 and Algorithm 2, without regard to speed."""
     _, singular, right = np.linalg.svd(standardise(history), full_matrices=False)
     eigenvalues = singular**2
     i_star = len(eigenvalues)
@@ -283,7 +283,7 @@ def test_low_variance_directions_equal_the_plain_form(history, nu):
     # signs are free, so projectors are compared; neighbouring eigenvalues at the cut differ by > 1 %: vectors to 1e-5
     np.testing.assert_allclose(found.T @ found, expected.T @ expected, rtol=0, atol=1e-4)
     variance = standardise(history)
-    assert np.square(variance @ expected.T).sum() <= nu * np.square(variance).sum()  # what goes is at most nu
+    assert np.square(variance @ expected.T).sum() <= nu * np.square(variance).sum()  # the share removed is at most nu
 
 
 def test_the_moving_subspace_is_kept():
@@ -311,7 +311,7 @@ def test_columns_that_never_moved():
     assert found.shape == expected.shape
     ordinary = [i for i in range(12) if i not in (2, 7)]
     kept = np.linalg.svd(standardise(history))[2][: 12 - len(found)]
-    assert np.abs(kept[:, [2, 7]]).max() < 1e-9  # the kept directions have nothing of those columns
+    assert np.abs(kept[:, [2, 7]]).max() < 1e-9  # the kept directions have no part of those columns
     assert np.abs(kept[:, ordinary]).max() > 0.1
     assert (found @ torch.from_numpy(kept.T).float()).abs().max() < 1e-5  # fp32 storage
 
@@ -434,14 +434,14 @@ def test_candidates_share_every_random_draw(tiny):
     before = torch.random.get_rng_state()
     losses = candidate_losses(model, tiny.batch(2), tiny.tokens(1).repeat(3, 1, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert (losses - losses[0]).abs().max() < 1e-6 * losses[0]  # place in the batch: rounding
+    assert (losses - losses[0]).abs().max() < 1e-6 * losses[0]  # the place in the batch only changes rounding
     other = candidate_losses(model, tiny.batch(2, seed=4), tiny.tokens(1))
-    assert abs(other[0] - losses[0]) > 1e-3  # while another draw is another loss
+    assert abs(other[0] - losses[0]) > 1e-3  # while another draw gives another loss
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_candidates(tiny, processes):
-    """Each evaluates every processes-th candidate; summed, that is every loss once and in its place."""
+    """Each process evaluates every processes-th candidate; their sum has every loss once and in its place."""
     batch, tokens = tiny.batch(1), tiny.tokens(5)
     model = FrozenModel(tiny.unet, tiny.text_encoder, tiny.prompts.rows)
     shares = []
@@ -494,5 +494,5 @@ def test_the_estimate_points_along_the_true_gradient(tiny, estimator):
     slopes = estimator.slopes(candidate_losses(model, batch, candidates), mu)
     estimate = zeroth_order_gradient(slopes, directions[-n:], dim)
     cosine = torch.cosine_similarity(estimate.flatten(), gradient.flatten(), dim=0)
-    # sqrt(n / (n + 2 d)) = .90 is expected of the noisiest (one_point, d = 96); curvature over mu takes a little
+    # sqrt(n / (n + 2 d)) = .90 is expected of the noisiest (one_point, d = 96); curvature over mu costs a little
     assert cosine > 0.8

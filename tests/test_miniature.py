@@ -1,4 +1,4 @@
-"""The miniature's world and training: captions are true, held-out breeds stay unseen, a stopped training goes on exactly."""
+"""The miniature's world and training: captions are true, held-out breeds stay unseen, a stopped training resumes exactly."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_no_caption_or_token_names_a_held_out_breed(words):
 
 
 def test_the_training_itself_draws_only_those_pictures(tiny_training, monkeypatch):
-    """What VAE and UNet are given: the pictures of `training_spec`, and captions of just these."""
+    """The VAE and UNet are given the pictures of `training_spec` and captions of only these."""
     work, drawn = tiny_training, []
     images = np.load(work / "images.npy")
     for index in range(len(images)):
@@ -186,7 +186,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tiny_training, tmp_path)
 
 
 def test_a_decoder_that_goes_on_keeps_the_latents(tiny_training, tmp_path):
-    """Begun from a model's VAE, the decoder alone learns: what its UNet was trained on stays."""
+    """Starting from a model's VAE, only the decoder learns: the latents that its UNet was trained on stay."""
     assert vae.train_vae(tmp_path, images=40, steps=2, device=CPU, start=tiny_training / "model")
     before, after = (load_file(root / "vae" / "diffusion_pytorch_model.safetensors") for root in (tiny_training, tmp_path))
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
@@ -212,7 +212,7 @@ def test_another_number_of_steps_is_refused(tiny_training):
 
 
 def test_starting_from_a_model_keeps_its_predictions(tiny_training):
-    """Attention that the earlier model had not adds nothing at first."""
+    """Attention that the earlier model lacked adds nothing at first."""
     model = tiny_training / "model"
     text_encoder, unet = diffusion.build_text_encoder(build_tokenizer(vocabulary())), diffusion.build_unet()
     diffusion.start_from(model, text_encoder, unet)
@@ -250,7 +250,7 @@ def test_timesteps_are_mostly_those_that_decide():
 
 
 def test_a_caption_that_also_fits_is_no_rival():
-    """Two pictures with the same caption: neither is punished for liking the other's."""
+    """Two pictures with the same caption: neither is penalised for matching the other's."""
     similarity = torch.tensor([[9.0, 9.0, 0.0, 0.0], [9.0, 9.0, 0.0, 0.0]])
     assert contrastive_loss(similarity, ["a", "a", "b", "c"]) < 0.01
     assert contrastive_loss(similarity, ["a", "d", "b", "c"]) > 0.5

@@ -1,4 +1,4 @@
-"""Reading a model folder: equal to from_pretrained, in every published layout, and clear where it cannot be read."""
+"""Reading a model folder: equal to from_pretrained, in every published layout, with clear errors if it cannot be read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from zoodip.quantize import QuantizedLayer
 
 @pytest.mark.parametrize("part", PARTS)
 def test_unquantised_equals_from_pretrained(tiny_model, part):
-    """Bit for bit, frozen, without dropout: also the buffers that no file holds."""
+    """Bit for bit, frozen, without dropout, including the buffers that no file holds."""
     model = load(tiny_model, part)
     assert_same(model, from_pretrained(tiny_model, part))
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
@@ -56,7 +56,7 @@ def test_every_linear_and_convolution_is_quantised(tiny_model, part, quantizatio
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_bytes_of_the_packed_unet(tiny_model, quantization):
-    """What is left in 16 bits, or packed badly, shows in bytes per weight: 4 bits and a scale of 32 bits for each 64."""
+    """Weights left in 16 bits or packed badly show in the bytes per weight: 4 bits, and a scale of 32 bits for each 64."""
     model, packed, weights = load(tiny_model, "unet", quantization, torch.float16), 0, 0
     for layer in model.modules():
         if isinstance(layer, QuantizedLayer):
@@ -79,7 +79,7 @@ def test_quantised_output_is_near(tiny_model, part):
     }[part]
     with torch.no_grad():
         exact, int8, nf4 = (load(tiny_model, part, q)(*inputs)[0] for q in ("none", "int8", "nf4"))
-    # relative to the output's size: 0.9 % and 9 % a layer, adding up over some tens of layers
+    # relative to the output's size: 0.9 % and 9 % per layer, adding up over some tens of layers
     assert (int8 - exact).norm() < 0.05 * exact.norm()
     assert (nf4 - exact).norm() < 0.4 * exact.norm()
     assert (int8 - exact).norm() < (nf4 - exact).norm()
@@ -140,7 +140,7 @@ def test_fp16_variant(tiny_model, copy, part):
 
 
 def shard(folder: Path, part: str, variant: str | None = None) -> list[Path]:
-    """Split the weights in two files with an index, under the libraries' own names."""
+    """Split the weights into two files with an index, under the libraries' own names."""
     path, stem = weights_of(folder, part), WEIGHT_NAMES[part]
     tensors = load_file(path)
     path.unlink()
@@ -178,7 +178,7 @@ PUBLISHED = [f"{part}/{name}" for part in PARTS for stem in [WEIGHT_NAMES[part]]
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_what_is_downloaded(monkeypatch, tmp_path, variant):
-    """All that is read, shards of a variant included, and neither pickles nor gigabytes that are not needed."""
+    """Everything that is read, including a variant's shards, but neither pickles nor gigabytes that are not needed."""
     import huggingface_hub
 
     asked = {}
@@ -210,12 +210,12 @@ def test_what_is_downloaded(monkeypatch, tmp_path, variant):
     ("unet", lambda t: {k: v for k, v in t.items() if not k.endswith("attn2.to_k.weight")}, "lack .*to_k.weight"),
     ("unet", lambda t: {**t, "extra.weight": torch.zeros(2)}, "hold 'extra.weight', which config.json does not"),
     ("unet", lambda t: {**t, "conv_in.more": torch.zeros(2)}, "hold 'conv_in.more'"),
-    ("unet", lambda t: {**t, "conv_out.bias": torch.zeros(5)}, r"conv_out.bias is \(5,\), config.json says \(4,\)"),
+    ("unet", lambda t: {**t, "conv_out.bias": torch.zeros(5)}, r"conv_out.bias is \(5,\), but config.json says \(4,\)"),
     ("vae", lambda t: {**t, "decoder.conv_out.weight": torch.zeros(3)}, "decoder.conv_out.weight is"),
     ("text_encoder", lambda t: {k: v for k, v in t.items() if "final_layer_norm" not in k}, "lack .*final_layer_norm"),
 ], ids=["missing", "missing-many", "unexpected", "unexpected-leaf", "shape", "shape-vae", "missing-text"])  # fmt: skip
 def test_configuration_and_weights_that_disagree(copy, part, change, message, quantization):
-    """Half a model must not be trained on in silence."""
+    """Half a model must not be trained on silently."""
     rewrite(copy, part, change)
     with pytest.raises(InputError, match=rf"{part}: .*{message}"):
         load(copy, part, quantization)
@@ -225,7 +225,7 @@ def test_a_transposed_matrix_is_not_reshaped(copy):
     """Only trailing 1 x 1 axes may differ: the same number of values in another shape is another layer."""
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"  # (16, 32)
     rewrite(copy, "unet", lambda t: {**t, name: t[name].T})
-    with pytest.raises(InputError, match=r"to_k.weight is \(32, 16\), config.json says \(16, 32\)"):
+    with pytest.raises(InputError, match=r"to_k.weight is \(32, 16\), but config.json says \(16, 32\)"):
         load(copy, "unet")
 
 
@@ -245,7 +245,7 @@ def test_truncated_file(copy, part, size):
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_pickle_is_never_read(copy, part, tmp_path):
-    """A .bin can run code when loaded; it is refused by name, with the way out."""
+    """A .bin can run code when loaded; it is refused by name, with the remedy."""
     path = weights_of(copy, part)
     path.unlink()
     marker = tmp_path / "executed"
@@ -318,7 +318,7 @@ def test_load_pipeline_takes_a_textual_inversion(tiny_model, tmp_path, quantizat
 
 
 def test_a_small_model_on_a_cpu_has_one_thread(monkeypatch):
-    """Unless the environment asks for more; a large one, and one on a GPU, keep what they have."""
+    """Unless the environment asks for more; a large model, or one on a GPU, keeps the threads it has."""
     before = torch.get_num_threads()
     small, large = nn.Linear(10, 10, device="meta"), nn.Linear(20_000, 20_000, device="meta")
     try:

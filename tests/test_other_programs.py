@@ -11,8 +11,8 @@ from conftest import arguments, make_model, run_cli
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-# Each rule as the program's source has it, reduced to what a file with one tensor meets:
-# {tensors} -> (vectors [V, d], the width by which the program tells Stable Diffusion 1 from 2).
+# Each rule as in the program's source, reduced to the case of a file with one tensor:
+# {tensors} -> (vectors [V, d], the width by which the program distinguishes Stable Diffusion 1 from 2).
 
 
 def automatic1111(file: dict[str, torch.Tensor]):
@@ -109,7 +109,7 @@ def test_files_that_training_cannot_start_from(learned, tiny_model, subject, tmp
     torch.save({"x": torch.zeros(1, 32)}, pickle)
     vectors = len(load_file(learned / "my-dog.safetensors")["emb_params"])
     cases = [
-        (dict(initializer_token=learned / "my-dog.safetensors"), wide, "32 numbers, this model's words 64"),
+        (dict(initializer_token=learned / "my-dog.safetensors"), wide, "32 numbers, but this model's words have 64"),
         (dict(initializer_token=tmp_path / "none.safetensors"), tiny_model, "No such file"),
         (dict(initializer_token=other), tiny_model, "2 tensors"),
         (dict(initializer_token=pickle), tiny_model, "pickle"),

@@ -1,4 +1,4 @@
-"""What binding and fewer forwards found, as sections of the suite's report."""
+"""The results of binding and of fewer forwards, as sections of the suite's report."""
 
 from __future__ import annotations
 

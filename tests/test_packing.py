@@ -42,7 +42,7 @@ def test_a_packed_folder_is_the_same_model(tiny_model, subject, tmp_path, capsys
     assert run_cli(argv) == 2 and "exists" in capsys.readouterr().err
     assert run_cli(arguments(packed, subject, tmp_path / "c", quantization="none")) == 2
     assert f"packed as {quantization}" in capsys.readouterr().err
-    again = [*argv[:1], str(packed), *argv[2:5], "repacked"]  # a packed folder, packed: the same once more
+    again = [*argv[:1], str(packed), *argv[2:5], "repacked"]  # packing a packed folder gives the same again
     assert run_cli(again) == 0
     for path in packed.rglob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "repacked" / path.relative_to(packed)).read_bytes()
@@ -55,7 +55,7 @@ def test_packing_and_training_in_one(tiny_model, subject, tmp_path):
 
 
 def test_shards_keep_packing_small(tmp_path):
-    """Shards hold one another's tensors apart and the index names each once."""
+    """Shards hold disjoint sets of tensors, and the index names each tensor once."""
     tensors = [(f"t{i}", torch.full((5 << 20,), float(i))) for i in range(8)]  # 20 MB each
     write_shards(tmp_path, "model", iter(tensors))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]

@@ -1,4 +1,4 @@
-"""Marks that a parser puts in: the conversion, of sentences as spaCy 3.8.18 parses them, and spaCy itself where it is there."""
+"""Marks that a parser inserts: the conversion of sentences as spaCy 3.8.18 parses them, and spaCy itself if it is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zoodip.errors import InputError
 from zoodip.marks import parse_marks
 from zoodip.parsing import MODEL, Word, mark_prompt, mark_words, replace_learned
 
-# (marked prompt, of each of its words: part of speech, relation, head), recorded from en_core_web_sm 3.8.0
+# (marked prompt; for each of its words: part of speech, relation, head), recorded from en_core_web_sm 3.8.0
 PARSED = {
     "two subjects with what they wear, then a place": (
         "a [cat* wearing sunglasses] and a [dog* wearing a red hat] on the grass", """
@@ -40,7 +40,7 @@ PARSED = {
 
 
 def sentence(marked: str, parse: str) -> list[Word]:
-    """The words of a prompt; a comma is one of its own."""
+    """The words of a prompt; a comma counts as a word."""
     plain = marked.translate({ord(mark): None for mark in "[]*"})
     texts = plain.replace(",", " ,").split()
     relations = [entry.split() for entry in parse.split(",")]
@@ -55,7 +55,7 @@ def sentence(marked: str, parse: str) -> list[Word]:
 def test_marks_of_a_parsed_sentence(case):
     marked, parse = PARSED[case]
     assert mark_words(sentence(marked, parse)) == marked
-    parse_marks(marked)  # and they are marks
+    parse_marks(marked)  # and the marks are valid
 
 
 def test_a_learned_word_is_parsed_as_a_noun_that_every_parser_knows():
@@ -65,7 +65,7 @@ def test_a_learned_word_is_parsed_as_a_noun_that_every_parser_knows():
 
 
 def test_without_spacy_the_refusal_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "spacy", None)  # as if it were not installed, where it is
+    monkeypatch.setitem(sys.modules, "spacy", None)  # as if it were not installed
     parsing.load_spacy.cache_clear()
     assert mark_prompt("a [red cat*]") == "a [red cat*]"  # has marks: nothing is parsed
     with pytest.raises(InputError, match=rf'pip install -e "\.\[parse\]" && python -m spacy download {MODEL}') as error:
@@ -73,7 +73,7 @@ def test_without_spacy_the_refusal_says_what_to_install(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-if find_spec("spacy") and find_spec(MODEL):  # optional, and in no requirements: elsewhere there is no such test
+if find_spec("spacy") and find_spec(MODEL):  # optional, and in no requirements: without it there is no such test
 
     @pytest.mark.parametrize("case", PARSED)
     def test_spacy_itself(case):

@@ -1,4 +1,4 @@
-"""Photographs and captions as people have them: from phones, in subfolders, with kohya's captions beside them."""
+"""Photographs and captions as people have them: from phones, in subfolders, with kohya-style captions beside them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
 
 
 def test_heic_is_told_by_content(tmp_path, capsys, without_heif):
-    """The hint comes for what is HEIC, whatever it is called, and for nothing else."""
+    """The hint is given for HEIC content, whatever the file's name, and for nothing else."""
     smooth((8, 8)).save(tmp_path / "a.png")
     (tmp_path / "b.heic").write_bytes(HEIC)
     assert find_images(tmp_path) == [tmp_path / "a.png"]
@@ -107,7 +107,7 @@ def captioned(folder: Path, **texts: str) -> Path:
 
 
 def test_captions_beside_the_images(tmp_path, capsys):
-    """One {} stays, else the class word gives way, once; --cc_file wins; captions are not spoken of as skipped files."""
+    """One {} stays; otherwise it replaces the class word, once; --cc_file wins; captions are not reported as skipped files."""
     folder = captioned(tmp_path / "mine", _00="a photo of a {} on grass", _01="A Dog, beside\nanother dog\n", _02="left to cc")
     cc_file = tmp_path / "cc.json"
     cc_file.write_text('{"mine": {"02.png": "a {} in snow"}}')
@@ -127,7 +127,7 @@ def test_a_caption_without_the_subject_is_refused(tmp_path, text):
 
 
 def test_captions_that_say_left_or_right(tmp_path, capsys):
-    """Half of the draws are mirrored: one line names the files and their words. 'leftover' and templates are no such words."""
+    """Half of the draws are mirrored: one line names the files and their words. 'leftover' and templates do not count."""
     folder = captioned(tmp_path / "mine", _00="a dog facing left", _01="To the RIGHT of a {}", _02="a {} with leftovers, upright")
     load_subject(folder, tmp_path / "none.json", class_word="dog")
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""The drawer: what it draws is what a stock pipeline draws of the same word, prompt, guidance and noise."""
+"""The drawer draws what a stock pipeline draws from the same word, prompt, guidance and noise."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_pictures_of_the_empty_prompt_do_not_know_the_word(drawing):
 
 
 def test_batches_of_pictures(drawing):
-    """The same pictures one by one and together; PNDM takes one forward more than steps, each of two halves with guidance."""
+    """Pictures are the same one by one and together; PNDM takes one forward more than steps, each of two halves with guidance."""
     wanted = [(0, 0), (1, 1), (0, 2)]
     alone = drawing(wanted=wanted)
     assert drawing.sizes == [2] * 3 * 5
@@ -99,12 +99,12 @@ def test_validation_pictures_are_the_pipelines(attentive, subject, tmp_path, cas
     def distance(i: int, text: str = prompt, scale: float = guidance, seed: int = 7, negative: str = "") -> float:
         picture = pipeline(text, negative_prompt=negative, guidance_scale=scale, num_inference_steps=20, height=16, width=16,
                            generator=torch.Generator().manual_seed(seed)).images[0]  # fmt: skip
-        enlarged = picture.resize((256, 256), Image.Resampling.LANCZOS)  # as the sheet has it, the prompt beneath
+        enlarged = picture.resize((256, 256), Image.Resampling.LANCZOS)  # as on the sheet, with the prompt beneath
         return np.abs(sheet[:256, 256 * i : 256 * (i + 1)] - np.asarray(enlarged, dtype=int)).mean()
 
     # the same sums in the same order, so the same 8-bit colours here; elsewhere one in twenty may be rounded the other way
     assert distance(0) < 0.05 and distance(1, seed=8) < 0.05
-    if case == (4.0, "fp32"):  # and what would have been drawn otherwise is far away
+    if case == (4.0, "fp32"):  # and pictures drawn otherwise are far away
         word, scale = distance(0, "a photo of dog in the snow"), distance(0, scale=7.5)
         noise, exchanged = distance(0, seed=8), distance(0, "", negative=prompt)
         assert min(word, scale, noise, exchanged) > 0.5, (word, scale, noise, exchanged)
@@ -138,7 +138,7 @@ def test_captions_are_whole(cell, gap, columns):
 
 
 def test_picture_sheet():
-    """Rows of squares, captions below them whole, headings above; without captions or gaps, nothing but the pictures."""
+    """Rows of squares, with whole captions below them and headings above; without captions or gaps, nothing but the pictures."""
     colours = [Image.new("RGB", (16, 16), colour) for colour in ("red", "green", "blue", "white")]
     plain = np.asarray(picture_sheet([(colours, "")], cell=16, gap=0))
     assert plain.shape == (16, 64, 3)

@@ -1,4 +1,4 @@
-"""The plots of the reproduction suite: what they say and that nothing in them is hidden."""
+"""The plots of the reproduction suite: what they say, and that nothing in them is hidden."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def records(score: str, *values: float) -> dict:
 
 
 def assert_nothing_is_covered(figure) -> None:
-    """No legend over axes, of its own or of another panel, and all of it on the picture."""
+    """No legend covers its own or another panel's axes, and all of it is on the picture."""
     figure.canvas.draw()
     axes = [box for axis in figure.axes for box in (axis.get_window_extent(), axis.xaxis.label.get_window_extent())]
     for axis in figure.axes:
@@ -40,7 +40,7 @@ def assert_nothing_is_covered(figure) -> None:
 
 
 def test_grids_show_the_scale_of_noise(tmp_path, drawn):
-    """Beside the spread of the cells what noise would make of equal ones, as in the report; nothing where one breed is."""
+    """The spread of the cells stands beside that of noise on equal ones, as in the report; neither is shown for one breed."""
     plot = HeatMaps("grid.png", ("CLIP-I",), ("x", (1, 2)), ("y", (1, 2)), "{x} {y}")
     rows = {"1 1": records("CLIP-I", 0.4, 0.5), "2 1": records("CLIP-I", 0.41, 0.53), "1 2": records("CLIP-I", 0.44, 0.5),
             "2 2": records("CLIP-I", 0.4, 0.48)}  # fmt: skip

@@ -17,7 +17,7 @@ def tokenizer(tiny_model):
 
 
 def test_placeholder_that_is_a_word_ending(tiny_model, refused):
-    """A token of the vocabulary in its word-ending form only is the same word to the tokenizer."""
+    """A token that the vocabulary has only in its word-ending form is the same word to the tokenizer."""
     vocabulary = load_tokenizer(tiny_model, "<sks>", 1).get_vocab()
     assert "€</w>" not in vocabulary  # while byte symbols exist in both forms:
     assert "£</w>" in vocabulary
@@ -32,14 +32,14 @@ def test_initializer(tokenizer, tiny_model):
     assert torch.equal(initial_token(rows, 3), rows)
     assert torch.equal(initial_token(rows, 1), rows.mean(0, keepdim=True))
     assert torch.equal(initial_token(rows, 2), rows.mean(0).expand(2, -1))
-    assert len(initializer_ids(tokenizer, "zebra")) == 5  # no word here: spelled out in bytes, which is fine
+    assert len(initializer_ids(tokenizer, "zebra")) == 5  # not a word here: spelled out in bytes, which is fine
     again = initial_token(rows, 3)
     again += 1
     assert not torch.equal(again, rows)  # a tensor of its own
 
 
 def test_tokenize_expands_the_placeholder(tokenizer):
-    """Several vectors stand where the one word was; begin, end and padding as the stock tokenizer has them."""
+    """Several vectors replace the one word; begin, end and padding are as in the stock tokenizer."""
     plain = tokenizer("a photo of <sks> on the grass", padding="max_length", max_length=77).input_ids
     placeholder = tokenizer.convert_tokens_to_ids("<sks>")
     assert plain.count(placeholder) == 1
@@ -52,7 +52,7 @@ def test_tokenize_expands_the_placeholder(tokenizer):
 
 
 def test_a_caption_that_is_too_long(tokenizer, refused, tmp_path, subject):
-    """Cut off in silence, the end of a caption would teach the token what it should have named. 75 just fit."""
+    """If the end of a caption were cut off silently, the token would learn what that should have named. 75 just fit."""
     placeholder = tokenizer.convert_tokens_to_ids("<sks>")
     assert len(tokenize(tokenizer, "<sks>" + " dog" * 74, placeholder, 1, 77)) == 77
     with pytest.raises(InputError, match="76 tokens long, .* takes 75"):

@@ -15,7 +15,7 @@ import zoodip.quantize
 from zoodip.model import load_pipeline
 from zoodip.quantize import QuantizedLayer, nf4_cpu_function, pack_weight, quantized_layer
 
-LINEAR = [(96, 864), (7, 5), (64, 64), (3, 200), (320, 77), (1, 1)]  # (out, in); sizes off 64 are where kernels go wrong
+LINEAR = [(96, 864), (7, 5), (64, 64), (3, 200), (320, 77), (1, 1)]  # (out, in); kernels go wrong at sizes off 64
 CONVOLUTIONS = [  # (out, in / groups, height, width), options
     ((7, 5, 3, 3), dict(stride=1, padding=1)),
     ((32, 16, 3, 3), dict(stride=2, padding=1)),
@@ -100,7 +100,7 @@ def check(layer, weight, quantized, inputs, apply):
     assert torch.equal(outputs, apply(inputs, restored, layer.bias))
     low, high = EXPECTED_ERROR[quantized.quantization]
     if quantized.quantization == "int8":
-        # the same rounding but for ties and the last bit of the division
+        # the same rounding except for ties and the last bit of the division
         torch.testing.assert_close(restored, naive_int8(weight), rtol=1e-5, atol=1e-6)
     else:
         # the block scales are themselves kept in 8 bits: about 1 % of a weight, up to 4 % of the smallest scales
@@ -186,12 +186,12 @@ def test_slices_of_a_large_layer(quantization, bias, monkeypatch):
             sliced = quantized_layer(layer, packed, torch.float32)
         assert sliced.rows_at_once == 7 and whole.rows_at_once == 40
         assert torch.equal(torch.cat([sliced.dequantize(0, 7), sliced.dequantize(7, 40)]), whole.dequantize())
-        # sums of up to 576 terms of size 1 / 24, which the kernel may order anew for another number of rows
+        # sums of up to 576 terms of size 1 / 24, which the kernel may reorder for another number of rows
         torch.testing.assert_close(sliced(inputs), whole(inputs), rtol=0, atol=5e-6)
 
 
 def test_layers_that_cannot_be_sliced(monkeypatch):
-    """Rows that do not end where a block ends, and groups, are left whole."""
+    """Layers with groups, or with rows that do not end where a block ends, are left whole."""
     monkeypatch.setattr(QuantizedLayer, "AT_ONCE", 10)
     for layer in (nn.Linear(65, 8), nn.Conv2d(128, 8, 3, groups=2)):
         quantized = quantized_layer(layer, pack_weight(layer.weight.detach(), "nf4"), torch.float32)
@@ -204,7 +204,7 @@ def test_layers_that_cannot_be_sliced(monkeypatch):
     (lambda p: p.update(absmax_offset=torch.tensor(torch.nan)), "NaN or Inf"),
 ], ids=["missing", "short", "other", "type", "NaN"])  # fmt: skip
 def test_packed_tensors_that_do_not_fit(change, words):
-    """C code reads them by address: what is not as it must be is refused before."""
+    """C code reads them by address: anything malformed is refused before that."""
     layer = nn.Linear(128, 40)
     packed = pack_weight(layer.weight.detach(), "nf4")
     change(packed)
@@ -263,7 +263,7 @@ def test_gradients_reach_the_input():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(96, 864), (7, 5), (1280, 1000)])
 def test_the_direct_call_is_the_operator(dtype, shape, monkeypatch):
-    """The library's C function, called directly for speed, and its operator: the same bits; where there is none, the operator."""
+    """The library's C function, called directly for speed, and its operator give the same bits; without it, the operator."""
     _, _, quantized = make_linear(shape, "nf4", dtype)
     direct = quantized.dequantize()
     assert nf4_cpu_function(dtype) is not None, "this bitsandbytes has no such function: the layer falls back to the operator"
@@ -272,7 +272,7 @@ def test_the_direct_call_is_the_operator(dtype, shape, monkeypatch):
 
 
 def test_the_miniature_is_measured_with_the_weights_that_training_packs(tiny_model):
-    """`miniature/quality.py` rounds a plain pipeline's weights: to the bits that `load_pipeline` computes with."""
+    """`miniature/quality.py` rounds a plain pipeline's weights to the bits that `load_pipeline` computes with."""
     from diffusers import StableDiffusionPipeline
 
     from miniature.quality import round_weights_to_nf4

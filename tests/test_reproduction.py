@@ -168,7 +168,7 @@ def test_scores_are_the_formulas():
 
 
 def test_scorers_clip_and_dino(tmp_path, capsys):
-    """The miniature's CLIP and a DINOv2 of random weights load from folders; what is no scorer is left out with a line."""
+    """The miniature's CLIP and a DINOv2 of random weights load from folders; anything else is left out with a line."""
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
     config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
@@ -217,7 +217,7 @@ def test_pictures_are_drawn_once(cache):
 
 
 def test_a_picture_does_not_depend_on_its_batch(cache):
-    """Else a resumed evaluation would differ from an uninterrupted one. 2 of 255: rounding of another batch size."""
+    """Otherwise a resumed evaluation would differ from an uninterrupted one. 2 of 255: rounding of another batch size."""
     alone = scores.PictureCache(cache.drawer, cache.cache, cache.learned, ["alone"])
     texts = ["a photo of {}", "{} in the snow"]
     both = cache.pictures(texts, range(2))
@@ -230,7 +230,7 @@ def test_a_picture_does_not_depend_on_its_batch(cache):
 
 
 def test_evaluate_command(tiny_model, subject, tmp_path, capsys):
-    """Per-subject and mean scores, a sheet, nothing drawn a second time; a line, as the token is of an INT8 model."""
+    """Per-subject and mean scores, a sheet, nothing drawn a second time; and a line, as the token is from an INT8 model."""
     settings = dict(placeholder_token="<sks>", initializer_token="dog", resolution=16, quantization="int8",
                     pretrained_model_name_or_path="tiny")  # fmt: skip
     save_embedding(tmp_path, torch.ones(1, 32), settings, "epsilon", 3, final=True)
@@ -271,7 +271,7 @@ def test_evaluate_command(tiny_model, subject, tmp_path, capsys):
 
 @pytest.mark.parametrize(("method", "base"), [("qlora", "folder"), ("dreambooth", "folder"), ("qlora", "hub"), ("qlora", "file")])
 def test_evaluate_command_of_tuned_weights(tiny_model, hub_model, subject, tmp_path, method, base):
-    """Of a run's file or folder alone: with its own words, on weights as they were in training, found as training finds them."""
+    """From a run's file or folder alone: with its own words, on weights as in training, found as training finds them."""
     model, more = {"folder": str(tiny_model), "hub": hub_model}.get(base), {}
     if base == "file":
         model, more = str(single_file(tiny_model, tmp_path / "tiny.safetensors")), dict(model_config=str(tiny_model))
@@ -307,7 +307,7 @@ TOKEN = torch.ones(1, 32)
     (lambda: pickle.dumps({"<sks>": TOKEN}), "is a pickle"),
 ])  # fmt: skip
 def test_damaged_embeddings(tmp_path, content, words):
-    """An embedding comes from anybody: it is read as numbers, or refused by name."""
+    """An embedding may come from anybody: it is read as numbers, or refused by name."""
     path = tmp_path / "learned_embeds.safetensors"
     path.write_bytes(content())
     with pytest.raises(InputError, match=re.escape(words)) as error:
@@ -366,7 +366,7 @@ def plan_of(settings: runs.Settings, *names: str) -> list[runs.Job]:
                                    ("--world", "sd15", "--dry_steps", "2"),
                                    ("--world", "sd15", "--variant", "fp16", "--mixed_precision", "bf16")])  # fmt: skip
 def test_every_run_of_every_table_has_valid_arguments(tmp_path, flags):
-    """By the very parser of its script; and no two runs of the plan are the same."""
+    """Checked by the parser of its own script; and no two runs of the plan are the same."""
     settings = settings_of(tmp_path, *flags)
     jobs = plan_of(settings)
     hashes = {runs.digest(job.spec) for job in jobs}
@@ -389,8 +389,8 @@ def test_every_run_of_every_table_has_valid_arguments(tmp_path, flags):
 
 
 def test_the_full_miniature_plan(tmp_path):
-    """Twelve subjects for every claim but those of grids, in at most 24 core hours; tau in proportion to the token, steps to the
-    paper's; runs shared between tables."""
+    """Twelve subjects for every claim except those of grids, in at most 24 core hours; tau in proportion to the token, steps to
+    the paper's; runs shared between tables."""
     settings = settings_of(tmp_path)
     specs = [job.spec for job in plan_of(settings) if runs.tunes_weights(job.spec["method"]) and "cost" not in job.spec]
     steps = {spec["method"]: spec["flags"]["max_train_steps"] for spec in specs}
@@ -455,10 +455,10 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("inherited", [signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background job"])
 def test_a_worker_saves_and_ends_when_its_parent_is_killed(tmp_path, inherited):
-    """At once, also where it waits; else it would go on, and hold its run's folder, with nobody to tell."""
+    """At once, even while it waits; otherwise it would go on, and hold its run's folder, with nobody to report to."""
     script = tmp_path / "waiting.py"
     script.write_text(WAITING)
-    ours = signal.signal(signal.SIGINT, inherited)  # of a job that a script starts with & the shell has it ignored
+    ours = signal.signal(signal.SIGINT, inherited)  # the shell makes a job that a script starts with & ignore it
     try:
         parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env={**os.environ, "PYTHONPATH": str(ROOT)})
     finally:
@@ -495,7 +495,7 @@ def test_cost_is_measured_in_rounds(tmp_path, monkeypatch):
                                    ("--tables", "3", "S4", "--subjects", "meppor", "--seeds", "4", "5", "--learning_rate", "3e-3",
                                     "--no-use_cc", "--center_crop", "--n", "1", "--max_train_steps", "77")])  # fmt: skip
 def test_the_report_names_the_command_that_makes_it(tmp_path, flags):
-    """Given again, the command that the report states plans the very same runs; and the report tells their steps."""
+    """Given again, the command that the report states plans the very same runs; and the report states their steps."""
     args = tables.parse_args(list(flags))
     settings = tables.make_settings(args)
     jobs = plan_of(settings, *args.tables)
@@ -510,7 +510,7 @@ def test_the_report_names_the_command_that_makes_it(tmp_path, flags):
 
 
 def test_a_table_prints_differences_from_the_row_it_names(tmp_path):
-    """Paired by subject: .02 and .04 above, whatever the subjects' own levels are. A commit is told by its first digits."""
+    """Paired by subject: .02 and .04 above, whatever the subjects' own levels are. A commit is shown by its first digits."""
     settings = settings_of(tmp_path, "--tables", "Demo", "--subjects", "furmix", "meppor", "--seeds", "0")
     demo = BY_NAME["Demo"]
     for row, levels in zip(demo.rows[1:3], ((0.4, 0.6), (0.42, 0.64)), strict=True):
@@ -528,8 +528,8 @@ def test_a_table_prints_differences_from_the_row_it_names(tmp_path):
 
 
 def test_rates_are_chosen_by_pictures_and_read_from_their_file(tmp_path, capsys):
-    """The highest sum of attributes, scenes and accessories; not the loss. The file is of the weights it names, and rows learn at
-    its rates, but for those of the grid and at published rates. The grid's subjects are none that is reported on."""
+    """The highest sum of attributes, scenes and accessories decides, not the loss. The file belongs to the weights it names,
+    and rows learn at its rates, except those of the grid and at published rates. No subject of the grid is reported on."""
     settings = settings_of(tmp_path, "--tables", "TuningRates")
     grid, path = BY_NAME["TuningRates"], tmp_path / "rates.json"
     best = {system: GRID_FACTORS[system][k % 3] for k, system in enumerate(SYSTEMS)}
@@ -573,7 +573,7 @@ def test_rates_are_chosen_by_pictures_and_read_from_their_file(tmp_path, capsys)
 
 
 def test_the_spread_of_rows_is_theirs_run_by_run(tmp_path):
-    """Standard deviation over four rates, of each run; what varies more beats what varies less in the claim's sign."""
+    """The standard deviation over four rates, for each run; in the claim's sign, what varies more beats what varies less."""
     settings = settings_of(tmp_path, "--tables", "KronA", "--subjects", "furmix", "meppor", "vaxmo")
     experiment = BY_NAME["KronA"]
     for row in sorted(experiment.rows, key=lambda row: "KronA's rate" not in row.label):  # which share runs with the others
@@ -627,13 +627,13 @@ def test_a_flag_given_at_its_default_still_replaces_the_suite_s_setting(tmp_path
     settings.extra = args.extra
     flags = runs.make_spec(settings, "zoodip", "furmix", 0, {"quantization": "int8"})["flags"]
     assert (flags["learning_rate"], flags["use_cc"]) == (5e-3, False)
-    assert flags["quantization"] == "int8"  # what a row compares comes before
+    assert flags["quantization"] == "int8"  # what a row compares takes precedence
     assert "learning_rate" not in runs.make_spec(settings, "gf_ti", "furmix", 0, {})["flags"]  # which has none
     assert tables.parse_args([]).extra == {}
 
 
 def test_what_is_declared_exists():
-    """Claims, plots and gaps name rows, columns and tables that there are."""
+    """Claims, plots and gaps name rows, columns and tables that exist."""
     labels = {experiment.name: {row.label for row in report.declared_rows(experiment)} for experiment in EXPERIMENTS}
     for claim in CLAIMS:
         assert {claim.a, claim.b} - {OTHERS} <= labels[claim.experiment] and set(claim.rule.scores) <= set(CLAIM_COLUMNS)
@@ -643,7 +643,7 @@ def test_what_is_declared_exists():
         assert all(set(row.variation) <= set(variations.VARIATIONS) for row in experiment.rows)
         assert set(experiment.gap or ()) | ({experiment.against} - {None}) <= labels[experiment.name]
         assert experiment.stops in {None, *(row.label for row in experiment.rows)} - labels[experiment.name]
-        assert len(labels[experiment.name]) == len(report.declared_rows(experiment))  # no two rows of one name
+        assert len(labels[experiment.name]) == len(report.declared_rows(experiment))  # no two rows of the same name
         grid = experiment.plot
         if isinstance(grid, plots.HeatMaps):
             cells = {grid.label.format(x=x, y=y) for x in grid.x[1] for y in grid.y[1]}
@@ -660,8 +660,8 @@ def test_what_is_declared_exists():
 
 
 def test_intervals_and_verdicts_by_hand():
-    """Of one subject the seeds are the units: differences .03, .01, .02, mean .02, standard deviation .01, t(2) = 4.303, half
-    width 4.303 * .01 / sqrt(3) = .0248. Of several subjects each is one unit, whatever its seeds."""
+    """For one subject the seeds are the units: differences .03, .01, .02, mean .02, standard deviation .01, t(2) = 4.303, half
+    width 4.303 * .01 / sqrt(3) = .0248. Of several subjects, each is one unit, whatever its seeds."""
     a = {("x", 0): {"CLIP-I": .53}, ("x", 1): {"CLIP-I": .61}, ("x", 2): {"CLIP-I": .42}, ("y", 1): {"CLIP-I": .9}}  # fmt: skip
     b = {("x", 0): {"CLIP-I": .50}, ("x", 2): {"CLIP-I": .40}, ("x", 1): {"CLIP-I": .60}}  # fmt: skip
     differences = stats.paired_differences(a, b, "CLIP-I")
@@ -669,7 +669,7 @@ def test_intervals_and_verdicts_by_hand():
     mean, half_width = stats.mean_interval(differences)
     assert (mean, half_width) == pytest.approx((0.02, 4.303 * 0.01 / math.sqrt(3)))
     assert stats.paired_differences(a, b | {("y", 1): {"CLIP-I": 0.8}}, "CLIP-I") == pytest.approx([0.02, 0.1])
-    # seeds are averaged before rows are paired: of y one row has seed 1, the other seed 7
+    # seeds are averaged before rows are paired: for y one row has seed 1, the other seed 7
     assert stats.paired_differences(a, b | {("y", 7): {"CLIP-I": 0.7}}, "CLIP-I") == pytest.approx([0.02, 0.2])
     control = {(stats.NO_SUBJECT, 0): {"CLIP-I": 0.4}}
     assert stats.paired_differences(a, control, "CLIP-I") == pytest.approx([0.12, 0.5])
@@ -682,7 +682,7 @@ def test_intervals_and_verdicts_by_hand():
 
 
 def test_a_cell_against_the_best_other():
-    """Each subject's rival is the row that is best on the others: of x that is c, by y alone, though b is better on x itself."""
+    """Each subject's rival is the row that is best on the others: for x that is c, by y alone, though b is better on x itself."""
     rows = {"ours": {("x", 0): {"CLIP-I": .9}}, "b": {("x", 0): {"CLIP-I": .8}, ("y", 0): {"CLIP-I": .1}},
             "c": {("x", 0): {"CLIP-I": .5}, ("y", 0): {"CLIP-I": .6}}}  # fmt: skip
     rivals = stats.best_of_others(rows, "ours", "CLIP-I")
@@ -698,7 +698,7 @@ def test_a_cell_against_the_best_other():
 def test_ranks_with_ties():
     assert stats.ranks([3.0, 1.0, 3.0, 2.0]).tolist() == [3.5, 1, 3.5, 2]
     record = curve_of((9, .99, .5), (4, .3, .5), (3, .6, .5), (2, .5, .5), (1, .1, .5))  # fmt: skip
-    assert stats.signals({("x", 0): record}, "CLIP-I") == {}  # a score that never changes says nothing of a loss
+    assert stats.signals({("x", 0): record}, "CLIP-I") == {}  # a score that never changes says nothing about a loss
 
 
 def test_seeds_beside_subjects():
@@ -717,7 +717,7 @@ def curve_of(*points: tuple[float, float, float]) -> dict:
 
 
 def test_when_to_stop():
-    """The loss falls to the end, pictures are best before; who chooses is never who is scored; the start does not count."""
+    """The loss falls to the end, pictures are best before; what chooses is never what is scored; the start does not count."""
     record = curve_of((9, .99, .99), (4, .3, .5), (3, .6, .55), (2, .5, .7), (1, .1, .2))  # fmt: skip
     rows = stats.stopped({("x", 0): record})
     chosen = {label: records["x", 0]["step"] for label, records in rows.items()}
@@ -766,13 +766,13 @@ def test_spread_of_a_grid():
 
 
 def test_the_share_of_a_gap_that_is_closed():
-    """From .04 to the mean .02 of two seeds: a loss of .025 closes three quarters, of one subject; the other has its own ends."""
+    """From .04 to the mean .02 of two seeds: a loss of .025 closes three quarters for one subject; the other has its own ends."""
     rows = {"start": {("x", 0): {"loss": .04}, ("y", 0): {"loss": .08}},
             "end": {("x", 0): {"loss": .019}, ("x", 1): {"loss": .021}},
             "ours": {("x", 0): {"loss": .025}, ("y", 0): {"loss": .05}}}  # fmt: skip
     stats.add_gaps(rows.values(), rows["start"], rows["end"])
     assert rows["ours"]["x", 0]["gap_closed"] == pytest.approx(0.75) and rows["start"]["x", 0]["gap_closed"] == 0
-    assert "gap_closed" not in rows["ours"]["y", 0]  # nobody knows its other end
+    assert "gap_closed" not in rows["ours"]["y", 0]  # its other end is unknown
 
 
 def fake_run(settings, spec, **result) -> None:
@@ -787,7 +787,7 @@ def fake_run(settings, spec, **result) -> None:
 
 
 def fake_table_s4(settings) -> None:
-    """Two subjects x two seeds a row, with known figures."""
+    """Two subjects x two seeds per row, with known figures."""
     level = {"RGE": 0.50, "SPSA": 0.45, "one-point": 0.52, "one-point, the sign as printed": 0.1}
     for row in BY_NAME["S4"].rows:
         for k, job in enumerate(plans.jobs_of(BY_NAME["S4"], row, settings)):
@@ -848,7 +848,7 @@ def test_what_would_have_been_found_stands_beside_nothing_found():
 
 
 def test_claims_on_memory(tmp_path):
-    """Less is less, with the ratio; what the record lacks is not told."""
+    """Less is less, with the ratio; what the record lacks is not reported."""
     held = {"ZOODiP, INT8": 2.0, "gradient TI, fp32": 8.0, "QLoRA, NF4": 1.6}
     systems = {name: dict(nvidia_smi=int(value * 1e9)) for name, value in held.items()}
     (tmp_path / "gpu.json").write_text(json.dumps(dict(results=dict(systems=systems))))
@@ -876,7 +876,7 @@ def test_every_claim_has_one_line_whatever_comes_out():
 
 
 def test_a_run_of_an_archive_is_done_again_where_something_is_to_be_drawn_that_it_lacks(tmp_path):
-    """Snapshots for pictures along the way; of tuned weights, which are too large for an archive, whatever is drawn."""
+    """It lacks snapshots for pictures along the way and, as tuned weights are too large for an archive, those for any picture."""
     settings = settings_of(tmp_path)
     for seed, (method, kind, lacking) in enumerate(
         (("zoodip", "along", True), ("zoodip", "scores", True), ("qlora", "scores", True))
@@ -895,8 +895,8 @@ def test_a_run_of_an_archive_is_done_again_where_something_is_to_be_drawn_that_i
 
 
 def test_a_report_is_made_again_from_what_it_keeps(tmp_path):
-    """The packed runs hold all that tables, statistics, plots and pages are made of, and the same runs give the same bytes; of a
-    stranger's archive only what is named like such a file is written."""
+    """The packed runs hold all that tables, statistics, plots and pages are made of, and the same runs give the same bytes; from
+    a stranger's archive only files with such names are written."""
     settings = settings_of(tmp_path / "first", "--subjects", "furmix", "meppor", "--seeds", "0", "1")
     fake_table_s4(settings)
     jobs = plan_of(settings, "S4")
@@ -920,7 +920,7 @@ def test_a_report_is_made_again_from_what_it_keeps(tmp_path):
     archives.unpack_runs(tmp_path / "evil.tar.xz", tmp_path / "third")
     assert not (tmp_path / "third").exists() and not list(tmp_path.rglob("evil*json"))
     (tmp_path / "a" / archives.ARCHIVE).write_bytes(before[Path(archives.ARCHIVE)][:-40])
-    with pytest.raises(InputError, match="no whole archive of runs"):
+    with pytest.raises(InputError, match="not a valid archive of runs"):
         tables.main(tables.parse_args(argv))
 
 
@@ -966,7 +966,7 @@ def test_both_pages_say_the_same(tmp_path):
 
 
 def test_a_missing_score_is_made_up_for_later(tmp_path):
-    """DINO was not to be had, so its scores are missing; once it is, the run is scored again, and not before."""
+    """DINO was not available, so its scores are missing; once it is, the run is scored again, and not before."""
     settings = settings_of(tmp_path, "--dino", "somewhere/dino")
     job = plans.jobs_of(BY_NAME["5"], BY_NAME["5"].rows[0], settings)[0]
     fake_run(settings, job.spec, forwards=3, loss=0.1, scores={"CLIP-I": 0.5})
@@ -989,7 +989,7 @@ def test_removed_share_of_controls():
 
 
 class TinyWorld(worlds.World):
-    """The tiny model on the pictures of the tests: a world takes nothing but these lines."""
+    """The tiny model on the pictures of the tests: a world takes no more than these lines."""
 
     name, width, subjects, images, inference_steps, guidance = "tiny", 32, ("dog6",), 1, 2, 5.0
     scheduler = "dpmsolver++"
@@ -1029,7 +1029,7 @@ def result_of(settings, spec) -> dict:
 
 @pytest.mark.parametrize("method", ["zoodip", "ti", "gf_ti"])
 def test_a_run_is_the_script_s_run(tiny_settings, tmp_path, method):
-    """What a run of the suite leaves is, byte for byte, the file that the method's command line leaves; and it is judged."""
+    """A run of the suite leaves, byte for byte, the file that the method's command line leaves, and is judged."""
     spec = runs.make_spec(tiny_settings, method, "dog6", 3, {})
     job = runs.Job(spec, {"scores"})
     workers.do(job, tiny_settings)
@@ -1095,7 +1095,7 @@ def test_tuned_weights_are_judged_as_they_were_trained(tiny_settings, method, fl
 
 
 def test_a_worker_tunes_no_model_twice(tiny_settings):
-    """Judged one after the other by the same process, equal runs are equal: what is shared between them is not tuned."""
+    """Equal runs that the same process judges one after the other stay equal: what they share is not tuned."""
     results = []
     for seed in (0, 1, 0):
         spec = runs.make_spec(tiny_settings, "qlora", "dog6", seed, dict(learning_rate=1e-2))
@@ -1106,8 +1106,8 @@ def test_a_worker_tunes_no_model_twice(tiny_settings):
 
 
 def test_an_interrupted_run_continues(tiny_settings):
-    """Ctrl-C within a run, then the same again: token and curve are those of an uninterrupted run; and what has learned is only
-    judged where just its judging is missing."""
+    """Ctrl-C within a run, then the same again: token and curve are those of an uninterrupted run; a run that lacks only
+    its judging is only judged."""
     whole = replace(tiny_settings, output=tiny_settings.output / "whole")
     spec = runs.make_spec(tiny_settings, "zoodip", "dog6", 0, {"max_train_steps": 120})
     folder = tiny_settings.folder(spec)
@@ -1146,8 +1146,8 @@ def test_a_new_method_is_one_line(tiny_settings):
 
 
 def test_pictures_along_a_run_and_the_best_of_them(tiny_settings, monkeypatch):
-    """Every snapshot is drawn and scored in two sets; the token that the first set chooses is scored like a last one; what was
-    scored is drawn again from the tokens alone, and keeps its scores."""
+    """Every snapshot is drawn and scored in two sets; the token that the first set chooses is scored like a final one; what was
+    scored can be drawn again from the tokens alone, and keeps its scores."""
     spec = runs.make_spec(tiny_settings, "zoodip", "dog6", 0, {"max_train_steps": 3})
     job, folder = runs.Job(spec, {"along", "best", "scores"}), tiny_settings.folder(spec)
     workers.do(job, tiny_settings)
@@ -1170,7 +1170,7 @@ def test_pictures_along_a_run_and_the_best_of_them(tiny_settings, monkeypatch):
 
 
 def test_true_pictures_are_the_scale(tmp_path):
-    """Of its own renders a subject's attributes are nearly all read right, and CLIP-I is higher than of the others'."""
+    """On a subject's own renders nearly all attributes are read right, and CLIP-I is higher than on the others'."""
     settings = settings_of(tmp_path, "--subjects", "furmix")
     settings.world.prepare(["furmix"])
     found = {}
@@ -1182,13 +1182,13 @@ def test_true_pictures_are_the_scale(tmp_path):
     own, others = found["renders"], found["other_renders"]
     assert own["CLIP-I"] > others["CLIP-I"] + 0.1
     assert own["attributes"] > 0.9 > 0.6 > others["attributes"] > 0.1
-    # unbiased where the classifier errs here as often as on other renders; 28 pictures x 7 attributes, a few of them wrong
+    # unbiased if the classifier errs here as often as on other renders; 28 pictures x 7 attributes, a few of them wrong
     assert own["attributes_corrected"] == pytest.approx(1, abs=0.06)
     assert own["scene"] == own["accessory"] == 1
 
 
 def test_classifier_errors_are_taken_out(tmp_path):
-    """Half of the renders are of other animals: the corrected share is that of the attributes which they truly have. .03: of 280
+    """Half of the renders are of other animals: the corrected share is that of the attributes that they truly have. .03: of 280
     renders x 7 attributes the classifier misreads some 3 %, which has a standard error of .004, and its rates have another."""
     from miniature.critters import random_critter
     from miniature.drawing import render
@@ -1248,7 +1248,7 @@ def test_without_rounding_it_is_torch_s_adam(monkeypatch):
 
 
 def test_epochs_show_every_image_once(tiny_settings):
-    """In an order that follows from the seed and the epoch alone, so that a resumed run goes on in it."""
+    """The order follows from the seed and the epoch alone, so that a resumed run continues it."""
     latents = torch.arange(5.0)[:, None]
     data = SimpleNamespace(latents=latents, choices=[[k] for k in range(5)], prompts=None, scheduler=None)
     run = SimpleNamespace(progress=SimpleNamespace(step=0), settings=dict(seed=3))
@@ -1262,9 +1262,9 @@ def test_epochs_show_every_image_once(tiny_settings):
 
 
 def test_every_variation_changes_the_run_and_is_over_with_it(tiny_settings):
-    """Each leaves another token than the method as it is; afterwards the script's parts are its own again.
+    """Each gives a different token from the method as it is; afterwards the script's parts are its own again.
 
-    Four steps, as of one or two an epoch's images may be those that are drawn anyway.
+    Four steps, because in one or two an epoch's images may be those that are drawn anyway.
     """
     own = {name: getattr(train_zoodip, name) for name in ("ZOAdam", "train", "ESTIMATORS")}
     tokens = {}
@@ -1299,7 +1299,7 @@ def test_the_other_captions(tmp_path):
 
 @pytest.mark.slow
 def test_a_cost_run_is_the_script_in_a_process_of_its_own(tiny_settings, monkeypatch, tmp_path):
-    """Started anywhere: it finds the code by itself."""
+    """Started anywhere, it finds the code by itself."""
     monkeypatch.setattr(TinyWorld, "cost_steps", 3, raising=False)
     monkeypatch.chdir(tmp_path)
     spec = runs.make_spec(tiny_settings, "ti", "dog6", 0, {}, cost=True)
@@ -1309,7 +1309,7 @@ def test_a_cost_run_is_the_script_in_a_process_of_its_own(tiny_settings, monkeyp
 
 
 def test_a_run_that_fails_is_told_with_its_log(tiny_settings):
-    """And does not end the others."""
+    """It does not end the others."""
     settings = replace(tiny_settings, model="no/such/model")
     spec = runs.make_spec(settings, "zoodip", "dog6", 0, {})
     (line,) = [workers.do_in_worker(runs.Job(spec, set()), settings)]
@@ -1360,7 +1360,7 @@ def test_a_launcher_s_processes_are_shards(monkeypatch):
 
 @pytest.mark.slow
 def test_two_shards_then_the_report(tmp_path):
-    """On the miniature, two steps a run: the shards' runs together are the table's, and nothing is done twice."""
+    """On the miniature, two steps per run: the shards' runs together are the table's, and nothing is done twice."""
     argv = ["--tables", "5", "--dry_steps", "2", "--output", str(tmp_path)]
     for shard in ("1/2", "2/2"):
         tables.main(tables.parse_args([*argv, "--shard", shard]))

@@ -26,7 +26,7 @@ from zoodip.records import peak_memory_gb
 from zoodip.run import Run
 
 SCRIPT = str(ROOT / "train_zoodip.py")
-# How far theta moves in these runs at most: the learning rate times the steps. Differences are judged against it.
+# The most that theta moves in these runs: the learning rate times the steps. Differences are judged against it.
 LEARNING_RATE = 5e-3
 
 
@@ -41,7 +41,7 @@ def names(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def base(tiny_model, subject, tmp_path_factory) -> Path:
-    """The script itself, in a process of its own, started from elsewhere: 24 steps."""
+    """The script itself, in its own process, started from elsewhere: 24 steps."""
     out = tmp_path_factory.mktemp("base") / "out"
     argv = arguments(
         tiny_model, subject, out, max_train_steps=24, save_steps=10, checkpointing_steps=8, checkpoints_total_limit=2
@@ -85,7 +85,7 @@ def test_saved_steps_are_the_tokens_of_those_steps(base, train):
 
 
 def test_metadata(base, tiny_model):
-    """What it was made with, in the header that other programs show; and nothing of this machine."""
+    """The header that other programs show says what it was made with, and nothing about this machine."""
     with safe_open(base / "learned_embeds.safetensors", "pt") as handle:
         metadata, keys = handle.metadata(), list(handle.keys())
     assert keys == ["<sks>"] and metadata["format"] == "pt"
@@ -99,7 +99,7 @@ def test_metadata(base, tiny_model):
 
 
 def test_no_paths_in_the_outputs(base, tiny_model, subject):
-    """Results are passed on: they must not tell where somebody's home is."""
+    """Results are passed on: they must not reveal where somebody's home is."""
     for path in base.iterdir():
         content = path.read_bytes()
         for private in (str(base.parent), str(tiny_model.parent), str(subject.parent), str(ROOT)):
@@ -107,7 +107,7 @@ def test_no_paths_in_the_outputs(base, tiny_model, subject):
 
 
 def test_curve_and_record(base):
-    """Evaluation at the start, every eval_steps and at the end; n + 1 forwards a step."""
+    """Evaluation at the start, every eval_steps and at the end; n + 1 forwards per step."""
     rows = list(csv.DictReader((base / "training_log.csv").open()))
     assert [int(row["step"]) for row in rows] == [0, 6, 12, 18, 24]
     assert [int(row["unet_forwards"]) for row in rows] == [0, 18, 36, 54, 72]
@@ -156,7 +156,7 @@ def test_an_earlier_run_is_moved_aside(train):
 
 
 def test_latest_without_a_checkpoint_overwrites_nothing(train):
-    """--resume_from_checkpoint latest is safe to give always: starting at step 0 is a new run like any other."""
+    """--resume_from_checkpoint latest is always safe to give: starting at step 0 is a new run like any other."""
     out = train(checkpointing_steps=0)
     for path in out.glob("checkpoint-*"):
         path.unlink()
@@ -172,7 +172,7 @@ def test_without_checkpoints(train):
 
 
 def test_the_smoothed_loss(tmp_path):
-    """An exponential mean over about a hundred steps that begins at the first loss, written out; a skipped step is not in it."""
+    """An exponential mean over about a hundred steps that begins at the first loss, written out; skipped steps do not count."""
     run = Run(SimpleNamespace(), torch.Generator(), SimpleNamespace(is_main_process=True), {}, {}, output_dir=tmp_path,
               max_train_steps=4, save_steps=0, checkpointing_steps=0, checkpoints_total_limit=0, eval_steps=0,
               validation_steps=0)  # fmt: skip
@@ -185,7 +185,7 @@ def test_the_smoothed_loss(tmp_path):
 
 
 def test_the_curve_tells_the_smoothed_loss(train):
-    """Of the losses that single steps have: a step more each time, from the same seed."""
+    """Against the losses of single steps, from runs that are one step longer each time, with the same seed."""
     curve = list(csv.DictReader((train(max_train_steps=3, eval_steps=1) / "training_log.csv").open()))
     assert curve[0]["loss"] == ""  # no step has been taken
     smoothed = [float(row["loss"]) for row in curve[1:]]
@@ -195,7 +195,7 @@ def test_the_curve_tells_the_smoothed_loss(train):
 
 
 def test_without_git(train, monkeypatch):
-    """The commit is recorded where git is at hand; a machine without it still finishes."""
+    """The commit is recorded if git is available; a machine without it still finishes."""
     monkeypatch.setenv("PATH", "")
     assert json.loads((train() / "run.json").read_text())["commit"] is None
 
@@ -259,7 +259,7 @@ def test_resumed_equals_uninterrupted(train, case):
 
 
 def test_resuming_a_finished_run(base, train, tmp_path):
-    """Changes nothing; more steps go on from its end."""
+    """It changes nothing; more steps continue from its end."""
     shutil.copytree(base, tmp_path / "out")
     out = train(max_train_steps=24, save_steps=10, checkpointing_steps=8, resume_from_checkpoint="latest")
     assert (out / "learned_embeds.safetensors").read_bytes() == (base / "learned_embeds.safetensors").read_bytes()
@@ -283,7 +283,7 @@ def interrupt(argv: list[str], out: Path, number: int) -> tuple[int, str]:
 
 @pytest.mark.parametrize("number", sample([signal.SIGINT, signal.SIGTERM], signal.SIGINT))
 def test_interrupted_run(train, tiny_model, subject, tmp_path, number):
-    """Saved at the step under way, says how to go on, and equals a run that was never interrupted, bit for bit."""
+    """It saves the step under way, says how to resume, and equals a run that was never interrupted, bit for bit."""
     out, flags = tmp_path / "out", dict(eval_steps=0, checkpointing_steps=5)
     returned, stderr = interrupt(arguments(tiny_model, subject, out, **flags, max_train_steps=100000), out, number)
     assert returned == 128 + number, stderr
@@ -367,7 +367,7 @@ def test_losses_that_stay_infinite_stop_the_run(train, overflowing, capsys):
 
 
 def test_steps_that_overflow_are_skipped_and_counted(train, overflowing, capsys):
-    """Some steps of a half-precision run give Inf: they leave the token as it was, and are told of at the end."""
+    """Some steps of a half-precision run give Inf: they leave the token as it was and are reported at the end."""
     out = train(model=overflowing(6e4), mixed_precision="fp16", max_train_steps=40, eval_steps=0, save_steps=1)
     tokens = [theta(out, f"learned_embeds-steps-{step}") for step in range(1, 41)]
     still = sum(torch.equal(a, b) for a, b in zip(tokens, tokens[1:], strict=False))
@@ -387,7 +387,7 @@ def test_token_that_runs_away(train, capsys):
 
 
 def test_token_that_overflows(train, capsys):
-    """An absurd learning rate ends in a line; no embedding of NaN or Inf is ever saved, nor a checkpoint."""
+    """An absurd learning rate ends in one line of error; no embedding or checkpoint with NaN or Inf is ever saved."""
     out = train(code=2, learning_rate=9e36, checkpointing_steps=1, save_steps=1)
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: the token is NaN or Inf after step") and "--learning_rate" in line
@@ -412,7 +412,7 @@ def test_two_processes_equal_one(train, tiny_model, subject, tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
-    assert done.stdout.count("after 4 steps") == 1  # one process speaks
+    assert done.stdout.count("after 4 steps") == 1  # only one process prints
     one = theta(train("one", **flags))
     assert (theta(tmp_path / "two") - one).abs().max() < 0.05 * LEARNING_RATE
     assert (one - theta(train("other", **flags, seed=1))).abs().max() > LEARNING_RATE  # what a wrong share would do
@@ -443,7 +443,7 @@ def test_subject_of_one_picture(train, tmp_path):
 @pytest.mark.slow  # a minute of compiling
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
 def test_compiled(tiny_model, subject, tmp_path):
-    """--compile changes rounding, nothing else: the first losses agree, and the UNet really was compiled."""
+    """--compile changes only rounding: the first losses agree, and the UNet really was compiled."""
     import torch._dynamo.utils as dynamo
 
     dynamo.counters.clear()
@@ -464,7 +464,7 @@ def test_compile_without_a_compiler(tiny_model, subject, tmp_path, capsys, monke
 
 
 def test_peak_memory_is_this_program_s():
-    """Not that of the program that started it, which the kernel's own counter begins at: here 1 GB more than the child needs."""
+    """Not that of the parent process, from which the kernel's own counter starts: here 1 GB more than the child needs."""
     code = "import torch; from zoodip.records import peak_memory_gb; print(peak_memory_gb(torch.device('cpu')))"
     held = torch.ones(1 << 28)
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -53,7 +53,7 @@ def test_a_schedule_is_resumed_to_the_last_bit(tiny_model, subject, tmp_path, ca
     assert (out / "learned_embeds.safetensors").read_bytes() == whole
     for other in (dict(max_train_steps=7), dict(lr_scheduler="linear"), dict(lr_scheduler="constant"), dict(lr_warmup_steps=1)):
         assert run_cli(arguments(tiny_model, subject, out, **{**again, **other})) == 2
-        assert "is of another run (--" in capsys.readouterr().err
+        assert "is from another run (--" in capsys.readouterr().err
     constant = tmp_path / "constant"
     assert run_cli(arguments(tiny_model, subject, constant, max_train_steps=6, eval_steps=0, learning_rate=0.1)) == 0
     assert (constant / "learned_embeds.safetensors").read_bytes() != whole

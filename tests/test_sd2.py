@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.x: a random folder of its kind, trained on, and its prompts as diffusers encodes them.
+"""Stable Diffusion 2.x: training on a random folder of its kind, and its prompts as diffusers encodes them.
 
 Its differences: vectors of 1024 numbers, v-prediction, "!" for padding, linear projections, a list of head widths.
 """

@@ -1,4 +1,4 @@
-"""Files of strangers run no code and lead nowhere; what is private stays so."""
+"""Strangers' files run no code and lead nowhere; what is private stays private."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_pickles_by_content(tiny_model, subject, tmp_path, capsys, kind):
         (model / part / f"{stem}.safetensors").write_bytes(content)
         assert attempt(arguments(model, subject, tmp_path / "out", **RUN)) == 2
         line = capsys.readouterr().err.splitlines()[-1]
-        assert str(model / part) in line and (("is a pickle" in line) if named else ("not a whole safetensors file" in line))
+        assert str(model / part) in line and (("is a pickle" in line) if named else ("not a valid safetensors file" in line))
     (tmp_path / "out").mkdir(exist_ok=True)
     checkpoint = tmp_path / "out" / "checkpoint-1.safetensors"
     checkpoint.write_bytes(content)
@@ -173,7 +173,7 @@ def test_braces_are_text_all_the_way(tiny_model, subject, tmp_path):
 @settings(max_examples=300, derandomize=True, deadline=None)
 @given(token=st.text(min_size=1, max_size=30) | st.from_regex(r"<[./\\\\:a-z-]{1,20}>", fullmatch=True))
 def test_names_made_of_tokens(token):
-    """Whatever the token, its file is a plain name in the output folder, and none of the script's own."""
+    """Whatever the token, its file has a plain name in the output folder, and none of the script's own."""
     name = f"{file_stem(token)}.safetensors"
     assert Path(name).name == name and not name.startswith((".", "checkpoint-", "learned_embeds"))
     assert all(c.isascii() and (c.isalnum() or c in "_-.") for c in name) and name.count(".") == 1
@@ -209,7 +209,7 @@ def test_shard_names_stay_in_the_folder(tiny_model, tmp_path):
 
 
 def test_links_in_the_output_folder_are_not_followed(tiny_model, subject, tmp_path):
-    """A link somebody left under a name that a run writes: it is replaced, and what it points to keeps its content."""
+    """A link that somebody left under a name that a run writes is replaced, and its target keeps its content."""
     (tmp_path / "precious").write_text("mine")
     out = tmp_path / "out"
     out.mkdir()
@@ -223,7 +223,7 @@ def test_links_in_the_output_folder_are_not_followed(tiny_model, subject, tmp_pa
 
 
 def test_positions_of_photographs(tiny_model, tmp_path):
-    """EXIF, XMP and comments, with place, owner and serial number, in none of the files a run leaves, pictures included."""
+    """EXIF, XMP and comments, with place, owner and serial number, are in none of the files of a run, including pictures."""
     markers = [b"GPS-MARK", b"OWNER-MARK", b"SERIAL-MARK", b"XMP-MARK", b"COMMENT-MARK"]
     folder = tmp_path / "subject"
     folder.mkdir()

@@ -77,7 +77,7 @@ def old_name(component: str, name: str, config: dict) -> str:
 
 
 def single_file(folder: Path, target: Path) -> Path:
-    """The folder's weights in one file; the VAE's attention as 1 x 1 convolutions, as the original code has it."""
+    """The folder's weights in one file; the VAE's attention as 1 x 1 convolutions, as in the original code."""
     tensors = {}
     for component, stem in WEIGHT_NAMES.items():
         config = json.loads((folder / component / "config.json").read_text())
@@ -87,7 +87,7 @@ def single_file(folder: Path, target: Path) -> Path:
             tensors[old] = tensor[:, :, None, None] if re.search(r"attn_1\.(q|k|v|proj_out)\.weight", old) else tensor
     tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     tensors["model_ema.decay"] = torch.tensor(0.9999)
-    tensors["alphas_cumprod"] = torch.zeros(1000)  # as such files also hold
+    tensors["alphas_cumprod"] = torch.zeros(1000)  # which such files also hold
     save_file(tensors, target)
     return target
 
@@ -185,7 +185,7 @@ def test_every_parameter_of_the_published_shapes_is_found(component, config, cou
 
 
 def test_names_that_are_published():
-    """A few of v1-5-pruned-emaonly.safetensors, as anybody can read them there."""
+    """A few names of v1-5-pruned-emaonly.safetensors, as anybody can read them there."""
     _, config = shapes_of("unet", UNET_15)
     names = {
         "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight":
@@ -202,7 +202,7 @@ def test_names_that_are_published():
 
 @pytest.mark.parametrize("layers", [2])
 def test_the_text_encoder_of_version_2(tiny_model, tmp_path, layers):
-    """OpenCLIP's: one matrix for query, key and value, one layer more than is used, and a projection that is not."""
+    """OpenCLIP's: one matrix for query, key and value, one layer more than is used, and a projection that is unused."""
     width, stem = 32, "cond_stage_model.model."
     expected = load_file(tiny_model / "text_encoder" / "model.safetensors")
     expected = {name.removeprefix("text_model."): tensor for name, tensor in expected.items()}
@@ -231,7 +231,7 @@ def test_the_text_encoder_of_version_2(tiny_model, tmp_path, layers):
 
 
 def test_a_pickle_is_refused_with_the_command_that_converts_it(tiny_model, tiny_file, tmp_path):
-    """And the command works, and runs nothing that is in the file."""
+    """The command works, and runs nothing that is in the file."""
     tensors = load_file(tiny_file)
     torch.save({"state_dict": tensors, "global_step": 7}, tmp_path / "old.ckpt")
     for name in ("old.ckpt", "renamed.safetensors"):
@@ -265,12 +265,12 @@ def test_files_of_other_kinds(tiny_model, tiny_file, tmp_path):
         with pytest.raises(InputError, match=reason):
             find_model_folder(str(tmp_path / "a.safetensors"), model_config=str(tiny_model))
     (tmp_path / "a.safetensors").write_bytes(b"not a file of tensors")
-    with pytest.raises(InputError, match="not a whole safetensors file"):
+    with pytest.raises(InputError, match="not a valid safetensors file"):
         find_model_folder(str(tmp_path / "a.safetensors"), model_config=str(tiny_model))
 
 
 def test_a_file_that_lacks_a_tensor(tiny_model, tiny_file, tmp_path):
-    """Half a model must not be trained on in silence."""
+    """Half a model must not be trained on silently."""
     tensors = load_file(tiny_file)
     del tensors["model.diffusion_model.out.2.bias"]
     save_file(tensors, tmp_path / "a.safetensors")

@@ -270,7 +270,7 @@ def test_captions_are_found(tmp_path):
     ({"my dog": {**GOOD, "00.png": "{0}"}}, ["00.png"]), (None, ["00.png", "01.png"]),
 ])  # fmt: skip
 def test_bad_captions_print_the_json_to_add(tmp_path, content, to_add):
-    """The message holds JSON that, merged into the file, makes the run go."""
+    """The message holds JSON that, merged into the file, makes the run work."""
     file, folder, images = captions_case(tmp_path, content)
     if content is None:
         file.unlink()
@@ -311,7 +311,7 @@ def test_braces_in_a_caption_stay_text(tmp_path, tiny_model):
 
 
 def test_templates():
-    """One {} in each, as the placeholder has to come exactly once; the lists are those of textual inversion."""
+    """One {} in each, as the placeholder has to occur exactly once; the lists are those of textual inversion."""
     for templates, count, different in ((OBJECT_TEMPLATES, 27, 27), (STYLE_TEMPLATES, 19, 17)):  # two styles come twice
         assert (len(templates), len(set(templates))) == (count, different)
         assert all(text.count("{}") == 1 and text.count("{") == 1 and text == text.strip() for text in templates)
@@ -361,8 +361,8 @@ def test_captions_of_dreambooth_are_complete():
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_captions_of_dreambooth_have_the_form(name):
-    """One {}, one line of ASCII, and no class word: {} stands in the noun's place. No side, as half of the draws are mirrored,
-    and no part that only such a subject has."""
+    """One {}, one line of ASCII, and no class word: {} takes the noun's place. No side, as half of the draws are mirrored,
+    and no body part that only such a subject has."""
     for file, text in json.loads((ROOT / "cc.json").read_text())[name].items():
         assert text.count("{}") == 1 and text.count("{") == text.count("}") == 1, file
         assert text.isascii() and text.isprintable() and text == " ".join(text.split()), file

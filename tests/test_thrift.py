@@ -16,7 +16,7 @@ from zoodip.thrift import modules_before_text, split_feed_forward
 @pytest.mark.parametrize("first_block", ["CrossAttnDownBlock2D", "DownBlock2D"])
 @pytest.mark.parametrize("linear_projection", [False, True])
 def test_modules_before_the_text(first_block, linear_projection):
-    """They must see the same inputs whatever the prompt, and be all that does: another prompt changes what follows."""
+    """They must see the same inputs whatever the prompt, and be all the modules that do: another prompt changes what follows."""
     from diffusers import UNet2DConditionModel
 
     with torch.random.fork_rng():
@@ -51,7 +51,7 @@ def test_modules_before_the_text(first_block, linear_projection):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_part_before_the_text_is_computed_once(tiny, size):
-    """With and without: the same losses up to the order of sums; and the shared layers see one part of the batch only."""
+    """With and without it, losses are the same up to the order of sums; the shared layers see only one part of the batch."""
     batch, tokens = tiny.batch(size), tiny.tokens(3)
     shared = tiny.losses(batch, tokens)
     seen = []
@@ -67,7 +67,7 @@ def test_every_default_path_agrees_with_plain_fp32(tiny_model):
     """All that is done for speed and memory (packing, slices, channels_last, one forward for all candidates, the shared part,
     split feed-forwards) against the stock UNet holding the dequantised weights, one candidate at a time.
 
-    Tolerance: both compute in fp32 what differs only in the order of sums. A loss is a mean of 256 squares, each of a prediction
+    Tolerance: both compute in fp32 and differ only in the order of sums. A loss is a mean of 256 squares, each of a prediction
     through about 30 layers whose sums have up to 576 terms; relative rounding of 2^-24 sqrt(576 * 30) = 8e-6 is its bound.
     """
     quantised = Tiny(tiny_model, 1)

@@ -54,7 +54,7 @@ def names(folder: Path) -> set[str]:
 
 
 def same_files(one: Path, other: Path) -> None:
-    """All of two runs is the same, byte for byte, but how long they took."""
+    """All files of two runs are the same, byte for byte, except for how long they took."""
     assert names(one) == names(other)
     for name in names(one) - {"run.json"}:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
@@ -98,7 +98,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 
 def test_training_lowers_the_loss(train):
-    """On the fixed set, by more than the 1e-4 that ZOODiP's own test asks of it."""
+    """On the fixed set, by more than the 1e-4 that ZOODiP's own test asks for."""
     out = train(textual_inversion, max_train_steps=60, eval_steps=60, learning_rate=0.05, num_eval_samples=16)
     first, last = (float(row["eval_loss"]) for row in csv.DictReader((out / "training_log.csv").open()))
     assert last < first - 1e-4
@@ -152,7 +152,7 @@ def test_what_is_kept():
 
 
 def through_a_checkpoint(evolution: gf_ti.GFTI, fresh: gf_ti.GFTI) -> gf_ti.GFTI:
-    """What a checkpoint keeps of a search: tensors, and numbers as JSON."""
+    """Restore a search from what a checkpoint keeps of it: tensors, and numbers as JSON."""
     state = evolution.state_dict()
     tensors = {name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
     fresh.load_state_dict({**tensors, **json.loads(json.dumps({name: state[name] for name in state.keys() - tensors.keys()}))})
@@ -161,9 +161,9 @@ def through_a_checkpoint(evolution: gf_ti.GFTI, fresh: gf_ti.GFTI) -> gf_ti.GFTI
 
 @pytest.mark.parametrize(("dim", "population", "kind"), [(40, 6, "noisy"), (2, 3, "noisy"), (3, 12, "axes"), (3, 12, "turned")])
 def test_a_search_restored_is_the_same_search(dim, population, kind):
-    """Every seventh generation through a checkpoint: not a bit differs from the search that never stopped. In 40 dimensions cma
-    decomposes C only now and then; the ellipsoid of condition 1e16 makes it change coordinates, along the axes (sigma_vec)
-    or, where it lies askew, into its main axes."""
+    """Every seventh generation goes through a checkpoint, and not a bit differs from the search that never stopped. In 40
+    dimensions cma decomposes C only now and then; the ellipsoid of condition 1e16 makes it change coordinates, along the axes
+    (sigma_vec) or, if it is rotated, into its main axes."""
     scale = torch.logspace(0, -8, dim) if kind != "noisy" else torch.ones(dim)
     turn = (
         torch.linalg.qr(torch.randn(dim, dim, generator=seeded(5), dtype=torch.float64))[0]
@@ -212,7 +212,7 @@ def test_basis_spreads_as_wide_as_the_vocabulary():
 
 @pytest.mark.parametrize("mode", ["published", "fair"])
 def test_common_random_numbers(mode):
-    """fair: all candidates on one batch. published: each its own noise, at one timestep per generation."""
+    """fair: all candidates on one batch. published: each has its own noise, at one timestep per generation."""
     from diffusers import DDPMScheduler
 
     seen = []
@@ -240,7 +240,7 @@ def test_common_random_numbers(mode):
 
 @METHODS
 def test_what_a_run_leaves(train, script, flags):
-    """The files of train_zoodip.py's runs, with this method's settings and forwards, and not one of another method's."""
+    """The files of train_zoodip.py's runs, with this method's settings and forwards, and no setting of another method's."""
     out = train(script, save_steps=5, checkpointing_steps=4, validation_prompt="a photo of <sks>", validation_steps=6,
                 num_validation_images=2, **flags)  # fmt: skip
     assert names(out) == {
@@ -276,7 +276,7 @@ def test_resumed_equals_uninterrupted(train, script, flags):
 
 
 def test_more_generations_after_the_end_are_those_of_a_longer_run(train):
-    """fair looks at the mean once more where a run ends; the longer run is not to know of it."""
+    """fair looks at the mean once more when a run ends; that must not affect the longer run."""
     script, flags = FAIR
     whole = train(script, "whole", max_train_steps=20, **flags)
     first = theta(train(script, "parts", max_train_steps=7, **flags))
@@ -314,7 +314,7 @@ def test_a_signal_between_steps(train, monkeypatch, script, flags):
     [("textual_inversion", {}, signal.SIGINT, 130), ("gf_ti", PUBLISHED[1], signal.SIGTERM, 143)],
 )
 def test_a_script_that_is_stopped(tiny_model, subject, tmp_path, train, module, flags, number, code):
-    """The script itself, as a process: a signal once steps are under way, one line that says how to go on, and the same token."""
+    """The script itself, as a process: a signal once steps are under way, a line that says how to resume, and the same token."""
     script = getattr(sys.modules[__name__], module)
     flags = dict(max_train_steps=100000, checkpointing_steps=5, eval_steps=0, **flags)
     argv = arguments(tiny_model, subject, tmp_path / "out", **NOT_THEIRS, **flags)
@@ -349,7 +349,7 @@ def test_a_script_that_is_stopped(tiny_model, subject, tmp_path, train, module, 
     (gf_ti, "--learning_rate"), (gf_ti, "--adam_epsilon"),
 ])  # fmt: skip
 def test_flags_without_meaning_do_not_exist(capsys, script, flag):
-    """At their defaults too: a flag that is read and ignored would be a claim."""
+    """Even at their defaults: a flag that is read and ignored would be a false claim."""
     assert run_cli(["--train_data_dir", "x", "--initializer_token", "x", flag, "3"], script) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and flag in line  # --n and --nu could be short for several others
@@ -384,11 +384,11 @@ def test_a_checkpoint_of_another_run_is_refused(train, capsys):
     train(script, "other", code=2, resume_from_checkpoint=checkpoint, **{**flags, "population": 5})
     assert "--population was 4, is 5" in capsys.readouterr().err
     train(textual_inversion, "other", code=2, resume_from_checkpoint=checkpoint)
-    assert "is of another method or version" in capsys.readouterr().err
+    assert "is from another method or version" in capsys.readouterr().err
 
 
 def test_defaults():
-    """The authors' script; and where the comparison is fair, a start at a fifth of the vocabulary's width."""
+    """Those of the authors' script and, for mode fair, a start at a fifth of the vocabulary's width."""
     argv = ["--train_data_dir", "x", "--initializer_token", "x"]
     ti, published, fair = textual_inversion.parse_args(argv), gf_ti.parse_args(argv), gf_ti.parse_args([*argv, "--mode", "fair"])
     assert (ti.learning_rate, ti.adam_epsilon, ti.max_train_steps, ti.timestep_sampling) == (5e-3, 1e-8, 5000, "puts")

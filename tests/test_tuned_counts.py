@@ -1,4 +1,4 @@
-"""How many numbers each weight-tuning system trains, and how large its files are: of the architectures, without their weights."""
+"""How many numbers each weight-tuning system trains, and how large its files are: from the architectures, without weights."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_counts_of_stable_diffusion_15(sd15):
 
 
 def test_what_stable_diffusion_15_is_made_of(sd15):
-    """Weights of Linear and Conv2d, their biases, norms; and what of it is packed."""
+    """Weights of Linear and Conv2d, their biases, norms; and which of these are packed."""
     parts = dict.fromkeys(("linear", "convolution", "bias", "norm"), 0)
     for name, parameter in sd15.named_parameters():
         owner = sd15.get_submodule(name.rpartition(".")[0])
@@ -128,7 +128,7 @@ def test_factors_that_do_not_divide(sd15, a1, a2, flag):
         kronecker_shapes(sd15, a1, a2)
 
 
-# the first had no attention at 16 x 16; the counts of earlier records are its
+# the first had no attention at 16 x 16; earlier records have its counts
 EDITIONS = {
     "first": dict(parameters=11_155_588, tensors=326, layers=131, projections=56, peqa=28_608, tuneqdm=56_256, lora=19_712,
                   krona={(4, 64): 21_248, (4, 16): 31_232, (2, 16): 57_088}, weights=1_769_472),
@@ -168,7 +168,7 @@ def test_counts_of_the_miniature(edition):
 
 
 def header_of(script, method: str, quantization: str, *flags: str) -> dict[str, str]:
-    """Of a file that a run of `script` leaves on a GPU, in any folder."""
+    """The header of a file that a run of `script` leaves on a GPU, in any folder."""
     settings = vars(script.parse_args(["--train_data_dir", "dataset/dog6", "--class_word", "dog", *flags]))
     settings |= dict(mixed_precision="fp16", resolution=512)
     outputs = SimpleNamespace(
@@ -210,9 +210,9 @@ def saved_factors(folder: Path, sd15) -> Path:
     (saved_factors, 398_048, (1.59, 1.63)),
 ], ids=["PEQA", "N = 1", "N = 2", "N = 4", "LoRA", "KronA"])  # fmt: skip
 def test_sizes_of_files(sd15, save, numbers, megabytes, tmp_path):
-    """For Stable Diffusion v1.5, in MB: of the trained numbers, 4 bytes each, and of the whole file.
+    """For Stable Diffusion v1.5, in MB: the trained numbers, 4 bytes each, and the whole file.
 
-    The headers, names and places of 256 to 560 tensors, are 36 to 71 KB. They hold versions and settings, hence .01.
+    The headers, with names and places of 256 to 560 tensors, are 36 to 71 KB. They also hold versions and settings, hence .01.
     """
     path = save(tmp_path, sd15)
     with safe_open(path, framework="pt") as handle:

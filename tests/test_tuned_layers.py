@@ -24,7 +24,7 @@ from zoodip.tuned_layers import (
 )
 
 FORMATS = ["nf4", "int8", "affine8", "affine4"]
-LAYERS = {  # sizes off 64 and odd counts, as packing goes by 64 and by two
+LAYERS = {  # sizes off 64 and odd counts, as packing works by 64 and by two
     "linear": (lambda: nn.Linear(30, 17, bias=False), (2, 5, 30)),
     "linear with bias": (lambda: nn.Linear(64, 24), (3, 64)),
     "conv": (lambda: nn.Conv2d(5, 7, 3, padding=1), (2, 5, 6, 6)),
@@ -59,7 +59,7 @@ def product(layer: nn.Module, inputs: torch.Tensor, weight: torch.Tensor, bias=N
 
 
 def naive_affine(row: list[float], bits: int) -> tuple[list[int], float, int]:
-    """One output channel, in Python numbers of double precision."""
+    """One output channel, in Python's double-precision numbers."""
     low, high = min(min(row), 0.0), max(max(row), 0.0)
     scale = max((high - low) / (2**bits - 1), 1e-8)
     smallest = -(2 ** (bits - 1))
@@ -279,7 +279,7 @@ def test_kronecker_product_is_that_of_torch(a1, a2, shape):
     (64, 8, 8, 1_024, 1_024),  # a tie
 ])  # fmt: skip
 def test_the_product_goes_the_cheaper_way(width, a1, a2, multiplications, other):
-    """As many multiplications for an input as the cheaper of the two orders needs: A first and B first, in numbers."""
+    """It takes as many multiplications per input as the cheaper of the two orders, A first or B first."""
     from torch.utils.flop_counter import FlopCounterMode
 
     layer = KroneckerLayer(nn.Linear(width, width, bias=False), a1, a2)

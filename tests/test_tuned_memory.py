@@ -16,13 +16,13 @@ from zoodip.diffusion import FrozenModel, noise_batch
 from zoodip.quantize import QuantizedLayer
 from zoodip.tuned_layers import add_lora
 
-IMAGES, SIDE = 5, 40  # then the size of every activation has a factor of 5, and that of no weight
+IMAGES, SIDE = 5, 40  # so that every activation's size has a factor of 5, and no weight's has
 Forward = tuple[Callable[[], torch.Tensor], list[nn.Module]]  # a training forward -> its loss, and the models in it
 
 
 @pytest.fixture
 def plain(monkeypatch) -> Callable[[], list[int]]:
-    """Calling it has packed layers multiply as autograd would have it; it returns a list that fills with the sizes of the
+    """Calling it makes packed layers multiply through plain autograd; it returns a list that fills with the sizes of the
     dequantised weights that a backward pass then needs."""
 
     def install() -> list[int]:
@@ -40,7 +40,7 @@ def plain(monkeypatch) -> Callable[[], list[int]]:
 
 
 def tuning_forward(name: str, precision: str, tiny_model, subject, tmp_path) -> Forward:
-    """Of a batch that one expert serves, as a step of the script makes it."""
+    """The forward of a batch that one expert serves, as in a step of the script."""
     tuning = prepared(name, tiny_model, subject, tmp_path, resolution=SIDE, mixed_precision=precision)
     tuning.run.lock.release()
     data, timesteps = tuning.data, torch.tensor([300, 310, 260, 480, 499])
@@ -50,7 +50,7 @@ def tuning_forward(name: str, precision: str, tiny_model, subject, tmp_path) -> 
 
 
 def inversion_forward(tiny_model, subject, tmp_path) -> Forward:
-    """Of gradient textual inversion, where the text encoder takes part."""
+    """The forward of gradient textual inversion, in which the text encoder takes part."""
     tiny = Tiny(tiny_model, 1)
     model = FrozenModel(load(tiny_model, "unet", "nf4"), load(tiny_model, "text_encoder", "nf4"), tiny.prompts.rows)
     latents, timesteps = torch.rand(IMAGES, 2, 4, SIDE // 2, SIDE // 2, generator=seeded()), torch.arange(500, 900, 80)
@@ -60,7 +60,7 @@ def inversion_forward(tiny_model, subject, tmp_path) -> Forward:
 
 
 def kept_sizes(forward: Callable[[], torch.Tensor], models: list[nn.Module]) -> list[int]:
-    """The sizes of what autograd keeps of a forward, without parameters, which are there anyway, and scales times a number."""
+    """The sizes of what autograd keeps of a forward, except parameters, which exist anyway, and scales times a number."""
     own = {tensor.untyped_storage().data_ptr() for model in models for tensor in (*model.parameters(), *model.buffers())}
     scales = {tensor.shape for model in models for tensor in model.parameters() if tensor.requires_grad and tensor.dim() == 1}
     kept = []
@@ -80,7 +80,7 @@ def kept_sizes(forward: Callable[[], torch.Tensor], models: list[nn.Module]) -> 
     ("qlora", "bf16"), ("tuneqdm", "bf16"),
 ])  # fmt: skip
 def test_no_weight_is_kept_of_a_training_forward(name, precision, tiny_model, subject, tmp_path, plain):
-    """By size, so in whatever shape: transposed, flat, channels last. The plain path shows that one would be seen."""
+    """Weights are told by size, so in any shape: transposed, flat, channels last. The plain path shows that one would be seen."""
     if name == "textual inversion":
         forward, models = inversion_forward(tiny_model, subject, tmp_path)
     else:
@@ -89,7 +89,7 @@ def test_no_weight_is_kept_of_a_training_forward(name, precision, tiny_model, su
     sizes = {layer.shape.numel() for layer in layers}
     assert len(layers) > 60 and all(size % 5 for size in sizes)
     kept = kept_sizes(forward, models)
-    assert len(kept) > len(layers) and not sizes & set(kept)  # activations are
+    assert len(kept) > len(layers) and not sizes & set(kept)  # activations are kept
 
     needed = plain()
     kept = kept_sizes(forward, models)
@@ -97,7 +97,7 @@ def test_no_weight_is_kept_of_a_training_forward(name, precision, tiny_model, su
 
 
 def step_bytes(unet: nn.Module, inputs: tuple) -> LiveBytes:
-    """Of a forward and a backward; the stage "between" tells what the backward pass finds."""
+    """Live bytes of a forward and a backward; the stage "between" tells what the backward pass finds."""
 
     def step() -> None:
         loss = unet(*inputs).sample.square().mean()
@@ -106,16 +106,16 @@ def step_bytes(unet: nn.Module, inputs: tuple) -> LiveBytes:
         loss.backward()
         unet.zero_grad(set_to_none=True)
 
-    step()  # the first makes caches
+    step()  # the first fills caches
     return count_live_bytes(step)
 
 
 def test_live_bytes_of_qlora(plain):
-    """On the miniature, whose weights are most of a step's memory: what the plain path keeps, a step of ours does without.
+    """On the miniature, whose weights are most of a step's memory, our step does without what the plain path keeps.
 
-    When the backward pass begins, the plain path has every dequantised weight that it needs, and ours has none. The peak is
-    about then, as until then activations grow. Ours has at its peak one dequantised weight, hence the bound; both have the
-    same activations, but that the plain path keeps the inputs of convolutions as well.
+    When the backward pass begins, the plain path has every dequantised weight that it needs, and ours has none. The peak is near
+    that moment, as activations grow until then. At its peak ours has one dequantised weight, hence the bound; both have the same
+    activations, except that the plain path also keeps the inputs of convolutions.
     """
     unet = load(MINIATURE, "unet", "nf4")
     add_lora(unet, 2, seeded())

@@ -1,4 +1,4 @@
-"""Every flag of the trainers that tune weights has an effect: as test_flags.py, for each of the four scripts."""
+"""Every flag of the trainers that tune weights has an effect: like test_flags.py, for each of the four scripts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import trainers.qlora
 import trainers.tuneqdm
 from zoodip.tuned_files import load_tuned_unet
 
-LEARNING_RATE = 1e-2  # by which a step moves a trained number at most
-SCRIPTS = {  # and what is given to each run: fp32 files, as fp16 hides small differences, and factors that the tiny model takes
+LEARNING_RATE = 1e-2  # the most that a step moves a trained number
+SCRIPTS = {  # with flags for each run: fp32 files, as fp16 hides small differences, and factors that the tiny model takes
     "dreambooth": (trainers.dreambooth, dict(save_precision="fp32")),
     "qlora": (trainers.qlora, dict()),
     "tuneqdm": (trainers.tuneqdm, dict(experts=2)),
@@ -29,7 +29,7 @@ SCRIPTS = {  # and what is given to each run: fp32 files, as fp16 hides small di
 
 @pytest.fixture(scope="module")
 def run_of(tiny_model, subject, tmp_path_factory) -> Callable[[str], Callable[..., Outcome]]:
-    """script -> its runs of two steps with some flags of their own, each combination once."""
+    """script -> a function that runs it for two steps with the flags given, each combination once."""
     worlds = make_worlds(tiny_model, subject, place := tmp_path_factory.mktemp("worlds"))
     worlds["file"] = single_file(tiny_model, place / "tiny.safetensors")
     worlds |= {"class": make_subject(place / "class", count=3, side=16), "pets": make_subject(place / "pets", count=4, side=30)}
@@ -56,7 +56,7 @@ def first_loss(outcome: Outcome) -> str:
 
 
 def reloaded_prediction(outcome: Outcome) -> list:
-    """At t = 100, outside S1's interval."""
+    """The prediction at t = 100, outside S1's interval."""
     return predict(load_tuned_unet(outcome.model, None, outcome.file, torch.float32, "cpu")[0], 100).tolist()
 
 
@@ -137,8 +137,8 @@ BY_DEFAULT = ["timestep_sampling", "gradient_checkpointing", "class_word", "prio
 
 
 def cases() -> list:
-    """Each script's own flags by default, with one of those that all share; the others of these, which are one piece of code, are
-    slow and take the scripts in turn."""
+    """By default, each script's own flags and one of those that all share; the other shared flags, which are one piece of code,
+    are slow and take the scripts in turn."""
     names = list(SCRIPTS)
     own = [(name, flag) for name in names for flag in OWN[name]]
     others = [flag for flag in SHARED if flag not in BY_DEFAULT]
@@ -161,7 +161,7 @@ def test_every_flag_has_an_effect(run_of, name, flag):
     ("timestep_sampling", "snr"), pytest.param("mixed_precision", "fp16", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_every_choice_has_an_effect(run_of, flag, value):
-    """The remaining choices of a flag are neither its default nor the one in the table."""
+    """The remaining choices of a flag give neither the default's result nor that of the choice in the table."""
     run, table = run_of("dreambooth"), SHARED[flag][1]
     for other in (run(), run(**table)):
         assert apart(learned(run(**{flag: value})), learned(other)) > 1e-2 * LEARNING_RATE
@@ -172,11 +172,11 @@ def test_every_choice_has_an_effect(run_of, flag, value):
     pytest.param("diffusekrona", 6, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_gradient_checkpointing_changes_no_bit(run_of, name, again):
-    """The same is learned, though residual blocks are computed again in each of two backward passes: of the tiny UNet's 8 all but
-    one in the middle, and but the first where nothing before it is trained."""
+    """The same is learned, though residual blocks are recomputed in each of two backward passes: of the tiny UNet's 8, all except
+    one in the middle and, if nothing before it is trained, the first."""
     run = run_of(name)
     plain, checkpointed = run(), run(gradient_checkpointing=True)
-    assert plain.unet_batches == checkpointed.unet_batches == [1] * 3  # one forward tries the model at the start
+    assert plain.unet_batches == checkpointed.unet_batches == [1] * 3  # one forward checks the model at the start
     assert checkpointed.calls["blocks"] - plain.calls["blocks"] == 2 * again
     assert plain.file.read_bytes() == checkpointed.file.read_bytes()
 
@@ -186,14 +186,14 @@ def test_gradient_checkpointing_changes_no_bit(run_of, name, again):
     ("dreambooth", dict(PUTS, t_min=890), 890, 900),
 ])  # fmt: skip
 def test_timesteps_are_those_asked_for(run_of, name, flags, low, high):
-    """Of the steps, not of the forward that tries the model. Two uniform ones would be within once in 400 runs at most."""
+    """Those of the steps, not of the forward that checks the model. Two uniform ones would fit at most once in 400 runs."""
     drawn = [timestep for forward in run_of(name)(**flags).timesteps[1:] for timestep in forward]
     assert len(drawn) == 2 and all(low <= timestep < high for timestep in drawn)
 
 
 @pytest.mark.parametrize(("name", "leaf"), [("qlora", ".lora.down.weight"), ("diffusekrona", ".lokr_w1")])
 def test_the_start_is_drawn_by_the_seed(run_of, name, leaf):
-    """A, of which two steps move each number by .02 at most: it starts with a deviation of .5."""
+    """This is A: two steps move each of its numbers by at most .02, and it starts with a deviation of .5."""
     starts = [{key: tensor for key, tensor in run_of(name)(seed=seed).tensors.items() if key.endswith(leaf)} for seed in (2, 3)]
     assert len(starts[0]) > 20
     for key, one in starts[0].items():

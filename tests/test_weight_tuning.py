@@ -1,4 +1,4 @@
-"""The weight-tuning systems, whole: their scripts on the tiny model, the files they leave, and the loaders those are for."""
+"""The whole weight-tuning systems: their scripts on the tiny model, the files they leave, and the loaders that these are for."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def each(*names: str) -> pytest.MarkDecorator:
 
 
 def off(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest difference, by the largest output. fp32 with sums in another order stays below 1e-6 on this model."""
+    """The largest difference relative to the largest output. fp32 with sums in another order stays below 1e-6 on this model."""
     return ((output - reference).abs().max() / reference.abs().max()).item()
 
 
@@ -80,7 +80,7 @@ def off(output: torch.Tensor, reference: torch.Tensor) -> float:
 
 @each(*SYSTEMS)
 def test_it_is_loaded_as_it_was_trained(trained, tiny_model):
-    """The prediction of a pipeline loaded anew is the trained UNet's, bit for bit, at timesteps of every expert."""
+    """A newly loaded pipeline predicts as the trained UNet does, bit for bit, at timesteps of every expert."""
     name, folder, tuning = trained
     pipeline = load_tuned_pipeline(str(tiny_model), folder if name == "dreambooth" else folder / SYSTEMS[name][3])
     untuned = load(tiny_model, "unet", tuning.outputs.system.quantization)
@@ -128,7 +128,7 @@ def test_scales_are_stored_by_module(trained):
 
 @each("tuneqdm")
 def test_a_pipeline_from_scales_draws(tiny_model, trained):
-    """`load_pipeline` needs the file alone, and picks the expert of each step by itself, with guidance."""
+    """`load_pipeline` needs only the file, and picks the expert of each step by itself, with guidance."""
     _, folder, _ = trained
     pipeline = load_pipeline(str(tiny_model), tuned_scales=folder / "tuned_scales.safetensors")
     pipeline.set_progress_bar_config(disable=True)
@@ -148,7 +148,7 @@ def test_diffusers_loads_the_lora(trained, tiny_model):
     pipeline.load_lora_weights(folder)
     after = predict(pipeline.unet, 300)
     assert not torch.equal(before, after)
-    if name == "lora":  # on NF4 it is another model, only near
+    if name == "lora":  # on NF4 the model is another one, only near
         assert off(after, predict(tuning.model.unet, 300)) <= 1e-5
     kohya, ours = load_file(folder / "sks.safetensors"), load_file(folder / "pytorch_lora_weights.safetensors")
     for key, tensor in ours.items():
@@ -216,7 +216,7 @@ def test_fused_by_diffusers_equals_unmerged(trained, tiny_model):
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float16, 2e-3)], ids=["fp32", "fp16"])
 def test_the_merged_unet_is_the_tuned_one(dtype, near, tiny_model, subject, tmp_path, monkeypatch):
-    """diffusers' own loader gives the unmerged prediction, up to the order of sums, and in fp16, as shipped, its rounding."""
+    """diffusers' own loader gives the unmerged prediction, up to the order of sums and, in fp16, as shipped, rounding."""
     from diffusers import UNet2DConditionModel
 
     monkeypatch.setattr(trainers.diffusekrona, "EXPORT_DTYPE", dtype)
@@ -243,11 +243,11 @@ def test_a_model_is_not_set_aside(own, copy, tiny_model, subject, tmp_path, caps
 
 
 def test_a_folder_that_cannot_be_exported_to(copy, subject, tmp_path, capsys):
-    """Said in one line before a model is loaded or a folder made, not after the run."""
+    """Reported in one line before a model is loaded or a folder made, not after the run."""
     (tmp_path / "file").touch()
     other = shutil.copytree(copy, tmp_path / "other")  # a model, though not the run's own
     for target, fault in (
-        (tmp_path / "file" / "merged", "cannot be made"),
+        (tmp_path / "file" / "merged", "cannot be created"),
         *((each, "a model's own folder") for each in (copy, other)),
     ):
         argv = command(copy, subject, tmp_path / "out", a1=2, a2=4, base="none", export_merged=target)
@@ -255,7 +255,7 @@ def test_a_folder_that_cannot_be_exported_to(copy, subject, tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith("error: --export_merged") and fault in error and error.count("\n") == 1, error
         assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match="cannot be written"):  # where it ceases to be writable during the run
+    with pytest.raises(InputError, match="cannot be written"):  # if it stops being writable during the run
         save_unet(tmp_path / "file" / "unet", {}, copy, torch.float16, {})
     with pytest.raises(InputError, match="cannot be written"):
         save_other_folders(tmp_path / "file", copy, None)
@@ -282,7 +282,7 @@ def test_dreambooth_writes_what_it_read(tiny_model, subject, tmp_path):
 
 
 def test_dreambooth_saves_with_the_base_that_it_read(hub_model, tiny_model, subject, tmp_path):
-    """Of a hub model the variant that was found, of a single file its --model_config: nothing is looked up a second time."""
+    """For a hub model the variant that was found, for a single file its --model_config: nothing is looked up a second time."""
     file = single_file(tiny_model, tmp_path / "tiny.safetensors")
     bases = {"folder": (tiny_model, {}), "hub": (hub_model, {}), "file": (file, dict(model_config=tiny_model))}
     for name, (base, more) in bases.items():
@@ -305,7 +305,7 @@ def test_a_file_of_other_weights_is_refused(trained, copy):
 
 @each("qlora")
 def test_without_peft_the_error_names_it(trained, tiny_model, subject, tmp_path, monkeypatch, capsys):
-    """It comes with the extra "tuning": said before a model is loaded, by all that need it."""
+    """It comes with the extra "tuning", as all scripts that need it say before a model is loaded."""
     monkeypatch.setitem(sys.modules, "peft", None)
     for module, flags in ((trainers.qlora, {}), (trainers.diffusekrona, dict(a1=4, a2=4))):
         capsys.readouterr()
@@ -325,7 +325,7 @@ def test_damaged_files_are_refused(content, tmp_path):
         read_tuned(tmp_path / "tuned_scales.safetensors")
 
 
-LOADED_BY = [  # by what in a user's process, system, what of its folder
+LOADED_BY = [  # (loader in a user's process, system, what it loads of the system's folder)
     ("load_lora_weights", "lora", "pytorch_lora_weights.safetensors"),
     ("load_lora_weights", "lora", "sks.safetensors"),  # A1111's and ComfyUI's copy, which diffusers reads as well
     ("peft_adapter", "krona square", "peft_adapter"),
@@ -341,9 +341,9 @@ LOADED_BY = [  # by what in a user's process, system, what of its folder
 
 @pytest.mark.slow  # 20 s: another process, 4 steps of 24 pictures
 def test_a_process_of_its_own_draws_the_same(finished, tiny_model, tmp_path):
-    """Each system's file, loaded by its ecosystem's own loader where nothing of the run is left, gives the run's own picture.
+    """Each system's file, loaded by its ecosystem's own loader where nothing of the run is left, draws the run's own picture.
 
-    The same numbers from this project's loaders. The libraries' own gave the same too where this was written, but for peft's
+    This project's loaders give the same numbers. The libraries' own did too where this was written, except for peft's
     adapter, which multiplies by the Kronecker product as a matrix (9e-7): 1e-5 is 390 times less than a level of 8 bits.
     """
     requests = [(loader, str(finished(name)[1] / what)) for loader, name, what in LOADED_BY]
@@ -354,7 +354,7 @@ def test_a_process_of_its_own_draws_the_same(finished, tiny_model, tmp_path):
 
     @cache
     def own_pictures(name: str) -> tuple[np.ndarray, np.ndarray]:
-        """By the run's UNet, and by the untuned one."""
+        """The pictures by the run's UNet and by the untuned one."""
         tuning = finished(name)[2]
         quantization = tuning.outputs.system.quantization
         parts: dict = {part: load(tiny_model, part, frozen_format(quantization)) for part in ("vae", "text_encoder")}
@@ -395,7 +395,7 @@ def test_resumed_equals_uninterrupted(name, more, tiny_model, subject, tmp_path)
 
 
 def test_a_run_is_not_resumed_on_other_class_pictures(tiny_model, subject, tmp_path, capsys):
-    """Nor where one is gone: its loss would go on as another's."""
+    """Nor if one is missing: the loss would continue as a different one."""
     argv = command(tiny_model, subject, tmp_path, checkpointing_steps=4, **PRIOR)
     assert run_cli(argv, trainers.qlora) == 0
     argv += ["--resume_from_checkpoint", "latest"]
@@ -409,7 +409,7 @@ def test_a_run_is_not_resumed_on_other_class_pictures(tiny_model, subject, tmp_p
 
 
 def test_checkpoints_without_a_prior_know_of_none(tiny_model, subject, tmp_path):
-    """So that those of earlier versions are resumed."""
+    """So that those of earlier versions can be resumed."""
     assert run_cli(command(tiny_model, subject, tmp_path, checkpointing_steps=4), trainers.qlora) == 0
     header, _ = read_checkpoint(tmp_path / "checkpoint-4.safetensors")
     assert header["fingerprint"].keys() == {"images or captions", "model weights"}
@@ -443,7 +443,7 @@ def test_previews_before_and_after(tiny_model, subject, tmp_path):
 
 
 def test_a_disk_too_small_for_what_is_left_is_refused(tiny_model, subject, tmp_path, monkeypatch, capsys):
-    """Before a model is loaded: DreamBooth's files are gigabytes, and the disk was found full when they were written."""
+    """Before a model is loaded: DreamBooth's files are gigabytes, and a full disk used to be noticed only on writing them."""
     unet = 4 * sum(parameter.numel() for parameter in build_model(tiny_model, "unet").parameters())
 
     def run(free: int, **flags) -> tuple[int, str]:
@@ -519,7 +519,7 @@ def test_the_step_is_adamw_on_two_means(tiny_model, subject, tmp_path, checkpoin
     assert forwards == 3  # experts 1, 3, 0
     assert loss == pytest.approx(sum(value.item() for value, _ in losses), rel=1e-5)
     for name, parameter in tuner.parameters.items():
-        # where a gradient is near 0, its sign, and so Adam's whole first step, is rounding's
+        # where a gradient is near 0, its sign, and so Adam's whole first step, is a matter of rounding
         off = (parameter - expected[name]).abs() > 1e-5
         assert off.float().mean() < 0.01, name
 
@@ -531,7 +531,7 @@ def test_class_pictures_are_drawn_once(tiny_model, subject, tmp_path, capsys):
     pictures = sorted((tmp_path / "class").glob("*.png"))
     assert [path.name for path in pictures] == ["class-0000.png", "class-0001.png"]
     header = (tmp_path / "a" / "training_log.csv").read_text().splitlines()[0]
-    assert header.endswith("eval_loss,class_eval_loss")  # the two losses apart
+    assert header.endswith("eval_loss,class_eval_loss")  # the two losses separately
     stamps = [path.stat().st_mtime_ns for path in (*pictures, tmp_path / "class" / "class_latents.safetensors")]
     assert run_cli(command(tiny_model, subject, tmp_path / "b", **prior), trainers.qlora) == 0
     assert stamps == [path.stat().st_mtime_ns for path in (*pictures, tmp_path / "class" / "class_latents.safetensors")]
@@ -569,7 +569,7 @@ def test_a_class_picture_is_the_untuned_model_s(tiny_model, subject, tmp_path):
     (dict(), 4), (dict(train_interval=(500, 900)), 1), (dict(experts=2), 2), (dict(train_interval=(500, 900), experts=1), 1),
 ])  # fmt: skip
 def test_the_number_of_experts(given, experts):
-    """S1 has one set of scales: who gives only its interval means that. The number is settled, and so recorded."""
+    """S1 has one set of scales: giving only its interval implies that. The number is settled, and recorded as such."""
     assert trainers.tuneqdm.parse_args(command(Path("x"), Path("y"), Path("z"), **given)).experts == experts
 
 
@@ -624,4 +624,4 @@ def test_a_run_is_resumed_as_itself_alone(tiny_model, subject, tmp_path, capsys)
         argv = command(tiny_model, subject, tmp_path, resume_from_checkpoint="latest", **more)
         capsys.readouterr()
         assert run_cli(argv, module) == 2
-        assert named in (error := capsys.readouterr().err) and "is of another" in error and error.count("\n") == 1
+        assert named in (error := capsys.readouterr().err) and "is from another" in error and error.count("\n") == 1

@@ -86,12 +86,12 @@ class Tiny:
         return noise_batch(latents, timesteps, ids, scheduler_of(self.folder), generator)
 
     def losses(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
-        """As the script computes them, with gradients."""
+        """The losses as the script computes them, with gradients."""
         model = FrozenModel(self.unet, self.text_encoder, self.prompts.rows)
         return denoising_losses(model.predict(batch, tokens), batch.target)
 
     def stock_states(self, text: str, token: torch.Tensor) -> torch.Tensor:
-        """[L, d] as a user gets it: the stock encoder, the vectors as new rows of its table, one word per vector."""
+        """States [L, d] as a user gets them: the stock encoder, the vectors as new rows of its table, one word per vector."""
         from transformers import CLIPTextModel, CLIPTokenizer
 
         tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")

@@ -19,13 +19,13 @@ EMBEDDING, CHECKPOINT = r"learned_embeds(-steps-\d+)?\.safetensors|sks\.safetens
 
 
 def check_file(path: Path) -> None:
-    """Parse one file to its last byte. A file that is gone again, an old checkpoint for example, is no fault."""
+    """Parse one file to its last byte. A file that is gone again, for example an old checkpoint, is no error."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return
     if path.suffix == ".safetensors":
-        tensors = load(content)  # refuses a byte too few or too many
+        tensors = load(content)  # refuses missing and extra bytes
         size = int.from_bytes(content[:8], "little")
         metadata = json.loads(content[8 : 8 + size])["__metadata__"]
         assert re.fullmatch(f"{EMBEDDING}|{CHECKPOINT}", path.name), path.name
@@ -70,14 +70,14 @@ def newest_checkpoint(folder: Path) -> int:
 
 
 def last_saved_step(folder: Path) -> int:
-    """The last step that was done, of a run with --save_steps 1."""
+    """The last completed step of a run with --save_steps 1."""
     return max((int(path.stem.split("-")[2]) for path in folder.glob("learned_embeds-steps-*.safetensors")), default=0)
 
 
 def same_results(folder: Path, reference: Path, stopped: bool = False) -> None:
-    """Every file of a finished run equals the reference's, byte for byte; of run.json, which holds times, the step.
+    """Every file of a finished run equals the reference's byte for byte; of run.json, which holds times, only the step.
 
-    Where it was stopped by a signal, the checkpoint of that moment may stand among the newest instead of another.
+    If the run was stopped by a signal, the checkpoint of that moment may be among the newest in place of another.
     """
     names, expected = ({path.name for path in each.iterdir() if path.is_file()} for each in (folder, reference))
     assert names == expected or (

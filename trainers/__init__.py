@@ -1,1 +1,1 @@
-"""Other methods than ZOODiP, one script each, over the same package and run. No trainer imports another."""
+"""Methods other than ZOODiP, one script each, built on the same package and run. No trainer imports another."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""DiffuseKronA: teach a Stable Diffusion a subject by Kronecker products added to its attention projections.
+"""DiffuseKronA: teach Stable Diffusion a subject with Kronecker products added to its attention projections.
 
 Implements Marjit et al., DiffuseKronA (arXiv 2402.17412v2, WACV 2025), on the UNet's 128 projections:
 
@@ -7,9 +7,9 @@ Implements Marjit et al., DiffuseKronA (arXiv 2402.17412v2, WACV 2025), on the U
 
     python -m trainers.diffusekrona --train_data_dir dataset/dog6 --class_word dog
 
-The rank of such a product is rank A times rank B: at (4, 64) up to 80, where LoRA has 2 for as many numbers. It leaves
-pytorch_lokr_weights.safetensors in the names of LyCORIS, which A1111 and ComfyUI read; where a1 = a2 also peft's adapter.
-With --base none, --export_merged writes a plain unet/ with the products added. What differs from the paper and from its code,
+The rank of such a product is rank A times rank B: up to 80 at (4, 64), where LoRA with as many numbers has rank 2. The run writes
+pytorch_lokr_weights.safetensors with LyCORIS' names, which A1111 and ComfyUI read; if a1 = a2, also a peft adapter.
+With --base none, --export_merged writes a plain unet/ with the products added. Differences from the paper and from its code,
 whose forward is not the Kronecker product: docs/weight_tuning.md.
 """
 
@@ -27,30 +27,30 @@ SETTINGS = [*arguments.TUNING_SETTINGS, *METHOD_SETTINGS]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("Learn a subject by Kronecker products added to the attentions of a Stable Diffusion.")
+    parser = arguments.new_parser("Learn a subject with Kronecker products added to the attention layers of a Stable Diffusion.")
     add = arguments.add_tuning_flags(parser, learning_rate=5e-4, max_train_steps=500)
     add("--a1", type=int, default=4, help="rows of A; must divide the outputs of every projection")
     add("--a2", type=int, default=64, help="columns of A; must divide the inputs of every projection")
     arguments.add_base_flag(add)
-    add("--export_merged", default=None, metavar="DIR", help="with --base none: write a unet/ with the products added to DIR")
+    add("--export_merged", default=None, metavar="DIR", help="with --base none: write to DIR a unet/ with the products added")
     parser.set_defaults(output_dir="results/diffusekrona")
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
+    """Parse and check the command line (`sys.argv` if `argv` is None); exit with code 2 and a one-line message on an error."""
     return arguments.parse(build_parser(), check_flags, argv)
 
 
 def check_flags(flags: dict) -> None:
-    """Refuse what can be refused without opening a file. Raises InputError."""
+    """Check everything that can be checked without opening a file. Raises InputError."""
     arguments.check_tuning_flags(flags)
     require_at_least_one(flags, "a1", "a2")
     plain = flags["export_merged"] is None or flags["base"] == "none"
-    require(flags, "export_merged", plain, "needs --base none: packed again, the sum would be another model")
+    require(flags, "export_merged", plain, "needs --base none: packed again, the sum would be a different model")
 
 
-# torch takes a second to import: --help and wrong arguments are answered before.
+# torch takes a second to import, so --help and invalid arguments are handled first.
 if __name__ == "__main__":
     ARGS = parse_args()
     prepare_process()
@@ -66,7 +66,7 @@ from zoodip.tuned_layers import Parameters, Shapes, add_kronecker, kronecker_sha
 from zoodip.tuned_model import TuningInputs
 from zoodip.weight_tuning import System, prepare, refuse_model_folder
 
-EXPORT_DTYPE = torch.float16  # of the merged UNet, as other tools have theirs
+EXPORT_DTYPE = torch.float16  # of the merged UNet, as in other tools
 
 
 class DiffuseKronA(System):
@@ -76,8 +76,8 @@ class DiffuseKronA(System):
     files = ("pytorch_lokr_weights*.safetensors", "peft_adapter*")
 
     def __init__(self, *, a1: int = 4, a2: int = 64, base: str = "nf4", export_merged: str | None = None):
-        if a1 == a2:  # asked for now, and not after the last step
-            require_peft("DiffuseKronA with --a1 equal to --a2, which leaves an adapter of peft's too,")
+        if a1 == a2:  # checked now rather than after the last step
+            require_peft("DiffuseKronA with --a1 equal to --a2, which also writes a peft adapter,")
         self.a1, self.a2, self.quantization = a1, a2, base
         self.export = None if export_merged is None else Path(export_merged) / "unet"
 
@@ -101,7 +101,7 @@ class DiffuseKronA(System):
 
 
 def main(args: argparse.Namespace) -> int:
-    """Check, load, train, save. Returns the exit code: 0, or 128 + signal where interrupted (and saved). Raises InputError."""
+    """Check, load, train, save. Returns the exit code: 0, or 128 + signal if interrupted (and saved). Raises InputError."""
     flags = vars(args)
     system = DiffuseKronA(**flags_for(DiffuseKronA, flags))
     tuning = prepare(system, flags, SETTINGS)

@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""DreamBooth: teach a Stable Diffusion a subject by training every weight of its UNet.
+"""DreamBooth: teach Stable Diffusion a subject by training every weight of its UNet.
 
 Implements Ruiz et al., DreamBooth (arXiv 2208.12242), as diffusers' examples/dreambooth does, with the text encoder frozen.
-All parameters of the UNet are trained in fp32, activations in the precision of --mixed_precision; prior preservation (Sec. 4.2)
-is an option, off as in ZOODiP's Table 1.
+All parameters of the UNet are trained in fp32, with activations in the precision of --mixed_precision. Prior preservation
+(Sec. 4.2) is an option; it is off by default, as in ZOODiP's Table 1.
 
     python -m trainers.dreambooth --train_data_dir dataset/dog6 --class_word dog
     python -m trainers.dreambooth --train_data_dir dataset/dog6 --class_word dog --prior_preservation --max_train_steps 800
 
-It leaves unet/, in fp16, for UNet2DConditionModel.from_pretrained; with --save_pipeline the whole folder for
-StableDiffusionPipeline.from_pretrained. Weights, gradients and two moments of Stable Diffusion v1.5 are 13.8 GB, a checkpoint
-10.3 GB: one is written when interrupted, else only with --checkpointing_steps.
+The run writes unet/, in fp16, for UNet2DConditionModel.from_pretrained; with --save_pipeline, the whole folder for
+StableDiffusionPipeline.from_pretrained. For Stable Diffusion v1.5, weights, gradients and two moments take 13.8 GB, and a
+checkpoint 10.3 GB: one is written when the run is interrupted, otherwise only with --checkpointing_steps.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ SETTINGS = arguments.TUNING_SETTINGS
 def build_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Learn a subject by training every weight of a Stable Diffusion's UNet.")
     add = arguments.add_tuning_flags(parser, learning_rate=5e-6, max_train_steps=400)
-    add("--save_precision", default="fp16", choices=["fp16", "fp32"], help="of the weights that are saved")
-    add("--save_pipeline", action="store_true", help="save the other folders as well, so that the output is a whole model")
+    add("--save_precision", default="fp16", choices=["fp16", "fp32"], help="precision of the saved weights")
+    add("--save_pipeline", action="store_true", help="save the other folders as well, so that the output is a complete model")
     parser.set_defaults(output_dir="results/dreambooth", checkpointing_steps=0)
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
+    """Parse and check the command line (`sys.argv` if `argv` is None); exit with code 2 and a one-line message on an error."""
     return arguments.parse(build_parser(), arguments.check_tuning_flags, argv)
 
 
-# torch takes a second to import: --help and wrong arguments are answered before.
+# torch takes a second to import, so --help and invalid arguments are handled first.
 if __name__ == "__main__":
     ARGS = parse_args()
     prepare_process()
@@ -84,7 +84,7 @@ class DreamBooth(System):
 
 
 def main(args: argparse.Namespace) -> int:
-    """Check, load, train, save. Returns the exit code: 0, or 128 + signal where interrupted (and saved). Raises InputError."""
+    """Check, load, train, save. Returns the exit code: 0, or 128 + signal if interrupted (and saved). Raises InputError."""
     flags = vars(args)
     tuning = prepare(DreamBooth(**flags_for(DreamBooth, flags)), flags, SETTINGS)
     with tuning.run as run:

@@ -1,23 +1,23 @@
 #!/usr/bin/env python
-"""Gauss-Newton by forward passes: a token learned from whole predictions, not from their losses alone.
+"""Gauss-Newton with forward passes: learn a token from whole predictions, not from their losses alone.
 
-Every forward of train_zoodip.py returns a whole prediction, and its estimator keeps one number of it, the loss. This trainer
-keeps the prediction: the difference of two is a column of the Jacobian, and from m columns follow the gradient and the
-Gauss-Newton matrix in m directions, both exact. They are accumulated (recursive least squares with a fading memory) in a
-small basis that the text encoder alone gives: the directions of token space in which its states move most. No backward
-pass, and no forward of the UNet beside those of the candidates. docs/gauss_newton.md says where the formulas come from.
+Every forward in train_zoodip.py returns a whole prediction, of which its estimator keeps one number, the loss. This trainer
+keeps the prediction: the difference of two predictions is a column of the Jacobian, and m columns give the gradient and the
+Gauss-Newton matrix in m directions, both exactly. They are accumulated (recursive least squares with a fading memory) in a
+small basis that depends on the text encoder alone: the directions of token space in which its states move most. There is no
+backward pass, and no UNet forward besides those of the candidates. docs/gauss_newton.md says where the formulas come from.
 
     sample one batch; C = m orthonormal mixtures of the k basis vectors
     candidates theta and theta + rho B c_j  ->  predictions  ->  Y_j = (eps_j - eps_0) / rho,  r = eps_0 - target
     P <- gamma P + alpha C Y Y^T C^T        q <- gamma q + alpha (C Y Y^T C^T w - C Y r)
     w <- w + clip((P + I / prior^2)^-1 q - w)        theta = theta_0 + B w
 
-Run it with the flags of train_zoodip.py, --max_forwards in place of steps:
+Run it with the flags of train_zoodip.py, but with --max_forwards instead of steps:
 
     sh train_zoodip.sh quick                                # the bundled miniature and subject, 600 forwards
     python -m trainers.gauss_newton --train_data_dir dataset/dog6 --initializer_token dog --use_cc --max_forwards 1500
 
-It is an experiment beside the paper's method, not part of it.
+This is an experiment alongside the paper's method, not part of it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ METHOD_SETTINGS = (
     "t_min t_max basis_size directions rho inflation prior clip memory memory_growth rebase_steps starts start_steps".split()
 )
 SETTINGS = [*arguments.SHARED_SETTINGS, *METHOD_SETTINGS]
-RHO = {"fp32": 1e-2, "fp16": 5e-2, "bf16": 0.2}  # the shorter the mantissa, the longer the step that still shows
-JUDGING_SAMPLES = 16  # forwards that the choice between several starts costs, for each of them
+RHO = {"fp32": 1e-2, "fp16": 5e-2, "bf16": 0.2}  # the shorter the mantissa, the longer the step needed to see a difference
+JUDGING_SAMPLES = 16  # forwards per start for the choice between several starts
 
 
 def number_or_auto(text: str) -> float | None:
@@ -52,44 +52,44 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_token_flags(parser)
     arguments.add_subject_flags(parser)
     add = parser.add_argument_group("method").add_argument
-    add("--max_forwards", type=int, default=1500, help="UNet forwards of a batch to spend; a step takes directions + 1 of them")
+    add("--max_forwards", type=int, default=1500, help="budget of UNet forwards of a batch; a step takes directions + 1 of them")
     add(
         "--basis_size",
         type=int,
         nargs="+",
         default=[16],
         metavar="K",
-        help="directions of token space that are searched; of several numbers each new basis takes the next",
+        help="directions of token space to search; with several numbers, each new basis takes the next one",
     )
-    add("--directions", type=int, default=8, help="m: mixtures of them that a step measures")
+    add("--directions", type=int, default=8, help="m: mixtures of those directions that a step measures")
     add(
         "--rho",
         type=float,
         default=None,
-        help="length of a finite difference; the default is 1e-2 where activations are fp32, 5e-2 fp16, 0.2 bf16",
+        help="length of a finite difference; default: 1e-2 with fp32 activations, 5e-2 with fp16, 0.2 with bf16",
     )
     add(
         "--inflation",
         type=number_or_auto,
         default=3.0,
-        help="how many numbers of a prediction count as one independent observation; auto: as the residuals say",
+        help="how many numbers of a prediction count as one independent observation; auto: estimated from the residuals",
     )
-    add("--prior", type=float, default=0.42, help="expected change of the token along a direction, in lengths of the first token")
-    add("--clip", type=float, default=0.42, help="longest step, in lengths of the first token")
-    add("--memory", type=float, default=20.0, help="steps that the memory spans at first")
-    add("--memory_growth", type=float, default=0.5, help="steps by which each step lengthens the memory; 0: it stays as it is")
+    add("--prior", type=float, default=0.42, help="expected change of the token along a direction, in initial token lengths")
+    add("--clip", type=float, default=0.42, help="longest step, in initial token lengths")
+    add("--memory", type=float, default=20.0, help="steps that the memory spans initially")
+    add("--memory_growth", type=float, default=0.5, help="steps by which each step lengthens the memory; 0: constant memory")
     add(
         "--rebase_steps",
         type=int,
         nargs="*",
         default=[22, 60, 110],
         metavar="STEP",
-        help="after these steps the basis is taken anew, at the token as it stands; none: never",
+        help="steps after which the basis is recomputed at the current token; no values: never",
     )
-    add("--starts", type=int, default=1, help="short starts from the same token, of which the one with the lowest loss goes on")
-    add("--start_steps", type=int, default=8, help="steps of each of several starts")
+    add("--starts", type=int, default=1, help="short starts from the same token; only the one with the lowest loss continues")
+    add("--start_steps", type=int, default=8, help="steps per start, if there are several")
     add("--t_min", type=int, default=500, help="smallest timestep drawn (T_L of Eq. 9)")
-    add("--t_max", type=int, default=900, help="end of the timesteps drawn (T_U), itself not drawn")
+    add("--t_max", type=int, default=900, help="end (excluded) of the timesteps drawn (T_U)")
     arguments.add_step_flags(add, "images per step; all candidates share them")
     arguments.add_run_flags(parser)
     parser.set_defaults(output_dir="results/gauss_newton", eval_steps=10, checkpointing_steps=50)
@@ -97,26 +97,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
+    """Parse and check the command line (`sys.argv` if `argv` is None); exit with code 2 and a one-line message on an error."""
     args = arguments.parse(build_parser(), check_flags, argv)
     args.max_train_steps = steps_of(vars(args))
     return args
 
 
 def steps_of(flags: dict) -> int:
-    """The steps that --max_forwards pays for, the choice between several starts paid first."""
+    """The number of steps that --max_forwards allows, after paying for the choice between several starts."""
     judging = flags["starts"] * JUDGING_SAMPLES if flags["starts"] > 1 else 0
     return (flags["max_forwards"] - judging) // (flags["directions"] + 1)
 
 
 def check_flags(flags: dict) -> None:
-    """Refuse what can be refused without opening a file. Raises InputError."""
+    """Check everything that can be checked without opening a file. Raises InputError."""
     require_at_least_one(flags, "directions", "train_batch_size", "starts", "start_steps")
     several = flags["starts"] > 1
-    least = 1 + flags["starts"] * flags["start_steps"] if several else 1  # and one step with the best
+    least = 1 + flags["starts"] * flags["start_steps"] if several else 1  # plus one step with the best
     forwards = least * (flags["directions"] + 1) + (flags["starts"] * JUDGING_SAMPLES if several else 0)
     what = "one step with the best of the starts" if several else "one step"
-    require(flags, "max_forwards", flags["max_forwards"] >= forwards, f"must be at least {forwards}, the forwards up to {what}")
+    require(flags, "max_forwards", flags["max_forwards"] >= forwards, f"must be at least {forwards}, enough for {what}")
     arguments.check_training_flags({**flags, "max_train_steps": 1})
     arguments.check_timestep_range(flags)
     smallest = min(flags["basis_size"])
@@ -128,14 +128,14 @@ def check_flags(flags: dict) -> None:
         require_positive(flags, "inflation", "3, or auto")
     require(flags, "memory", 1 < flags["memory"] < math.inf, "must be more than 1 step")
     require(flags, "memory_growth", 0 <= flags["memory_growth"] < math.inf, "must not be negative")
-    require(flags, "rebase_steps", all(step >= 1 for step in flags["rebase_steps"]), "must be steps, counted from 1")
+    require(flags, "rebase_steps", all(step >= 1 for step in flags["rebase_steps"]), "must be step numbers, counted from 1")
     if flags["rho"] is not None:
         require_positive(flags, "rho", "1e-2")
     if flags["candidates_per_forward"] is not None:
         require_at_least_one(flags, "candidates_per_forward")
 
 
-# torch takes a second to import: --help and wrong arguments are answered before.
+# torch takes a second to import, so --help and invalid arguments are handled first.
 if __name__ == "__main__":
     ARGS = parse_args()
     prepare_process()
@@ -161,7 +161,7 @@ from zoodip.prompts import encode_prompts
 from zoodip.run import Run
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The basis: where the text encoder listens
+# The basis: the directions to which the text encoder is most sensitive
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -174,23 +174,23 @@ def text_sensitivity(
     delta: float = 1e-2,
     at_once: int = 16,
 ) -> torch.Tensor:
-    """sum over prompts of J J^T [D, D], where J [D, L * d] is the change of a prompt's states with each of the token's D numbers.
+    """Sum over prompts of J J^T [D, D], where J [D, L * d] is the derivative of a prompt's states by the token's D numbers.
 
     rows and prompt_ids [P, L] as in `Prompts`, theta [V, d], D = V * d. Forward differences of length `delta`, `at_once` of them
-    together: D + 1 passes of the text encoder a prompt. In fp32 whatever the encoder's own precision: 16-bit states differ
-    by rounding alone at such lengths. Memory: one J, D * L * d * 4 bytes (0.18 GB for Stable Diffusion v1.5).
+    together: D + 1 passes of the text encoder per prompt. In fp32 whatever the encoder's own precision: at such lengths, 16-bit
+    states differ only by rounding. Memory: one J, D * L * d * 4 bytes (0.18 GB for Stable Diffusion v1.5).
     """
     precision = text_encoder.embeddings.position_embedding.weight.dtype
-    text_encoder.to(torch.float32)  # there and back loses nothing
+    text_encoder.to(torch.float32)  # converting there and back loses nothing
     try:
         theta = theta.detach().to(rows.device)
         dim = theta.numel()
         gram = torch.zeros(dim, dim, device=rows.device)
         for ids in prompt_ids.to(rows.device):
-            first = int((ids >= len(rows)).nonzero()[0])  # causal attention: earlier states do not hear the token
+            first = int((ids >= len(rows)).nonzero()[0])  # causal attention: earlier states do not depend on the token
             here = encode_prompts(text_encoder, rows, ids[None], theta[None])[:, first:].flatten(1)  # [1, (L - first) * d]
             jacobian = torch.empty(dim, here.shape[1], device=rows.device)
-            for start in tqdm(range(0, dim, at_once), desc="a basis, by the text encoder", unit="batch", leave=False):
+            for start in tqdm(range(0, dim, at_once), desc="computing a basis", unit="batch", leave=False):
                 count = min(at_once, dim - start)
                 offsets = torch.zeros(count, dim, device=rows.device)
                 offsets[torch.arange(count), start + torch.arange(count)] = delta
@@ -207,7 +207,7 @@ def sensitive_directions(gram: torch.Tensor, basis_size: int) -> torch.Tensor:
     _, vectors = torch.linalg.eigh(gram.double().cpu())  # ascending
     vectors = vectors[:, -basis_size:].flip(1)
     largest = vectors.abs().argmax(0)
-    return (vectors * vectors[largest, torch.arange(vectors.shape[1])].sign()).contiguous()  # a sign that no library decides
+    return (vectors * vectors[largest, torch.arange(vectors.shape[1])].sign()).contiguous()  # fixes the sign across libraries
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,12 +216,12 @@ def sensitive_directions(gram: torch.Tensor, basis_size: int) -> torch.Tensor:
 
 
 class Observation(NamedTuple):
-    """What one batch says of the squared error sum |eps - target|^2 in the basis, as far as the mixtures see it. fp64."""
+    """What one batch says about the squared error sum |eps - target|^2 in the basis, as far as the mixtures see it. fp64."""
 
     matrix: torch.Tensor  # A [k, k], Gauss-Newton matrix
     gradient: torch.Tensor  # g [k], half the gradient
     loss: float  # mean squared residual
-    seen: float  # the same of the residual's part that the slopes span: of white noise the two are equal
+    seen: float  # the same for the residual's part in the span of the slopes: equal to `loss` for white noise
 
 
 def gauss_newton(noise_preds: torch.Tensor, target: torch.Tensor, mixtures: torch.Tensor, rho: float) -> Observation:
@@ -250,8 +250,8 @@ class GaussNewton:
         memory: float = 20.0,
         memory_growth: float = 0.5,
     ):
-        """token [V, d]: where the search starts. There is no basis until `rebase` gives one. inflation None: taken from the data,
-        as the residuals' variance in the directions of the slopes."""
+        """token [V, d]: where the search starts. There is no basis until `rebase` sets one. inflation None: estimated from the
+        data, as the variance of the residuals in the directions of the slopes."""
         self.origin = token.detach().clone().double()  # theta_0 [V, d]
         length = self.origin.norm().item()
         self.prior, self.clip = prior * length, clip * length
@@ -266,11 +266,11 @@ class GaussNewton:
 
     @property
     def theta(self) -> torch.Tensor:
-        """The token as it stands, [V, d] fp32."""
+        """The current token, [V, d] fp32."""
         return (self.origin + (self.basis @ self.weights).view_as(self.origin)).float()
 
     def rebase(self, basis: torch.Tensor) -> None:
-        """Go on in another basis [D, k'] from the token as it stands; of what was learned stays what both bases span."""
+        """Continue in another basis [D, k'] from the current token, keeping what was learned as far as both bases span it."""
         turn = self.basis.T @ basis  # T [k, k']
         self.moment = turn.T @ (self.moment - self.precision @ self.weights)
         self.precision = turn.T @ self.precision @ turn
@@ -278,7 +278,7 @@ class GaussNewton:
         self.basis, self.weights = basis.clone(), basis.new_zeros(basis.shape[1])
 
     def candidates(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw the mixtures C [k, m] and place the candidates [m + 1, V, d]: theta, and theta + rho B c_j."""
+        """Draw the mixtures C [k, m] and build the candidates [m + 1, V, d]: theta, and theta + rho B c_j."""
         mixtures, _ = torch.linalg.qr(torch.randn(len(self.weights), self.num_mixtures, generator=generator, dtype=torch.float64))
         offsets = (self.rho * self.basis @ mixtures).T.reshape(-1, *self.origin.shape).float()
         return mixtures, torch.cat([self.theta[None], self.theta + offsets])
@@ -286,14 +286,14 @@ class GaussNewton:
     def step(self, mixtures: torch.Tensor, noise_preds: torch.Tensor, target: torch.Tensor) -> float | None:
         """Update theta from the candidates' predictions [m + 1, B, 4, h, w] -> the loss at theta.
 
-        None, and no update, where a prediction is not finite.
+        Returns None, without an update, if a prediction is not finite.
         """
         matrix, gradient, loss, seen = gauss_newton(noise_preds, target, mixtures, self.rho)
         if not (torch.isfinite(matrix).all() and math.isfinite(loss)):
             return None
         variance = seen if self.inflation is None else self.inflation * loss
         self.variance = torch.tensor(variance).double() if self.steps == 0 else 0.9 * self.variance + 0.1 * variance
-        certainty = 1 / self.variance  # alpha: of one number of a prediction
+        certainty = 1 / self.variance  # alpha, per number of a prediction
         keep = 1 - 1 / (self.memory + self.memory_growth * self.steps.item())  # gamma
         self.precision = keep * self.precision + certainty * matrix
         self.moment = keep * self.moment + certainty * (matrix @ self.weights - gradient)
@@ -304,7 +304,7 @@ class GaussNewton:
         return loss
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All that the next steps depend on, but the generator. What has the basis' size begins without rows: it may grow."""
+        """Everything the next steps depend on, except the generator. Tensors of the basis' size start empty and may grow."""
         names = ("origin", "weights", "moment", "variance", "steps")
         state = {name: getattr(self, name) for name in names}
         return {**state, "basis": self.basis.T.contiguous(), "precision": self.precision.flatten()}
@@ -317,16 +317,16 @@ class GaussNewton:
 
 
 class Starts:
-    """Several learners that start from the same token and see other batches; the one that is best after a few steps goes on.
+    """Several learners that start from the same token but see different batches; the best after a few steps goes on.
 
-    A first step in a wrong direction is made good slowly. With one learner: that learner.
+    A first step in a wrong direction is corrected only slowly. With one learner, it is simply that learner.
     """
 
     remedy = "a smaller --clip or a larger --inflation"
 
     def __init__(self, learners: list[GaussNewton], start_steps: int):
         self.learners, self.start_steps = learners, start_steps
-        self.active = torch.tensor(0)  # who steps
+        self.active = torch.tensor(0)  # index of the learner that steps
 
     @property
     def learner(self) -> GaussNewton:
@@ -337,7 +337,7 @@ class Starts:
         return self.learner.theta
 
     def begin(self, step: int) -> bool:
-        """Have the learner of `step`, counted from 1, step -> whether all have started and one must be chosen before."""
+        """Activate the learner for `step`, counted from 1 -> whether all have started and one must be chosen first."""
         number, within = divmod(step - 1, self.start_steps)
         if len(self.learners) == 1 or within:
             return False
@@ -346,7 +346,7 @@ class Starts:
         return number == len(self.learners)
 
     def choose(self, losses: list[float]) -> None:
-        """The learner with the lowest loss goes on; one that is NaN is not it."""
+        """Continue with the learner that has the lowest loss; NaN counts as infinite."""
         self.active = torch.tensor(losses).nan_to_num(math.inf).argmin()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -366,7 +366,7 @@ class Starts:
 
 @torch.inference_mode()
 def shared_predictions(accelerator, model: FrozenModel, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
-    """Predictions [C, B, 4, h, w] of all candidates [C, V, d], each process computing its share."""
+    """Predictions [C, B, 4, h, w] for all candidates [C, V, d], each process computing its share."""
     processes, rank = accelerator.num_processes, accelerator.process_index
     if processes == 1:
         return model.predict(batch, tokens).clone()
@@ -376,15 +376,15 @@ def shared_predictions(accelerator, model: FrozenModel, batch: Batch, tokens: to
 
 
 def size_of_new_basis(done: int, sizes: list[int], rebase_steps: list[int]) -> int | None:
-    """The size of the basis that is taken after `done` steps, None where none is: of `sizes` in turn, the last one over again."""
+    """The size of the new basis after `done` steps, None if there is none: `sizes` in turn, the last one repeatedly."""
     if done and done not in rebase_steps:
         return None
-    number = sum(step <= done for step in rebase_steps)  # of bases before it
+    number = sum(step <= done for step in rebase_steps)  # of earlier bases
     return sizes[min(number, len(sizes) - 1)]
 
 
 def take_basis(learner: GaussNewton, model: FrozenModel, data: Data, basis_size: int) -> None:
-    """A basis at the token as it stands, from one of the training prompts: others add cost and hardly a new direction."""
+    """Set a basis at the current token, from one of the training prompts: more would add cost and hardly a new direction."""
     gram = text_sensitivity(model.text_encoder, model.rows, data.prompts.ids[:1], learner.theta)
     learner.rebase(sensitive_directions(gram, basis_size))
 
@@ -401,8 +401,8 @@ def train(
     basis_size: Callable[[int], int | None],
     judging: list[Batch],
 ) -> None:
-    """From where `run` stands to its last step or to a signal. basis_size: of a new basis after so many steps, None for none;
-    judging: the batches of one that starts are compared on."""
+    """Train from the current step of `run` to its last or to a signal. basis_size: steps done -> size of a new basis, or None;
+    judging: the batches of one on which starts are compared."""
     for step in run.steps(outputs):
         forwards = 0
         if starts.begin(step):
@@ -411,20 +411,20 @@ def train(
         learner = starts.learner
         if size := basis_size(int(learner.steps)):
             take_basis(learner, model, data, size)
-        batch = draw_batch(data, batch_size, sample, generator)  # what all candidates of a step share
+        batch = draw_batch(data, batch_size, sample, generator)  # shared by all candidates of the step
         mixtures, tokens = learner.candidates(generator)
-        noise_preds = shared_predictions(run.accelerator, model, batch, tokens)  # forward passes, and nothing else
+        noise_preds = shared_predictions(run.accelerator, model, batch, tokens)  # forward passes only
         loss = learner.step(mixtures, noise_preds, batch.target)
         run.note(loss, forwards=forwards + len(tokens))
 
 
 def main(args: argparse.Namespace) -> int:
     """Check, load, train, save. Returns the exit code; raises InputError."""
-    flags = vars(args)  # a view: what is filled in below is in it too
+    flags = vars(args)  # a view: values set on `args` below appear in it too
     inputs = read_inputs(**flags_for(read_inputs, flags))
     accelerator = make_accelerator(args.directions + 1, **flags_for(make_accelerator, flags))
     flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))
-    args.num_vectors = len(inputs.initial_token)  # of an embedding file its own
+    args.num_vectors = len(inputs.initial_token)  # an embedding file has its own number
     args.rho = args.rho or RHO[args.mixed_precision]
     if max(args.basis_size) > (numbers := inputs.initial_token.numel()):
         raise InputError(f"--basis_size {max(args.basis_size)} is more than the token's {numbers} numbers; give fewer")

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""QLoRA: teach a 4-bit Stable Diffusion a subject by low-rank updates of its attention projections.
+"""QLoRA: teach a 4-bit Stable Diffusion a subject with low-rank updates of its attention projections.
 
 Implements Dettmers et al., QLoRA (arXiv 2305.14314), on the UNet's 128 projections (query, key, value, output of self- and
-cross-attention), as diffusers' LoRA example of DreamBooth chooses and starts them:
+cross-attention), chosen and initialised as in diffusers' DreamBooth LoRA example:
 
     y = base(x) + B A x        A [r, I] ~ N(0, 1 / r^2), B [O, r] = 0, base frozen in NF4
 
     python -m trainers.qlora --train_data_dir dataset/dog6 --class_word dog
 
-It leaves pytorch_lora_weights.safetensors, which pipe.load_lora_weights reads, and a copy for A1111 and ComfyUI, named after
-the identifier. Layers, start and names are peft's. What differs from the paper: docs/weight_tuning.md.
+The run writes pytorch_lora_weights.safetensors, which pipe.load_lora_weights reads, and a copy for A1111 and ComfyUI, named after
+the identifier. Layers, initialisation and names are peft's. Differences from the paper: docs/weight_tuning.md.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ SETTINGS = [*arguments.TUNING_SETTINGS, *METHOD_SETTINGS]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser("Learn a subject by low-rank updates (LoRA) of a Stable Diffusion in 4 bits.")
+    parser = arguments.new_parser("Learn a subject with low-rank updates (LoRA) of a 4-bit Stable Diffusion.")
     add = arguments.add_tuning_flags(parser, learning_rate=1e-4, max_train_steps=500)
-    add("--rank", type=int, default=2, help="r of the updates; alpha = r, so that they are not scaled")
+    add("--rank", type=int, default=2, help="rank r of the updates; alpha = r, so they are not scaled")
     arguments.add_base_flag(add)
     parser.set_defaults(output_dir="results/qlora")
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
+    """Parse and check the command line (`sys.argv` if `argv` is None); exit with code 2 and a one-line message on an error."""
     return arguments.parse(build_parser(), check_flags, argv)
 
 
 def check_flags(flags: dict) -> None:
-    """Refuse what can be refused without opening a file. Raises InputError."""
+    """Check everything that can be checked without opening a file. Raises InputError."""
     arguments.check_tuning_flags(flags)
     require_at_least_one(flags, "rank")
 
 
-# torch takes a second to import: --help and wrong arguments are answered before.
+# torch takes a second to import, so --help and invalid arguments are handled first.
 if __name__ == "__main__":
     ARGS = parse_args()
     prepare_process()
@@ -84,7 +84,7 @@ class QLoRA(System):
 
 
 def main(args: argparse.Namespace) -> int:
-    """Check, load, train, save. Returns the exit code: 0, or 128 + signal where interrupted (and saved). Raises InputError."""
+    """Check, load, train, save. Returns the exit code: 0, or 128 + signal if interrupted (and saved). Raises InputError."""
     flags = vars(args)
     tuning = prepare(QLoRA(**flags_for(QLoRA, flags)), flags, SETTINGS)
     with tuning.run as run:

@@ -2,14 +2,14 @@
 """Gradient textual inversion: learn the token by backpropagation, which ZOODiP does without.
 
 Implements Gal et al., "An Image is Worth One Word" (arXiv 2208.01618) on the quantised model of train_zoodip.py: photographs,
-captions, timesteps, evaluation set and output files are the same, only the update differs. One training step:
+captions, timesteps, evaluation set and output files are the same; only the update differs. One training step:
 
     image, flip, caption, timestep, noise  ->  UNet forward  ->  loss  ->  backward through the dequantised weights  ->  Adam
 
     python -m trainers.textual_inversion --train_data_dir dataset/dog6 --initializer_token dog --use_cc
 
-A backward pass keeps every activation (weights are dequantised again): at the size of Stable Diffusion v1.5 expect several times
-the memory of train_zoodip.py.
+The backward pass keeps every activation (weights are dequantised again): at the size of Stable Diffusion v1.5, expect several
+times the memory of train_zoodip.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from zoodip.arguments import flags_for, require_positive
 from zoodip.errors import prepare_process, run_script
 
 METHOD_SETTINGS = "method learning_rate adam_epsilon timestep_sampling t_min t_max".split()
-SETTINGS = [*arguments.SHARED_SETTINGS, *METHOD_SETTINGS]  # what a checkpoint records; resuming under others is refused
+SETTINGS = [*arguments.SHARED_SETTINGS, *METHOD_SETTINGS]  # recorded in checkpoints; resuming with others is refused
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,9 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     arguments.add_token_flags(parser)
     arguments.add_subject_flags(parser)
     add = parser.add_argument_group("method").add_argument
-    add("--learning_rate", type=float, default=5e-3, help="of Adam (betas .9, .999), constant")
-    add("--adam_epsilon", type=float, default=1e-8, help="of Adam; ZOODiP's is 1e-3, but here gradients are exact")
-    add("--max_train_steps", type=int, default=5000, help="steps of one forward and one backward")
+    add("--learning_rate", type=float, default=5e-3, help="constant learning rate of Adam (betas .9, .999)")
+    add("--adam_epsilon", type=float, default=1e-8, help="epsilon of Adam; ZOODiP's is 1e-3, but here gradients are exact")
+    add("--max_train_steps", type=int, default=5000, help="steps of one forward and one backward pass")
     arguments.add_timestep_flags(add, "puts")
     arguments.add_step_flags(add, candidates=None)
     arguments.add_run_flags(parser)
@@ -44,18 +44,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
+    """Parse and check the command line (`sys.argv` if `argv` is None); exit with code 2 and a one-line message on an error."""
     return arguments.parse(build_parser(), check_flags, argv)
 
 
 def check_flags(flags: dict) -> None:
-    """Refuse what can be refused without opening a file. Raises InputError."""
+    """Check everything that can be checked without opening a file. Raises InputError."""
     arguments.check_training_flags(flags)
     arguments.check_timestep_range(flags)
     require_positive(flags, "adam_epsilon", "1e-8")
 
 
-# torch takes a second to import: --help and wrong arguments are answered before.
+# torch takes a second to import, so --help and invalid arguments are handled first.
 if __name__ == "__main__":
     ARGS = parse_args()
     prepare_process()
@@ -102,7 +102,7 @@ class TextualInversion:
         self.optimizer.state[self.theta] = {"step": torch.tensor(0.0), **moments}
 
     def step(self, model: FrozenModel, batch: Batch) -> float | None:
-        """One forward, one backward, one update -> the loss; None, and no update, where the gradient is not finite."""
+        """One forward, one backward, one update -> the loss, or None, without an update, if the gradient is not finite."""
         loss, gradient = loss_and_gradient(model, batch, self.theta)
         if not torch.isfinite(gradient).all():
             return None
@@ -111,7 +111,7 @@ class TextualInversion:
         return loss
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All that the next steps depend on, but the generator."""
+        """Everything the next steps depend on, except the generator."""
         return {"theta": self.theta.detach(), **self.optimizer.state[self.theta]}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -121,19 +121,19 @@ class TextualInversion:
 
 def train(run: Run, outputs: TokenOutputs, inversion: TextualInversion, model: FrozenModel, data: Data, sample: TimestepSampler,
           batch_size: int, generator: torch.Generator) -> None:  # fmt: skip
-    """From where `run` stands to its last step or to a signal. Forwards are counted; backwards, about twice as dear, are not."""
+    """Train `run` from its current step to the last or to a signal. Forwards count; backwards, about twice as costly, do not."""
     for _ in run.steps(outputs):
         batch = draw_batch(data, batch_size, sample, generator)
         run.note(inversion.step(model, batch), forwards=1)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Check, load, train, save. Returns the exit code: 0, or 128 + signal where interrupted (and saved). Raises InputError."""
-    flags = vars(args)  # a view: what is filled in below is in it too
+    """Check, load, train, save. Returns the exit code: 0, or 128 + signal if interrupted (and saved). Raises InputError."""
+    flags = vars(args)  # a view: values set on `args` below appear in it too
     inputs = read_inputs(**flags_for(read_inputs, flags))
     accelerator = make_accelerator(1, **flags_for(make_accelerator, flags))
     flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))
-    args.num_vectors = len(inputs.initial_token)  # of an embedding file its own
+    args.num_vectors = len(inputs.initial_token)  # an embedding file has its own number
 
     generator = torch.Generator().manual_seed(args.seed)
     inversion = TextualInversion(inputs.initial_token, **flags_for(TextualInversion, flags))

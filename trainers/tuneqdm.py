@@ -1,20 +1,20 @@
 #!/usr/bin/env python
-"""TuneQDM and PEQA: teach a UNet of 8- or 4-bit integers a subject by training the scales of its integers alone.
+"""TuneQDM and PEQA: teach a UNet in 8- or 4-bit integers a subject by training only the scales of its integers.
 
-Implements Ryu et al., "Memory-Efficient Personalization using Quantized Diffusion Model" (arXiv 2401.04339; v1 has S1 and
-S2, v2, ECCV 2024, is TuneQDM) and, as its special case, Kim et al., PEQA (arXiv 2305.14152). The weights are W = s (q - z)
+Implements Ryu et al., "Memory-Efficient Personalization using Quantized Diffusion Model" (arXiv 2401.04339; v1 describes S1
+and S2; v2, ECCV 2024, is TuneQDM) and, as its special case, Kim et al., PEQA (arXiv 2305.14152). The weights are W = s (q - z)
 with a scale s for each output channel, and
 
-    PEQA       W = s_out (q - z)            s_out trained, from s                      --experts 1 --no_scale_in
-    TuneQDM    W = s_out (q - z) s_in       s_in too, per input channel, from 1
+    PEQA       W = s_out (q - z)            s_out trained, starting at s               --experts 1 --no_scale_in
+    TuneQDM    W = s_out (q - z) s_in       s_in too, per input channel, starting at 1
     S2         N sets of scales, set e for timesteps [e T / N, (e + 1) T / N)           --experts N
-    S1         one set, trained at timesteps [LOW, HIGH) alone                          --train_interval LOW HIGH
+    S1         one set, trained only at timesteps [LOW, HIGH)                           --train_interval LOW HIGH
 
     python -m trainers.tuneqdm --train_data_dir dataset/dog6 --class_word dog --bits 4 --learning_rate 5e-5
     python -m trainers.tuneqdm --train_data_dir dataset/dog6 --class_word dog --experts 1 --no_scale_in          # PEQA
 
 The integers, biases and norms are frozen. One step: image, flip, timestep, noise -> UNet forward -> loss (Eq. 1 of ZOODiP's
-paper) -> backward -> AdamW on the scales. What differs from the paper and from its code: docs/weight_tuning.md.
+paper) -> backward -> AdamW on the scales. Differences from the paper and from its code: docs/weight_tuning.md.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ SETTINGS = [*arguments.TUNING_SETTINGS, *METHOD_SETTINGS]
 def build_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Learn a subject by training the scales of a Stable Diffusion in 8- or 4-bit integers.")
     add = arguments.add_tuning_flags(parser, learning_rate=3e-6, max_train_steps=400)
-    add("--bits", type=int, default=8, choices=[8, 4], help="of an integer. A rate for 8 bits is 17 times as large for 4")
+    add("--bits", type=int, default=8, choices=[8, 4], help="bits per integer; for 4, multiply a learning rate for 8 by 17")
     add(
         "--experts",
         type=int,
         default=None,
-        help="sets of scales, each for its share of the timesteps; default: 4, and 1 with --train_interval",
+        help="sets of scales, each for its share of the timesteps; default: 4, or 1 with --train_interval",
     )
-    add("--no_scale_in", action="store_true", help="train no scales of input channels: PEQA")
+    add("--no_scale_in", action="store_true", help="do not train scales of input channels (PEQA)")
     add(
         "--scale_in_learning_rate",
         type=float,
         default=None,
-        help="of the scales of input channels, then without weight decay; default: --learning_rate, with",
+        help="learning rate of the input channels' scales, then without weight decay; default: --learning_rate, with decay",
     )
     add(
         "--train_interval",
@@ -54,42 +54,42 @@ def build_parser() -> argparse.ArgumentParser:
         nargs=2,
         default=None,
         metavar=("LOW", "HIGH"),
-        help="S1: train one set of scales at timesteps in [LOW, HIGH) alone, for example 500 900",
+        help="S1: train one set of scales, only at timesteps in [LOW, HIGH), for example 500 900",
     )
     add(
         "--apply",
         default="interval",
         choices=["interval", "everywhere"],
-        help="S1: where the trained scales serve when drawing; outside the interval the untuned ones do",
+        help="S1: timesteps at which drawing uses the trained scales; interval: the untuned ones are used elsewhere",
     )
     parser.set_defaults(output_dir="results/tuneqdm")
     return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read and check the command line (`sys.argv` when `argv` is None); exits with code 2 and one line on an error."""
+    """Parse and check the command line (`sys.argv` if `argv` is None); exit with code 2 and a one-line message on an error."""
     args = arguments.parse(build_parser(), check_flags, argv)
-    if args.experts is None:  # settled here, so that records and checkpoints hold the number
+    if args.experts is None:  # set here, so that records and checkpoints hold the number
         args.experts = 4 if args.train_interval is None else 1
     return args
 
 
 def check_flags(flags: dict) -> None:
-    """Refuse what can be refused without opening a file. Raises InputError."""
+    """Check everything that can be checked without opening a file. Raises InputError."""
     arguments.check_tuning_flags(flags)
     most, experts = NUM_TRAIN_TIMESTEPS, flags["experts"]
     require(flags, "experts", experts is None or 1 <= experts <= most, f"must be at least 1 and at most {most}")
     if flags["scale_in_learning_rate"] is not None:
         require_positive(flags, "scale_in_learning_rate", "1e-3")
-        require(flags, "scale_in_learning_rate", not flags["no_scale_in"], "has nothing to train with --no_scale_in")
+        require(flags, "scale_in_learning_rate", not flags["no_scale_in"], "cannot be used with --no_scale_in")
     if flags["train_interval"] is not None:
         low, high = flags["train_interval"]
         require(flags, "train_interval", 0 <= low < high <= most, f"must be LOW < HIGH within [0, {most}]")
-        require(flags, "train_interval", flags["timestep_sampling"] == "uniform", "goes with --timestep_sampling uniform alone")
+        require(flags, "train_interval", flags["timestep_sampling"] == "uniform", "needs --timestep_sampling uniform")
         require(flags, "experts", experts in (None, 1), "must be 1 with --train_interval (S1 has one set of scales)")
 
 
-# torch takes a second to import: --help and wrong arguments are answered before.
+# torch takes a second to import, so --help and invalid arguments are handled first.
 if __name__ == "__main__":
     ARGS = parse_args()
     prepare_process()
@@ -137,8 +137,8 @@ class TuneQDM(System):
         return add_scales(unet, self.experts, self.scale_in)
 
     def options(self, name: str) -> dict:
-        """AdamW draws s_in towards 0, not 1: too little to matter at the published rate, so it has no decay where its rate is
-        its own."""
+        """AdamW's decay draws s_in towards 0, not 1. At the published rate this is too little to matter; with a rate of its own,
+        s_in has no decay."""
         own_rate = self.scale_in_learning_rate is not None and ".scale_in." in name
         return dict(lr=self.scale_in_learning_rate, weight_decay=0.0) if own_rate else {}
 
@@ -152,7 +152,7 @@ class TuneQDM(System):
 
 
 def main(args: argparse.Namespace) -> int:
-    """Check, load, train, save. Returns the exit code: 0, or 128 + signal where interrupted (and saved). Raises InputError."""
+    """Check, load, train, save. Returns the exit code: 0, or 128 + signal if interrupted (and saved). Raises InputError."""
     flags = vars(args)
     tuning = prepare(TuneQDM(**flags_for(TuneQDM, flags)), flags, SETTINGS)
     with tuning.run as run:

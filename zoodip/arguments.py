@@ -1,7 +1,7 @@
-"""The flags that every trainer shares, by group, each group with its checks. Imports neither torch nor a library over it.
+"""The flags that trainers share, by group, each group with its checks. Imports neither torch nor any library built on it.
 
-A script builds its parser from the groups and adds its method's flags. Its `argparse.Namespace` goes no further than the
-script; the checks take its values as a dictionary (`vars(args)`).
+A script builds its parser from the groups and adds its method's flags. Its `argparse.Namespace` stays within the script; the
+checks take its values as a dictionary (`vars(args)`).
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from pathlib import Path
 from zoodip.errors import InputError
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-NUM_TRAIN_TIMESTEPS = 1000  # of every Stable Diffusion 1.x and 2.x
+NUM_TRAIN_TIMESTEPS = 1000  # in every Stable Diffusion 1.x and 2.x
 
-# Flags of the groups below that decide what is learned. A checkpoint records them, and resuming under others is refused.
+# Flags of the groups below that affect what is learned. Checkpoints record them, and resuming with different values is refused.
 SHARED_SETTINGS = (
     "pretrained_model_name_or_path revision variant quantization mixed_precision placeholder_token initializer_token "
     "num_vectors learnable_property use_cc resolution center_crop train_batch_size seed"
 ).split()
 
-OPTIONAL_SETTINGS = {"model_config": None}  # such flags that are recorded where they are not this
+OPTIONAL_SETTINGS = {"model_config": None}  # further such flags, recorded only if they differ from these values
 
-CANDIDATES = "candidates per UNet forward; default: all at once. Less needs less memory and changes only rounding"
+CANDIDATES = "candidates per UNet forward; default: all at once. Fewer need less memory and change only rounding"
 
-# What a run draws, in the words of its help: of one that learns a token, and of one that tunes weights.
+# Help texts about the pictures a run draws: for a run that learns a token, and for one that tunes weights.
 TOKEN_PICTURES = dict(
-    final_picture="at the end draw before_after.png: the initial word above the learned one, from the same noise",
-    validation_prompt="prompt with the new word (or {}) for the pictures; without it before_after.png shows 'a photo of a {}', "
-    "of a style 'a painting in the style of {}'",
+    final_picture="at the end, draw before_after.png: the initial word above the learned one, from the same noise",
+    validation_prompt="prompt for the pictures, with the new word (or {}); without it, before_after.png shows 'a photo of a {}', "
+    "or 'a painting in the style of {}' for a style",
     validation_steps="steps between pictures of the prompt; 0: only at the end",
 )
 TUNING_PICTURES = dict(
-    final_picture="draw validation-0.png before training and validation-N.png after all N steps, from the same noise; with a "
-    "--validation_prompt both are drawn in any case",
-    validation_prompt="prompt with the identifier (or {}: identifier and class) for the pictures; without it 'a photo of {}'",
+    final_picture="draw validation-0.png before training and validation-N.png after all N steps, from the same noise; both are "
+    "always drawn with --validation_prompt",
+    validation_prompt="prompt for the pictures, with the identifier (or {} for identifier and class); default: 'a photo of {}'",
     validation_steps="steps between further pictures of the prompt; 0: only before training and at the end",
 )
 
@@ -62,74 +62,74 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
-    """A parser whose errors are one line and exit code 2. It takes no abbreviations: --mode is not --model_config."""
+    """A parser that reports errors in one line, with exit code 2, and takes no abbreviations: --mode is not --model_config."""
     return OneLineArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def add_model_flags(parser: argparse.ArgumentParser, packing: bool = True) -> Callable[..., argparse.Action]:
-    """Returns the group's `add_argument`, for flags of the script's own. `packing`: how weights are stored can be chosen."""
+    """Add the model flags -> the group's `add_argument`, for further flags. `packing`: how weights are stored can be chosen."""
     add = parser.add_argument_group("model").add_argument
     add(
         "--pretrained_model_name_or_path",
         default=DEFAULT_MODEL,
         metavar="PATH_OR_NAME",
-        help="folder in diffusers format, hub name, or .safetensors file, of a Stable Diffusion 1.x or 2.x",
+        help="Stable Diffusion 1.x or 2.x: folder in diffusers format, hub name, or .safetensors file",
     )
     add(
         "--model_config",
         default=None,
         metavar="PATH_OR_NAME",
-        help="of a .safetensors file: folder in diffusers format, or hub name, with its configurations and tokenizer; "
-        "the default is the published model of its kind",
+        help="for a .safetensors file: folder in diffusers format, or hub name, with its configurations and tokenizer; "
+        "default: the published model of its kind",
     )
     add("--revision", default=None, help="branch, tag or commit of the hub repository")
     add(
         "--variant",
         default=None,
-        help="weight file variant, for example fp16 for *.fp16.safetensors; the default for a hub model, where it has that",
+        help="weight file variant, for example fp16 for *.fp16.safetensors; default: fp16 for a hub model that has it",
     )
     if packing:
         add(
             "--quantization",
             default=None,
             choices=["nf4", "int8", "none"],
-            help="storage of every Linear and Conv2d weight: 4-bit NormalFloat, 8-bit rows, or 16/32-bit; the default is nf4, or "
-            "what a folder of --save_quantized is packed in",
+            help="storage of every Linear and Conv2d weight: 4-bit NormalFloat, 8-bit rows, or 16/32-bit; default: nf4, or the "
+            "format of a folder that --save_quantized wrote",
         )
     add(
         "--mixed_precision",
         default=None,
         choices=["fp16", "bf16", "fp32"],
-        help="precision of activations; the default is fp16 on a GPU and fp32 on a CPU",
+        help="precision of activations; default: fp16 on a GPU, fp32 on a CPU",
     )
-    add("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
-    if packing:  # the layers of weight tuning, and what they recompute, are not tested under a compiler
+    add("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
+    if packing:  # the layers of weight tuning, and their recomputation, are not tested with torch.compile
         add(
             "--compile",
             action="store_true",
-            help="torch.compile the UNet: minutes at the start, needs a C++ compiler (CPU) or Triton (GPU)",
+            help="torch.compile the UNet: takes minutes at the start and needs a C++ compiler (CPU) or Triton (GPU)",
         )
     return add
 
 
 def add_token_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("token").add_argument
-    add("--placeholder_token", default="<sks>", help="the new word, in <...>, lower case")
+    add("--placeholder_token", default="<sks>", help="the new word, in angle brackets and lower case")
     add(
         "--initializer_token",
         default=None,
-        help="word(s) whose embedding the token starts from: the subject's class; or an embedding file to continue",
+        help="word(s) for the subject's class, whose embedding the token starts from; or an embedding file to continue from",
     )
     add(
         "--num_vectors",
         type=int,
         default=1,
-        help="embedding vectors of the token, all of them trained; of an embedding file its own",
+        help="embedding vectors of the token, all of them trained; an embedding file sets its own number",
     )
 
 
 def add_subject_flags(parser: argparse.ArgumentParser, templates: bool = True) -> None:
-    """The photographs and their captions; `templates`: other prompts than captions can be chosen."""
+    """The photographs and their captions. `templates`: prompt templates can be used instead of captions."""
     add = parser.add_argument_group("data").add_argument
     add("--train_data_dir", default=None, help="folder of images of the subject")
     add(
@@ -138,22 +138,22 @@ def add_subject_flags(parser: argparse.ArgumentParser, templates: bool = True) -
         default=False,
         help="use the comprehensive captions of --cc_file instead of " + ("templates" if templates else "the instance prompt"),
     )
-    add("--cc_file", default="cc.json", help="captions: {folder name: {file name: caption with one {}}}")
+    add("--cc_file", default="cc.json", help="JSON file of captions: {folder name: {file name: caption with one {}}}")
     if templates:
-        add("--learnable_property", default="object", choices=["object", "style"], help="which templates, without --use_cc")
+        add("--learnable_property", default="object", choices=["object", "style"], help="templates to use without --use_cc")
     add("--resolution", type=int, default=None, help="side of the training images in pixels; default: the model's own")
     add("--center_crop", action="store_true", help="crop the middle square instead of squeezing the image into one")
 
 
 def add_word_flags(parser: argparse.ArgumentParser) -> None:
-    """How a weight-tuning system names the subject: in words that the tokenizer has."""
+    """How a weight-tuning system names the subject: in words that the tokenizer already has."""
     add = parser.add_argument_group("words").add_argument
-    add("--identifier", default="sks", help="rare word(s) that come to mean the subject; no new token")
+    add("--identifier", default="sks", help="rare word(s) that come to mean the subject; no token is added")
     add("--class_word", default=None, help="the subject's class, for example dog")
     add(
         "--instance_prompt",
         default="a photo of {}",
-        help="prompt of every photograph, without --use_cc; {}: identifier and class",
+        help="prompt for every photograph without --use_cc; {} stands for identifier and class",
     )
 
 
@@ -162,31 +162,36 @@ def add_prior_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--prior_preservation",
         action="store_true",
-        help="train on pictures of the class beside the photographs, so that it stays",
+        help="also train on pictures of the class, so that the model does not forget it",
     )
-    add("--prior_loss_weight", type=float, default=1.0, help="of their loss")
+    add("--prior_loss_weight", type=float, default=1.0, help="weight of the loss on pictures of the class")
     add(
         "--num_class_images",
         type=int,
         default=200,
-        help="pictures of the class, drawn by the untuned model where there are fewer",
+        help="number of pictures of the class; the untuned model draws any that are missing",
     )
-    add("--class_data_dir", default=None, help="folder they are kept in; default: class_images in the output folder")
+    add("--class_data_dir", default=None, help="folder for pictures of the class; default: class_images in the output folder")
 
 
 def add_tuning_flags(
     parser: argparse.ArgumentParser, learning_rate: float, max_train_steps: int
 ) -> Callable[..., argparse.Action]:
-    """All that weight-tuning systems share, with a system's own defaults -> `add_argument` of the group "method"."""
+    """All flags that weight-tuning systems share, with a system's own defaults -> `add_argument` of the group "method"."""
     add_model_flags(parser, packing=False)
     add_word_flags(parser)
     add_subject_flags(parser, templates=False)
     add_prior_flags(parser)
     add = parser.add_argument_group("method").add_argument
-    add("--learning_rate", type=float, default=learning_rate, help="of AdamW (betas .9, .999, weight decay .01), constant")
-    add("--max_train_steps", type=int, default=max_train_steps, help="steps of one forward and one backward")
+    add(
+        "--learning_rate",
+        type=float,
+        default=learning_rate,
+        help="constant learning rate of AdamW (betas .9, .999, weight decay .01)",
+    )
+    add("--max_train_steps", type=int, default=max_train_steps, help="steps of one forward and one backward pass")
     add_step_flags(add, candidates=None)
-    add("--gradient_checkpointing", action="store_true", help="keep few activations and compute the others again: less memory")
+    add("--gradient_checkpointing", action="store_true", help="keep few activations and recompute the others: less memory")
     add_timestep_flags(add, "uniform")
     add_run_flags(parser, TUNING_PICTURES)
     return add
@@ -199,7 +204,7 @@ def add_step_flags(
     add("--train_batch_size", type=int, default=1, help=images)
     if candidates is not None:
         add("--candidates_per_forward", type=int, default=None, help=candidates)
-    add("--seed", type=int, default=0, help="seed of every random draw")
+    add("--seed", type=int, default=0, help="seed of all random draws")
 
 
 def add_base_flag(add: Callable[..., argparse.Action]) -> None:
@@ -208,84 +213,84 @@ def add_base_flag(add: Callable[..., argparse.Action]) -> None:
 
 
 def add_timestep_flags(add: Callable[..., argparse.Action], default: str) -> None:
-    """Which timesteps a trainer draws, and is evaluated at, through the `add_argument` of its own group."""
-    add("--t_min", type=int, default=500, help="smallest timestep drawn by puts, and of the evaluation set (T_L)")
-    add("--t_max", type=int, default=900, help="end of the timesteps drawn by puts, and of that set (T_U), itself not drawn")
+    """Which timesteps a trainer draws and is evaluated at. `add`: the `add_argument` of the trainer's own group."""
+    add("--t_min", type=int, default=500, help="smallest timestep drawn by puts and in the evaluation set (T_L)")
+    add("--t_max", type=int, default=900, help="end (excluded) of the timesteps drawn by puts and in the evaluation set (T_U)")
     add(
         "--timestep_sampling",
         default=default,
         choices=["puts", "uniform", "snr"],
-        help="puts: uniform over [t_min, t_max); uniform: over all timesteps; snr: more the lower the SNR (TextBoost)",
+        help="puts: uniform over [t_min, t_max); uniform: over all timesteps; snr: more often where the SNR is lower (TextBoost)",
     )
 
 
 def add_run_flags(parser: argparse.ArgumentParser, pictures: dict[str, str] = TOKEN_PICTURES) -> None:
-    """Output, checkpoints, evaluation and pictures, whose help is `pictures`."""
+    """Output, checkpoints, evaluation and pictures; `pictures` holds the help texts of the picture flags."""
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="results", help="folder for what is learned, checkpoints, curves and pictures")
-    add("--save_steps", type=int, default=1000, help="steps between copies of what is learned, NAME-steps-N; 0: only at the end")
+    add("--output_dir", default="results", help="folder for the result, checkpoints, curves and pictures")
+    add("--save_steps", type=int, default=1000, help="steps between copies of the result, NAME-steps-N; 0: only at the end")
     add(
         "--checkpointing_steps",
         type=int,
         default=500,
         help="steps between checkpoints, and one at the end; 0: only when interrupted",
     )
-    add("--checkpoints_total_limit", type=int, default=2, help="checkpoints kept, the newest; 0: all")
+    add("--checkpoints_total_limit", type=int, default=2, help="number of newest checkpoints to keep; 0: all")
     add("--resume_from_checkpoint", default=None, metavar="PATH_OR_latest", help="checkpoint file to continue from")
-    add("--eval_steps", type=int, default=250, help="steps between evaluations of the fixed set; 0: never")
+    add("--eval_steps", type=int, default=250, help="steps between evaluations on the fixed set; 0: never")
     add("--num_eval_samples", type=int, default=16, help="(image, timestep, noise) triples in the fixed evaluation set")
     add("--final_picture", action=argparse.BooleanOptionalAction, default=True, help=pictures["final_picture"])
     add("--validation_prompt", default=None, help=pictures["validation_prompt"])
     add("--validation_steps", type=int, default=0, help=pictures["validation_steps"])
-    add("--num_validation_images", type=int, default=4, help="pictures in a row")
+    add("--num_validation_images", type=int, default=4, help="pictures per row")
     add("--validation_guidance", type=float, default=7.5, help="classifier-free guidance scale of the pictures")
     add("--report_to", default="none", choices=["none", "tensorboard", "wandb"], help="experiment tracker")
 
 
 def parse(parser: argparse.ArgumentParser, check, argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line (`sys.argv` when `argv` is None); where `check(flags)` raises InputError, exit in one line.
+    """Parse the command line (`sys.argv` if `argv` is None); if `check(flags)` raises InputError, exit with its one-line message.
 
-    Of the command line itself says which flags have no effect in their combination.
+    For `sys.argv`, also print a line for each flag that has no effect in this combination.
     """
     flags = parser.parse_args(argv)
     try:
         check(vars(flags))
     except InputError as error:
         parser.error(str(error))
-    if argv is None and os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+    if argv is None and os.environ.get("RANK", "0") == "0":  # only one of several processes prints
         for line in without_effect(vars(flags), parser):
             print(line, file=sys.stderr)
     return flags
 
 
 def without_effect(flags: dict, parser: argparse.ArgumentParser) -> Iterator[str]:
-    """A line for each flag that is not the parser's default and does nothing in this combination."""
+    """A line for each flag that differs from the parser's default but has no effect in this combination."""
     given = {name: value for name, value in flags.items() if value != parser.get_default(name)}
     if flags.get("train_data_dir") is None:
         return
     if "cc_file" in given and not flags["use_cc"]:
         yield f"--cc_file {given['cc_file']} has no effect without --use_cc"
     if "learnable_property" in given and flags["use_cc"]:
-        yield f"--learnable_property {given['learnable_property']} has no effect with --use_cc: it chooses among templates"
+        yield f"--learnable_property {given['learnable_property']} has no effect with --use_cc, which replaces the templates"
     sampling = flags.get("timestep_sampling", "puts")
     for name in ("t_min", "t_max"):
         if name in given and sampling != "puts":
-            yield f"--{name} {given[name]} moves the evaluation set only: --timestep_sampling is {sampling}"
+            yield f"--{name} {given[name]} affects only the evaluation set: --timestep_sampling is {sampling}"
     if flags["validation_prompt"] is None and not flags["final_picture"]:
         for name in ("num_validation_images", "validation_guidance"):
             if name in given:
-                yield f"--{name} {given[name]} has no effect: with --no-final_picture only a --validation_prompt is drawn"
+                yield f"--{name} {given[name]} has no effect: with --no-final_picture, only a --validation_prompt is drawn"
     if "lr_warmup_steps" in given and flags.get("lr_scheduler") == "constant":
         yield f"--lr_warmup_steps {given['lr_warmup_steps']} has no effect with --lr_scheduler constant"
     model = Path(flags["pretrained_model_name_or_path"])
     if "revision" in given and model.exists():
         yield f"--revision {given['revision']} has no effect: {model} is on this machine, not on the hub"
     if "model_config" in given and not model.is_file():
-        yield f"--model_config {given['model_config']} has no effect: it is for a model in one .safetensors file"
+        yield f"--model_config {given['model_config']} has no effect: it applies only to a model in a single .safetensors file"
 
 
 def require(flags: dict, name: str, condition: bool, rule: str) -> None:
-    """Raise InputError that names a flag, the `rule` it breaks and its value, unless `condition` holds."""
+    """Raise an InputError that names the flag, the `rule` it breaks and its value, unless `condition` holds."""
     if not condition:
         raise InputError(f"--{name} {rule}, got {flags[name]!r}")
 
@@ -300,12 +305,12 @@ def require_positive(flags: dict, name: str, example: str) -> None:
 
 
 def is_text(text: str) -> bool:
-    """Whether a string is characters throughout: JSON can hold halves of them, which no tokenizer takes."""
+    """Whether a string consists of whole characters: JSON can hold lone surrogates, which no tokenizer accepts."""
     return not re.search("[\ud800-\udfff]", text)
 
 
 def check_training_flags(flags: dict) -> None:
-    """What training needs of the shared groups, as far as no file need be opened. Raises InputError."""
+    """Check the shared groups for training, as far as possible without opening a file. Raises InputError."""
     for name in ("train_data_dir", "initializer_token"):
         require(flags, name, flags[name] is not None, "is required")
     require_at_least_one(flags, "num_vectors")
@@ -315,19 +320,19 @@ def check_training_flags(flags: dict) -> None:
 
 
 def check_shared_flags(flags: dict) -> None:
-    """Numbers that every trainer takes. Raises InputError."""
+    """Check the numbers that every trainer takes. Raises InputError."""
     require_at_least_one(flags, "train_batch_size", "max_train_steps", "num_eval_samples", "num_validation_images")
     resolution = flags["resolution"]
     require(
         flags, "resolution", resolution is None or (resolution >= 8 and resolution % 8 == 0), "must be a positive multiple of 8"
     )
-    if "learning_rate" in flags:  # evolution has none; the limit: it must fit fp32
+    if "learning_rate" in flags:  # evolution has none; the upper limit makes it fit fp32
         require(flags, "learning_rate", 0 < flags["learning_rate"] < 1e37, "must be a positive number, for example 5e-3")
     require(flags, "seed", 0 <= flags["seed"] < 2**63, "must be in [0, 2^63)")
 
 
 def check_tuning_flags(flags: dict) -> None:
-    """What weight tuning needs of its groups, as far as no file need be opened. Raises InputError."""
+    """Check the groups of weight tuning, as far as possible without opening a file. Raises InputError."""
     for name in ("train_data_dir", "class_word"):
         require(flags, name, flags[name] is not None, "is required")
     check_shared_flags(flags)
@@ -344,14 +349,14 @@ def check_tuning_flags(flags: dict) -> None:
 
 
 def check_timestep_range(flags: dict) -> None:
-    """[t_min, t_max) is a range of timesteps that is not empty. Raises InputError."""
+    """Check that [t_min, t_max) is a non-empty range of timesteps. Raises InputError."""
     require(flags, "t_min", 0 <= flags["t_min"] < NUM_TRAIN_TIMESTEPS, f"must be in [0, {NUM_TRAIN_TIMESTEPS})")
     require(flags, "t_max", flags["t_max"] <= NUM_TRAIN_TIMESTEPS, f"must be at most {NUM_TRAIN_TIMESTEPS}")
     require(flags, "t_min", flags["t_min"] < flags["t_max"], f"must be below --t_max {flags['t_max']}")
 
 
 def check_token_flags(flags: dict) -> None:
-    """The placeholder is a word that every prompt reaches, the initializer is one at all. Raises InputError."""
+    """Check that the tokenizer can find the placeholder in every prompt and the initializer is a word. Raises InputError."""
     token = flags["placeholder_token"]
     advice = f"choose a word in angle brackets, for example <{re.sub('[^a-z0-9]', '', token.lower()) or 'sks'}>"
     require(
@@ -364,7 +369,7 @@ def check_token_flags(flags: dict) -> None:
         flags,
         "placeholder_token",
         not (token[0].isalnum() or token[-1].isalnum()),
-        f"must not begin or end with a letter or digit, as it would fire inside other words ({advice})",
+        f"must not begin or end with a letter or digit, as it would match inside other words ({advice})",
     )
     require(
         flags,
@@ -374,14 +379,14 @@ def check_token_flags(flags: dict) -> None:
     )
     require(flags, "initializer_token", flags["initializer_token"].strip() != "", "must be a word, for example dog")
     for name in ("placeholder_token", "initializer_token", "validation_prompt"):
-        require(flags, name, is_text(flags[name] or ""), "must be text in UTF-8")
+        require(flags, name, is_text(flags[name] or ""), "must be valid UTF-8 text")
 
 
 def check_run_flags(flags: dict, word: str) -> None:
-    """Intervals and pictures of a run that teaches `word`. Raises InputError."""
+    """Check the intervals and picture flags of a run that teaches `word`. Raises InputError."""
     for name in ("save_steps", "checkpointing_steps", "checkpoints_total_limit", "eval_steps", "validation_steps"):
         require(flags, name, flags[name] >= 0, "must not be negative")
-    require(flags, "validation_guidance", 1 <= flags["validation_guidance"] < math.inf, "must be at least 1 (no guidance)")
+    require(flags, "validation_guidance", 1 <= flags["validation_guidance"] < math.inf, "must be at least 1 (1: no guidance)")
     prompt = flags["validation_prompt"]
     if prompt is not None:
         require(flags, "validation_prompt", word in prompt or "{}" in prompt, f"must contain {word} or {{}}")
@@ -389,7 +394,7 @@ def check_run_flags(flags: dict, word: str) -> None:
 
 
 def flags_for(function: Callable, flags: dict) -> dict:
-    """The flags that `function` takes: the package's keyword-only parameters are named as the flags that they stand for."""
+    """The flags that `function` takes: the package's keyword-only parameters are named after the flags they correspond to."""
     names = [
         name
         for name, parameter in inspect.signature(function).parameters.items()
@@ -399,13 +404,13 @@ def flags_for(function: Callable, flags: dict) -> dict:
 
 
 def is_embedding_file(initializer_token: str) -> bool:
-    """Whether --initializer_token is a file and no word. Its name decides, so that one that is not there is missed."""
+    """Whether --initializer_token is a file rather than a word. Its name decides, so that a missing file is noticed."""
     return initializer_token.lower().endswith((".safetensors", ".pt", ".bin"))
 
 
 def settings_of(flags: dict, names: Iterable[str], optional: dict = OPTIONAL_SETTINGS) -> dict:
-    """The flags `names`, and of `optional` those that are not as there, to be recorded; of a local model or file only its name,
-    which gives nothing away."""
+    """The flags to record: `names`, and those in `optional` that differ from the value given there. Of a local model or file,
+    only the name is recorded, so that no path is given away."""
     settings = {name: flags[name] for name in names}
     settings |= {name: flags[name] for name, default in optional.items() if flags[name] != default}
     model = Path(flags["pretrained_model_name_or_path"])

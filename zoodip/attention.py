@@ -1,4 +1,4 @@
-"""Cross-attention of a UNet: its maps, read by hooks, what they say of where a word acts, and a bias that says where it may."""
+"""Cross-attention of a UNet: maps read by hooks, measures of where a word acts, and a bias that restricts where it may act."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers.models.attention_processor import Attention
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-MAX_CELLS = 400  # of the maps that are used unless told otherwise: 16 x 16 of SD v1.5 at 512 px
-EPSILON = 1e-5  # within the entropy's logarithm, as published
+MAX_CELLS = 400  # upper limit of the maps used by default: 16 x 16 in SD v1.5 at 512 px
+EPSILON = 1e-5  # inside the logarithm of the entropy, as published
 
 
 # ------------------------------------------------------------------------------------------------------------------ maps
 
 
 def cross_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
-    """{name: layer} of every cross-attention of a Stable Diffusion 1.x or 2.x UNet."""
+    """{name: layer} for every cross-attention of a Stable Diffusion 1.x or 2.x UNet."""
     return {name: module for name, module in unet.named_modules() if name.endswith(".attn2")}  # pyright: ignore[reportReturnType]
 
 
@@ -35,10 +35,10 @@ def context_of(inputs: tuple, kwargs: dict) -> torch.Tensor:
 
 @contextmanager
 def attention_maps(layers: Sequence[Attention], count: int) -> Iterator[list[torch.Tensor]]:
-    """Within: each of the `layers` appends its probabilities [count, h w, L], averaged over heads, to the list it yields.
+    """Context manager: each of the `layers` appends its probabilities [count, h w, L], averaged over heads, to the yielded list.
 
-    Of the last `count` samples only: the conditional ones, which follow the unconditional. They are computed a second time, from
-    the layer's input, so that the layer itself stays as it is; a bias that its processor adds is not in them.
+    Only for the last `count` samples: the conditional ones, which follow the unconditional. They are recomputed from the layer's
+    input, so that the layer itself stays unchanged; a bias added by its processor is not included.
     """
     maps: list[torch.Tensor] = []
 
@@ -59,9 +59,9 @@ def attention_maps(layers: Sequence[Attention], count: int) -> Iterator[list[tor
 
 @torch.no_grad()
 def map_layers(unet: UNet2DConditionModel, latents: torch.Tensor, cells: int | None = None) -> list[Attention]:
-    """The cross-attentions of one level: that with maps of `cells` places, or else the finest of at most 400. One forward.
+    """The cross-attentions of one level: the one with maps of `cells` places, by default the finest of at most 400. One forward.
 
-    `latents` [1, 4, h, w]: only their shape matters. Raises InputError where no level has `cells`.
+    `latents` [1, 4, h, w]: only their shape matters. Raises InputError if no level has `cells` places.
     """
     found: dict[int, list] = {}
 
@@ -75,35 +75,35 @@ def map_layers(unet: UNet2DConditionModel, latents: torch.Tensor, cells: int | N
         for handle in handles:
             handle.remove()
     if cells is not None and cells not in found:
-        raise InputError(f"map_cells {cells}: no cross-attention has maps of so many places; choose from {sorted(found)}")
+        raise InputError(f"map_cells {cells}: no cross-attention has maps of that many places; choose from {sorted(found)}")
     return found[cells or max((size for size in found if size <= MAX_CELLS), default=min(found))]
 
 
 def grid(cells: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of a map of `cells` places over latents of `height` x `width`: both are divided alike."""
+    """Rows and columns of a map of `cells` places over latents of `height` x `width`; both are divided by the same factor."""
     factor = round(math.sqrt(height * width / cells))
     return height // factor, width // factor
 
 
 def word_map(maps: torch.Tensor, column: int, end: int) -> torch.Tensor:
-    """How much each place attends to the word at `column`, against the other words 1 .. end - 1. [h w, L] -> [h w]."""
+    """How much each place attends to the word at `column`, relative to the other words 1 .. end - 1. [h w, L] -> [h w]."""
     return (maps[:, 1:end] / 0.5).softmax(-1)[:, column - 1]
 
 
 def scaled(values: torch.Tensor) -> torch.Tensor:
-    """Min-max scaled over all places; ones where all are equal."""
+    """`values` min-max scaled over all places; ones if all are equal."""
     low, high = values.min(), values.max()
     return (values - low) / (high - low) if high > low else torch.ones_like(values)
 
 
 def entropy(values: torch.Tensor) -> torch.Tensor:
-    """-sum p log(p + 1e-5) in nats, where p is `values` min-max scaled, divided by its sum: log of the places a word fills."""
+    """-sum p log(p + 1e-5) in nats, where p is `values` min-max scaled, divided by its sum: log of how many places it fills."""
     share = scaled(values) / scaled(values).sum()
     return -(share * (share + EPSILON).log()).sum()
 
 
 def centroid(values: torch.Tensor) -> torch.Tensor:
-    """(x, y) in [0, 1] of a map [rows, columns], min-max scaled; of one place its middle. (Self-guidance, arXiv 2306.00986.)"""
+    """(x, y) in [0, 1] of a map [rows, columns], min-max scaled; for one place, its centre. (Self-guidance, arXiv 2306.00986.)"""
     weights = scaled(values)
     rows, columns = weights.shape
     x = ((torch.arange(columns, device=weights.device) + 0.5) / columns * weights.sum(0)).sum()
@@ -115,7 +115,7 @@ def centroid(values: torch.Tensor) -> torch.Tensor:
 
 
 def equal_intervals(count: int) -> list[tuple[float, float]]:
-    """Equal parts of the width from left to right, in shares of it."""
+    """Equal parts of the width from left to right, as fractions of it."""
     return [(k / count, (k + 1) / count) for k in range(count)]
 
 
@@ -129,7 +129,7 @@ def location_bias(
 ) -> torch.Tensor:
     """[rows * columns, length] to add to attention logits: words[k], rows of the text states, act within intervals[k].
 
-    -strength * clamp(distance from the interval / a quarter of the width, 0, 1). The idea is paint-with-words' (eDiff-I,
+    -strength * clamp(distance from the interval / a quarter of the width, 0, 1). The idea comes from paint-with-words (eDiff-I,
     arXiv 2211.01324).
     """
     x = (torch.arange(columns) + 0.5) / columns
@@ -142,8 +142,8 @@ def location_bias(
 
 
 class BiasedAttention:
-    """Cross-attention processor: `bias_of(cells)` [N, cells, L] is added to the logits of the last N samples; the others, and all
-    else, are as diffusers' own processor computes them. For layers with neither norms nor residual, as Stable Diffusion's are."""
+    """Cross-attention processor that adds `bias_of(cells)` [N, cells, L] to the logits of the last N samples; all else is as
+    diffusers' own processor computes it. For layers with neither norms nor residual, as in Stable Diffusion."""
 
     def __init__(self, bias_of: Callable[[int], torch.Tensor]):
         self.bias_of = bias_of
@@ -162,15 +162,15 @@ class BiasedAttention:
 
 @contextmanager
 def biased_attention(unet: UNet2DConditionModel, bias_of: Callable[[int], torch.Tensor] | None) -> Iterator[None]:
-    """Within: every cross-attention of the UNet has the bias; None: as it is."""
+    """Context manager: every cross-attention of the UNet has the bias; with None, the UNet stays as it is."""
     if bias_of is None:
         yield
         return
     before, processor = unet.attn_processors, BiasedAttention(bias_of)
-    # Any: the library takes every callable, though its annotation lists only its own classes
+    # Any: the library accepts every callable, though its annotation lists only its own classes
     processors: dict[str, Any] = {name: processor if ".attn2." in name else own for name, own in before.items()}
     unet.set_attn_processor(processors)
     try:
         yield
     finally:
-        unet.set_attn_processor(dict(before))  # a copy, as the library empties what it is given
+        unet.set_attn_processor(dict(before))  # a copy, because the library empties what it is given

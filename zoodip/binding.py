@@ -1,12 +1,12 @@
-"""Draws prompts in which every creature keeps its own attributes, with a frozen Stable Diffusion 1.x or 2.x.
+"""Draw prompts in which every creature keeps its own attributes, with a frozen Stable Diffusion 1.x or 2.x.
 
     python -m zoodip.binding --model miniature/model --embedding results/demo/learned_embeds.safetensors \\
         --prompt "a [<sks>* wearing a red hat] and a [blue critter* wearing pink glasses] on the beach" --method phrase \\
         --width 128 --height 64 --seeds 0 1 --output results/binding
 
-`phrase` is ours and needs forward passes only. `merge` and `full` are token merging, ToMe (Hu et al., NeurIPS 2024, arXiv
-2411.07132), made for SDXL and adapted here; `published` is its code as it stands, and `control` its losses
-without merging. docs/binding.md says what each does, and what of it is measured. (Unrelated: ToMe by Bolya et al., for speed.)
+`phrase` is our own and needs forward passes only. `merge` and `full` are token merging, ToMe (Hu et al., NeurIPS 2024, arXiv
+2411.07132), made for SDXL and adapted here; `published` follows its code as it stands, and `control` uses its losses without
+merging. docs/binding.md describes each method and what has been measured. (Unrelated: ToMe by Bolya et al., for speed.)
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from zoodip.parsing import mark_prompt
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("Draw prompts whose creatures keep their own attributes.")
     add = parser.add_argument
-    add("--model", required=True, help="folder in diffusers format, or hub name, of a Stable Diffusion 1.x or 2.x")
+    add("--model", required=True, help="Stable Diffusion 1.x or 2.x: folder in diffusers format, or hub name")
     add("--embedding", type=Path, nargs="*", default=[], help="learned_embeds.safetensors of each learned word")
     add("--prompt", nargs="+", required=True, help="prompts with [groups], and a * after each group's noun")
-    add("--parse", default=None, choices=["spacy"], help="who marks the groups of a prompt that has no marks; needs spaCy")
-    add("--clean_prompt", nargs="+", default=None, help="for each prompt, what end tokens come from; default: groups' nouns only")
-    add("--negative_prompt", default="", help="what guidance leads away from")
+    add("--parse", default=None, choices=["spacy"], help="parser that marks the groups in prompts without marks; needs spaCy")
+    add("--clean_prompt", nargs="+", default=None, help="for each prompt, text for its end tokens; default: groups' nouns only")
+    add("--negative_prompt", default="", help="text that guidance steers away from")
     add("--method", nargs="+", default=["phrase"], choices=list(METHODS), help="one or more, to compare; see docs/binding.md")
     add("--quantization", default="none", choices=["nf4", "int8", "none"], help="storage of the model's weights")
-    add("--width", type=int, default=None, help="of the picture in pixels; default: the model's own")
-    add("--height", type=int, default=None, help="of the picture in pixels; default: the model's own")
-    add("--seeds", type=int, nargs="+", default=[0], help="a picture of every prompt for each")
-    add("--batch_size", type=int, default=1, help="pictures at once; changes only rounding")
+    add("--width", type=int, default=None, help="width of the picture in pixels; default: the model's own")
+    add("--height", type=int, default=None, help="height of the picture in pixels; default: the model's own")
+    add("--seeds", type=int, nargs="+", default=[0], help="one picture of every prompt is drawn for each seed")
+    add("--batch_size", type=int, default=1, help="pictures drawn at once; changes only rounding")
     add("--output", type=Path, default=Path("results/binding"), help="folder for pictures, sheet.png and binding.json")
-    add("--sheet", type=Path, default=None, help="file for the sheet instead")
+    add("--sheet", type=Path, default=None, help="file for the sheet; default: sheet.png in --output")
     group = parser.add_argument_group("the method's settings (default: what --method sets)").add_argument
     for each in fields(Settings):
         group(
@@ -52,19 +52,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_flags(flags: dict) -> None:
-    """Refuse what can be refused without opening a file. Raises InputError."""
+    """Check everything that can be checked without opening a file. Raises InputError."""
     for seed in flags["seeds"]:
         require(flags, "seeds", 0 <= seed < 2**63, "must be in [0, 2^63)")
     require(flags, "batch_size", flags["batch_size"] >= 1, "must be at least 1")
     if flags["clean_prompt"] is not None:
         count = len(flags["prompt"])
-        require(flags, "clean_prompt", len(flags["clean_prompt"]) == count, f"must be one for each of the {count} prompts")
+        require(flags, "clean_prompt", len(flags["clean_prompt"]) == count, f"must be given for each of the {count} prompts")
     for settings in settings_of_flags(flags).values():
         check_settings(settings)
 
 
 def settings_of_flags(flags: dict) -> dict[str, Settings]:
-    """The settings of each method, with those that the command line sets itself."""
+    """The settings of each method, overridden by those given on the command line."""
     given = {each.name: flags[each.name] for each in fields(Settings) if flags[each.name] is not None}
     return {method: replace(METHODS[method], **given) for method in flags["method"]}
 
@@ -83,7 +83,7 @@ from zoodip.files import read_json, write_image, write_json
 
 
 def read_words(paths: Sequence[Path]) -> dict[str, int]:
-    """{learned word: its vectors} of embedding files. Raises InputError."""
+    """{learned word: number of its vectors} from embedding files. Raises InputError."""
     from safetensors import SafetensorError, safe_open
 
     from zoodip.files import why_unreadable
@@ -133,7 +133,7 @@ def read_prompts(folder: Path, words: dict[str, int], flags: dict, methods: Iter
 
 
 def main(flags: dict) -> None:
-    """Pictures PROMPT-METHOD-SEED.png, a sheet and binding.json in --output. Raises InputError."""
+    """Write pictures PROMPT-METHOD-SEED.png, a sheet and binding.json to --output. Raises InputError."""
     from zoodip.folder import find_model_folder
     from zoodip.model import load_pipeline
 
@@ -146,7 +146,7 @@ def main(flags: dict) -> None:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--{what} {str(path)!r} cannot be made ({error.strerror}); choose another") from error
+            raise InputError(f"--{what} {str(path)!r} cannot be created ({error.strerror}); choose another") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(flags["model"], flags["quantization"], device=device)
     for path in flags["embedding"]:
@@ -164,7 +164,7 @@ def write_pictures(
     pictures: dict[tuple[int, str], list[Picture]], prompts: Sequence[MarkedPrompt], methods: dict[str, Settings], flags: dict,
     device: str,
 ) -> None:  # fmt: skip
-    """Files of what was drawn of each (prompt, method)."""
+    """Write the pictures of each (prompt, method), their sheet and their record."""
     from zoodip.pictures import picture_sheet
     from zoodip.records import environment, plain_arguments
 

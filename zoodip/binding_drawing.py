@@ -1,4 +1,4 @@
-"""Pictures of marked prompts: the denoising loop in which text states and latents are changed, as the settings say."""
+"""Pictures of marked prompts: the denoising loop, in which text states and latents are changed according to the settings."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Picture:
     forwards: int  # UNet samples
     backwards: int
     seconds: float
-    steps: list[dict]  # of the steps with updates: L_sem of each group's iterations, and entropies
-    latents: Tensor  # [4, h, w], the last
+    steps: list[dict]  # for each step with updates: L_sem per group and iteration, and entropies
+    latents: Tensor  # [4, h, w], final
 
 
 class Painting:
-    """One picture on its way: latents, states, and the anchors' own trajectories."""
+    """One picture in progress: latents, states, and the anchors' own trajectories."""
 
     def __init__(self, bound: BoundPrompt, latents: Tensor, new_scheduler: Callable[[], Any]):
         self.bound, self.latents, self.states = bound, latents, bound.states
@@ -44,7 +44,7 @@ class Painting:
         self.records: list[dict] = []
 
     def improve_composites(self, timestep, null: Tensor, predict: Predictor, settings: Settings, step: Callable) -> dict:
-        """L_sem: every group's composite toward what its phrase alone predicts, on that phrase's own trajectory."""
+        """L_sem: move each group's composite toward what its phrase alone predicts, on that phrase's own trajectory."""
         states, record = self.states.clone(), []
         for k, (group, (latents, scheduler)) in enumerate(zip(self.bound.groups, self.anchors, strict=True)):
             scaled_latents = scheduler.scale_model_input(latents, timestep)
@@ -65,7 +65,7 @@ class Painting:
         return dict(semantic=record)
 
     def refine_latents(self, i: int, timestep, predict: Predictor, settings: Settings, layers: list, scheduler) -> dict:
-        """L_ent and L_pose: latents, and states where asked for, toward maps that are narrow and in their places."""
+        """L_ent and L_pose: move latents, and optionally states, toward attention maps that are narrow and in their places."""
         rows, record = [group.row for group in self.bound.groups], []
         pose = settings.pose == "on" or (settings.pose == "auto" and len(rows) == 2)
         for _ in range(settings.map_iterations):
@@ -90,7 +90,7 @@ class Painting:
 
 
 def map_loss(maps: Tensor, rows: list[int], end: int, size: Sequence[int], pose: bool) -> tuple[Tensor, Tensor]:
-    """(entropy of the map of each word at `rows` [K], L_ent and, with `pose`, L_pose). `maps` [h w, L], latents of `size`."""
+    """(entropies [K] of the maps of the words at `rows`, L_ent plus, with `pose`, L_pose). `maps` [h w, L], latents of `size`."""
     words = [word_map(maps, row, end) for row in rows]
     entropies = torch.stack([entropy(word) for word in words])
     loss = 2 * entropies.sum()
@@ -100,19 +100,19 @@ def map_loss(maps: Tensor, rows: list[int], end: int, size: Sequence[int], pose:
 
 
 def falling_rate(i: int, settings: Settings) -> float:
-    """The published factor at denoising step i: it falls to 0 with the last step."""
+    """The published factor at denoising step i, which falls to 0 at the last step."""
     return settings.map_rate * max(0.0, 1 - i / (settings.steps - 1 or 1))
 
 
 def latents_step(gradient: Tensor, i: int, settings: Settings) -> Tensor:
-    """What the loss of the maps takes off the latents: a step of given rms, or the published gradient step."""
+    """What the map loss subtracts from the latents: a step of given rms, or the published gradient step."""
     if settings.map_rule == "plain":
         return 0.5 * falling_rate(i, settings) * gradient
     return settings.map_rate * gradient / gradient.square().mean().sqrt().clamp_min(1e-12)
 
 
 def states_step(states: Tensor, gradients: Tensor, i: int, settings: Settings) -> Tensor:
-    """What that loss takes off the states [L, d]: a share of each row's length, or the published gradient step."""
+    """What the map loss subtracts from the states [L, d]: a share of each row's length, or the published gradient step."""
     if settings.map_rule == "plain":
         return falling_rate(i, settings) * gradients
     lengths, slopes = (rows.norm(dim=1, keepdim=True) for rows in (states, gradients))
@@ -136,11 +136,11 @@ def draw_bound(
     batch_size: int = 1,
     semantic_step: Callable[..., tuple[Tensor, float]] = gradient_step,
 ) -> list[Picture]:
-    """A picture of every prompt for each seed, prompt by prompt.
+    """A picture of every prompt for each seed, ordered by prompt.
 
-    settings: instead of those of `method`. intervals: (left, right) of each group's place in shares of the width; default: equal
-    parts from left to right. scheduler: default DDIM with the pipeline's noise schedule. A seed is the same first noise for every
-    prompt and method. semantic_step: improves a composite in L_sem. The pipeline is left as it was. Raises InputError.
+    settings: replace those of `method`. intervals: (left, right) of each group's place as fractions of the width; default: equal
+    parts from left to right. scheduler: default DDIM with the pipeline's noise schedule. semantic_step: improves a composite in
+    L_sem. A seed gives the same initial noise for every prompt and method. The pipeline stays unchanged. Raises InputError.
     """
     settings = settings or METHODS[method]
     check_settings(settings)
@@ -163,10 +163,10 @@ def draw_bound(
 
 
 def read_prompts(pipeline: StableDiffusionPipeline, marked: Sequence[str], clean: Sequence[str] | None) -> list[MarkedPrompt]:
-    """What marked prompts say, the pipeline's learned words of several vectors written out. Raises InputError."""
+    """Parse marked prompts, writing out the pipeline's learned words that have several vectors. Raises InputError."""
     words = [word for word in pipeline.tokenizer.added_tokens_encoder if word not in pipeline.tokenizer.all_special_tokens]
 
-    def expand(text: str) -> str:  # cast: only of a list does the library make a list
+    def expand(text: str) -> str:  # cast: the library returns a list only for a list
         return cast(str, pipeline.maybe_convert_prompt(text, pipeline.tokenizer))
 
     prompts = [parse_marks(text, words, expand) for text in marked]
@@ -179,7 +179,7 @@ def draw_batch(
     pipeline: StableDiffusionPipeline, batch: Sequence[tuple[BoundPrompt, int]], null: Tensor, size: tuple[int, int],
     settings: Settings, new_scheduler: Callable[[], Any], intervals, semantic_step,
 ) -> list[Picture]:  # fmt: skip
-    """Pictures of (prompt, seed), with latents of `size`, that are denoised together."""
+    """Pictures of (prompt, seed) pairs, with latents of `size`, denoised together."""
     started, predict, scheduler = time.perf_counter(), Predictor(pipeline.unet), new_scheduler()
     paintings = []
     for bound, seed in batch:
@@ -201,7 +201,7 @@ def draw_batch(
 def paint(
     paintings: list[Painting], null: Tensor, predict: Predictor, settings: Settings, scheduler, intervals, semantic_step
 ) -> None:
-    """All denoising steps of a batch. What is optimised is optimised picture by picture; only the guided forward is shared."""
+    """All denoising steps of a batch. Optimisation goes picture by picture; only the guided forward is shared."""
     layers = map_layers(predict.unet, paintings[0].latents, settings.map_cells or None) if settings.map_steps else []
     bias_of = bias_of_batch([painting.bound for painting in paintings], paintings[0].latents.shape[2:], settings, intervals)
     nulls = null.expand(len(paintings), -1, -1)
@@ -234,7 +234,7 @@ def paint(
 def bias_of_batch(
     bounds: list[BoundPrompt], size: Sequence[int], settings: Settings, intervals
 ) -> Callable[[int], Tensor] | None:
-    """The function cells -> [N, cells, L] that `biased_attention` wants; None where nothing is biased."""
+    """The function cells -> [N, cells, L] that `biased_attention` takes; None if nothing is biased."""
     if settings.bias == 0 and not any(bound.erased for bound in bounds):
         return None
     known: dict[int, Tensor] = {}
@@ -255,18 +255,18 @@ def bias_of_batch(
 
 
 def check_groups(prompt: MarkedPrompt, settings: Settings, intervals) -> None:
-    """Raises InputError where a prompt has not the groups that the settings need."""
+    """Raises InputError if a prompt lacks the groups that the settings need."""
     count = len(prompt.groups)
     if not count and settings.map_steps + settings.sem_steps + settings.bias:
-        raise InputError(f"the prompt {prompt.marked!r}: has no group; mark them, as in a [red critter*] and a [blue critter*]")
+        raise InputError(f"the prompt {prompt.marked!r}: has no groups; mark them, as in a [red critter*] and a [blue critter*]")
     if settings.pose == "on" and count != 2:
-        raise InputError(f"the prompt {prompt.marked!r}: has {count} groups, and the pose loss is for two; use --pose auto")
+        raise InputError(f"the prompt {prompt.marked!r}: has {count} groups, but the pose loss needs two; use --pose auto")
     if intervals is not None and len(intervals) != count:
         raise InputError(f"the prompt {prompt.marked!r}: has {count} groups for {len(intervals)} intervals; give one for each")
 
 
 def canvas(unet_config: Mapping[str, Any], scale: int, height: int | None, width: int | None) -> tuple[int, int]:
-    """Height and width in pixels, by default the model's own; `scale` is the VAE's. Raises InputError."""
+    """Height and width in pixels, by default the model's own; `scale` is the VAE's scale factor. Raises InputError."""
     factor = scale * 2 ** (len(unet_config["block_out_channels"]) - 1)
     sides = [unet_config.get("sample_size", 64) * scale if side is None else side for side in (height, width)]
     for name, side in zip(("height", "width"), sides, strict=True):
@@ -276,15 +276,15 @@ def canvas(unet_config: Mapping[str, Any], scale: int, height: int | None, width
 
 
 def scheduler_maker(pipeline: StableDiffusionPipeline, scheduler, steps: int) -> Callable[[], Any]:
-    """A function that makes a scheduler of its own for every trajectory: some keep a history."""
+    """A function that makes a separate scheduler for every trajectory, because some schedulers keep a history."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     def make():
         if scheduler is not None:
             own = type(scheduler).from_config(scheduler.config)
-        else:  # clip_sample is for pixels: latents are larger than 1
+        else:  # clip_sample is for pixels; latents exceed 1
             own = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-            assert isinstance(own, DDIMScheduler)  # a tuple only where return_unused_kwargs is asked for
+            assert isinstance(own, DDIMScheduler)  # a tuple only with return_unused_kwargs
         own.set_timesteps(steps, device=pipeline.unet.device)
         return own
 
@@ -293,9 +293,9 @@ def scheduler_maker(pipeline: StableDiffusionPipeline, scheduler, steps: int) ->
 
 @torch.no_grad()
 def decode(pipeline: StableDiffusionPipeline, latents: Tensor) -> list[Image.Image]:
-    """Pictures of latents [N, 4, h, w]."""
+    """Decode latents [N, 4, h, w] into pictures."""
     images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
     images, flagged = pipeline.run_safety_checker(images, latents.device, latents.dtype)
     keep = [not flag for flag in flagged] if flagged else [True] * len(images)
     pictures = pipeline.image_processor.postprocess(images, output_type="pil", do_denormalize=keep)
-    return cast("list[Image.Image]", pictures)  # of "pil" it is a list, though the library says a single picture
+    return cast("list[Image.Image]", pictures)  # a list for "pil", though the library's annotation says a single picture

@@ -27,12 +27,12 @@ class Encoded:
     end: int  # row of the first end token
 
     def rows(self, span: Span) -> list[int]:
-        """Rows of the tokens that have characters within `span`."""
+        """Rows of the tokens that overlap `span`."""
         return [row for row, (first, last) in enumerate(self.spans) if first < span[1] and last > span[0]]
 
 
 class Encoder:
-    """A pipeline's tokenizer and text encoder; every text is encoded once, alone. Raises InputError for one that is too long."""
+    """A pipeline's tokenizer and text encoder; each text is encoded once, alone. Raises InputError if a text is too long."""
 
     def __init__(self, pipeline: StableDiffusionPipeline):
         self.tokenizer, self.text_encoder = pipeline.tokenizer, pipeline.text_encoder
@@ -47,7 +47,7 @@ class Encoder:
         return self.known[text]
 
     def mean(self) -> Tensor:
-        """[d]: what the states of words have in common: their mean over the templates of textual inversion."""
+        """[d]: what the states of words have in common, as their mean over the templates of textual inversion."""
         encoded = [self(template.replace("{}", "").strip()) for template in OBJECT_TEMPLATES]
         return torch.cat([each.states[1 : each.end] for each in encoded]).mean(0)
 
@@ -55,13 +55,13 @@ class Encoder:
 def tokens_of(tokenizer, text: str) -> tuple[list[int], list[Span]]:
     """Token ids, padded to the encoder's length, and the characters of each token before the end token. Raises InputError.
 
-    The end token is found by counting: padding may have the same id.
+    The end token is found by counting, because padding may have the same id.
     """
     length = tokenizer.model_max_length
     found = tokenizer(text, padding="max_length", max_length=length, return_offsets_mapping=True, verbose=False)
     if len(found.input_ids) > length:
         raise InputError(
-            f"the prompt {text!r} is {len(found.input_ids) - 2} tokens long, the text encoder takes {length - 2}; shorten it"
+            f"the prompt {text!r} is {len(found.input_ids) - 2} tokens long, but the text encoder takes {length - 2}; shorten it"
         )
     return found.input_ids, [(first, last) for first, last in found.offset_mapping[: sum(found.attention_mask) - 1]]
 
@@ -72,8 +72,8 @@ def composite(
 ) -> Tensor:  # fmt: skip
     """The token [d] that stands for a whole group: the weighted sum of its rows of `states` [L, d], as published for SDXL.
 
-    With `mean` [d] instead, for states behind a layer norm: they share a large mean, which a sum would multiply. Only deviations
-    from it are summed, and the sum is shortened to kappa times the longest of the group's.
+    With `mean` [d], for states behind a layer norm: these share a large mean, which a sum would multiply. So only deviations from
+    it are summed, and the sum is capped at kappa times the longest deviation in the group.
     """
     origin = torch.zeros_like(states[0]) if mean is None else mean
     deviations = states - origin
@@ -85,7 +85,7 @@ def composite(
 
 
 def merge_groups(states: Tensor, groups: Sequence[tuple[list[int], list[int]]], erase: bool = True, **how) -> Tensor:
-    """New states [L, d]: in the first row of each noun its group's composite; the group's other rows zero where `erase`."""
+    """New states [L, d]: each noun's first row becomes its group's composite; the group's other rows become zero if `erase`."""
     merged = states.clone()
     for noun, attributes in groups:
         if erase:
@@ -95,25 +95,25 @@ def merge_groups(states: Tensor, groups: Sequence[tuple[list[int], list[int]]], 
 
 
 def substitute_end_tokens(states: Tensor, clean: Tensor, end: int) -> Tensor:
-    """States [L, d] whose end and padding rows, from `end` on, are those of the clean prompt at the same places."""
+    """States [L, d] whose end and padding rows, from `end` on, are replaced by those of the clean prompt."""
     return torch.cat([states[:end], clean[end:]])
 
 
 @dataclass
 class BoundGroup:
-    row: int  # of its composite: the noun's first
-    words: list[int]  # rows that still say something
-    within: Tensor  # [words, d], states of the phrase within the prompt, as the text encoder has them
+    row: int  # of its composite: the noun's first row
+    words: list[int]  # rows that are not erased
+    within: Tensor  # [words, d], states of the phrase within the prompt, as the text encoder gives them
     anchor: Tensor  # [L, d], states of the phrase alone
-    anchor_rows: list[int]  # of the phrase in it
-    anchor_row: int  # of the noun's first piece in it
-    frame: Tensor  # [L, d], states of the noun alone with its article, where the composite will stand in row
+    anchor_rows: list[int]  # of the phrase in `anchor`
+    anchor_row: int  # of the noun's first token in `anchor`
+    frame: Tensor  # [L, d], states of the noun alone with its article; the composite will take row `frame_row`
     frame_row: int
 
 
 @dataclass
 class BoundPrompt:
-    marked: str  # as it was given
+    marked: str  # as given
     states: Tensor  # [L, d]
     clean: Tensor  # [L, d]
     end: int
@@ -122,9 +122,9 @@ class BoundPrompt:
 
 
 def bind_prompt(marked: MarkedPrompt, encode: Encoder, settings: Settings, mean: Tensor | None) -> BoundPrompt:
-    """A prompt's states, changed as the settings say. Raises InputError.
+    """A prompt's states, changed according to the settings. Raises InputError.
 
-    A row that comes from a phrase encoded alone keeps the position that it had there, which does no harm that was seen.
+    A row from a phrase encoded alone keeps the position that it had there; no harm from this was observed.
     """
     whole, clean = encode(marked.prompt), encode(marked.clean)
     states, members, groups, erased = whole.states.clone(), [], [], []
@@ -133,7 +133,7 @@ def bind_prompt(marked: MarkedPrompt, encode: Encoder, settings: Settings, mean:
         noun, words, alone = whole.rows(group.noun), whole.rows(group.phrase), anchor.rows(group.anchor_phrase)
         if len(words) != len(alone):
             raise InputError(
-                f"the prompt {marked.marked!r}: {group.anchor!r} alone has other tokens than within; put spaces round it"
+                f"the prompt {marked.marked!r}: {group.anchor!r} is tokenised differently on its own; put spaces around it"
             )
         if settings.states != "prompt":
             states[words] = anchor.states[alone]

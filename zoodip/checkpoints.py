@@ -15,7 +15,7 @@ from zoodip.files import why_unreadable, write_tensors
 
 
 def state_digest(header: str, tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of all that a checkpoint holds: a flipped bit in a number is still a number, and no other check sees it."""
+    """SHA-256 of everything a checkpoint holds: a number with a flipped bit is still a number, which no other check notices."""
     digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous()
@@ -24,18 +24,18 @@ def state_digest(header: str, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def write_checkpoint(path: Path, header: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Tensors and a JSON header with their checksum, as safetensors. Raises InputError."""
+    """Write tensors and a JSON header with their checksum, as safetensors. Raises InputError."""
     text = json.dumps(header, sort_keys=True)
     metadata = {"format": "pt", "zoodip.checkpoint": text, "zoodip.sha256": state_digest(text, tensors)}
     write_tensors(path, tensors, metadata)
 
 
 def read_checkpoint(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(header, tensors) of a checkpoint. Raises BrokenCheckpoint, or InputError where there is no such file."""
+    """(header, tensors) of a checkpoint. Raises BrokenCheckpoint, or InputError if there is no such file."""
     try:
         with safe_open(path, framework="pt") as handle:
             metadata = handle.metadata()
-            tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # off the memory map
+            tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # copied out of the memory map
         if metadata["zoodip.sha256"] != state_digest(metadata["zoodip.checkpoint"], tensors):
             raise ValueError("its contents do not match its checksum")
         return json.loads(metadata["zoodip.checkpoint"]), tensors
@@ -48,7 +48,7 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint files of a folder, the newest last."""
+    """Checkpoint files of a folder, newest last."""
     checkpoints = [
         path
         for path in folder.glob("checkpoint-*.safetensors")
@@ -64,7 +64,7 @@ def checkpoint_step(path: Path) -> int:
 def can_follow(tensors: dict[str, torch.Tensor], fresh: dict[str, torch.Tensor]) -> bool:
     """Whether `tensors` can be the state of a run that began as `fresh`: the same names, dtypes and shapes, finite numbers.
 
-    Only what begins without rows, a history, may have become longer.
+    Only tensors that begin without rows, such as a history, may have grown longer.
     """
 
     def same_kind(tensor: torch.Tensor, first: torch.Tensor) -> bool:

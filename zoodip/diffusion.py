@@ -35,7 +35,7 @@ TimestepSampler = Callable[[int, torch.Generator], torch.Tensor]  # (batch size 
 
 @dataclass
 class Inputs:
-    """What is known before a model is loaded; what is wrong with it has been refused by then."""
+    """What is known before a model is loaded; errors in it have been reported by then."""
 
     subject: Subject
     folder: Path  # of the model
@@ -43,11 +43,11 @@ class Inputs:
     initial_token: torch.Tensor  # [V, d]
     choices: list[list[int]]  # per image, the rows of prompts.ids that describe it
     prompts: Prompts
-    picture_prompt: str | None  # of the pictures, with {} or the placeholder
+    picture_prompt: str | None  # for the pictures, with {} or the placeholder
     picture_prompts: Prompts | None  # that prompt and the empty one
 
     def fingerprint(self) -> dict[str, str]:
-        """{what: SHA-256}: a run is resumed only on the same."""
+        """{what: SHA-256}: a run can be resumed only if these are unchanged."""
         return {"images or captions": self.subject.fingerprint, "model weights": model_digest(self.folder, self.variant)}
 
 
@@ -105,9 +105,9 @@ def settle_flags(
     mixed_precision: str | None,
     resolution: int | None,
 ) -> dict:
-    """The flags whose default depends on the model's folder or the device, as they are from here on.
+    """The flags whose defaults depend on the model's folder or the device, with their final values.
 
-    Raises InputError where --quantization contradicts a packed folder.
+    Raises InputError if --quantization contradicts a packed folder.
     """
     return dict(
         variant=variant,
@@ -118,7 +118,7 @@ def settle_flags(
 
 
 def load_scheduler(folder: Path) -> DDPMScheduler:
-    """The noise schedule. Raises InputError where it is none that the method is defined for."""
+    """The noise schedule. Raises InputError if the method is not defined for it."""
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     path = folder / "scheduler"
@@ -129,7 +129,7 @@ def load_scheduler(folder: Path) -> DDPMScheduler:
         raise InputError(f"{path}: prediction_type is {kind!r}; give a Stable Diffusion 1.x or 2.x (epsilon or v_prediction)")
     between = (scheduler.alphas_cumprod >= 0) & (scheduler.alphas_cumprod < 1)
     if steps != NUM_TRAIN_TIMESTEPS or not scheduler.alphas_cumprod.is_floating_point() or not between.all():
-        raise DamagedModel(path, f"is no noise schedule of {NUM_TRAIN_TIMESTEPS} steps from 1 to 0 (it has {steps})")
+        raise DamagedModel(path, f"is not a noise schedule of {NUM_TRAIN_TIMESTEPS} steps from 1 to 0 (it has {steps})")
     return scheduler
 
 
@@ -137,17 +137,17 @@ def load_scheduler(folder: Path) -> DDPMScheduler:
 def encode_images(vae: AutoencoderKL, paths: list[Path], resolution: int, center_crop: bool) -> torch.Tensor:
     """Image files -> [N, 2 (flips), 2 (mean, standard deviation), 4, h, w]: scaled latent distributions, fp32, on the CPU.
 
-    The VAE is needed no more after this; every step still samples its own latent (z = vae(x) * scaling_factor, Eq. 1).
+    The VAE is not needed after this; every step still samples its own latent (z = vae(x) * scaling_factor, Eq. 1).
     """
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     device = next(vae.parameters()).device
-    # the convolutions' own order: otherwise each copies its input and output. (torch's annotations lack this call.)
+    # the convolutions' native order: otherwise each copies its input and output. (torch's annotations lack this call.)
     cast(Any, vae).to(memory_format=torch.channels_last)
     latents = []
     for path in tqdm(paths, desc="encoding", unit="image", leave=False):
         flips = []
-        for picture in to_square(open_image(path), resolution, center_crop):  # one at a time: they are the largest of the run
+        for picture in to_square(open_image(path), resolution, center_crop):  # one at a time: the largest activations of the run
             moments = encoder_moments(vae, picture[None].to(device, vae.dtype, memory_format=torch.channels_last))
             distribution = DiagonalGaussianDistribution(moments)
             flips.append(torch.cat([distribution.mean, distribution.std]).float().cpu() * vae.config["scaling_factor"])
@@ -156,9 +156,9 @@ def encode_images(vae: AutoencoderKL, paths: list[Path], resolution: int, center
 
 
 def encoder_moments(vae: AutoencoderKL, hidden: torch.Tensor) -> torch.Tensor:
-    """What vae.encode computes, [B, 8, h, w], with at most three activations of full size at a time.
+    """The moments that vae.encode computes, [B, 8, h, w], with at most three full-size activations at a time.
 
-    At 512 pixels one is 0.13 GB; the encoder's own forward holds six of them.
+    At 512 pixels, one takes 0.13 GB; the encoder's own forward holds six of them.
     """
     encoder: Any = vae.encoder  # its blocks are of several classes with the same parts
     hidden = encoder.conv_in(hidden)
@@ -181,7 +181,7 @@ def encoder_moments(vae: AutoencoderKL, hidden: torch.Tensor) -> torch.Tensor:
 class Data:
     """What batches are drawn from."""
 
-    latents: torch.Tensor  # [N, 2, 2, 4, h, w] of `encode_images`
+    latents: torch.Tensor  # [N, 2, 2, 4, h, w] from `encode_images`
     choices: list[list[int]]  # per image, the rows of prompts.ids that describe it
     prompts: Prompts
     scheduler: DDPMScheduler  # the noise schedule
@@ -218,19 +218,19 @@ def uniform_timesteps(batch_size: int, generator: torch.Generator, low: int = 0,
 
 
 def snr_timesteps(batch_size: int, generator: torch.Generator, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """Timesteps [batch_size], t with probability proportional to log SNR(0) - log SNR(t): more where the image is noisier.
+    """Timesteps [batch_size], t with probability proportional to log SNR(0) - log SNR(t): noisier timesteps are more frequent.
 
-    TextBoost's (Park et al., arXiv 2409.08248). alphas_cumprod: [1000], of the noise schedule.
+    From TextBoost (Park et al., arXiv 2409.08248). alphas_cumprod: [1000], of the noise schedule.
     """
     log_snr = torch.log(alphas_cumprod / (1 - alphas_cumprod)).double()
     return torch.multinomial(log_snr.max() - log_snr, batch_size, replacement=True, generator=generator)
 
 
 def timestep_sampler(data: Data, *, timestep_sampling: str, t_min: int, t_max: int) -> TimestepSampler:
-    """What --timestep_sampling names.
+    """The sampler that --timestep_sampling names.
 
-    "puts" is Partial Uniform Timestep Sampling (Eq. 9): uniform over [t_min, t_max). Its rivals (Table 5): "uniform", over all
-    timesteps, and TextBoost's "snr".
+    "puts" is Partial Uniform Timestep Sampling (Eq. 9): uniform over [t_min, t_max). Its alternatives (Table 5) are "uniform",
+    over all timesteps, and TextBoost's "snr".
     """
     return {
         "puts": partial(uniform_timesteps, low=t_min, high=t_max),
@@ -240,7 +240,7 @@ def timestep_sampler(data: Data, *, timestep_sampling: str, t_min: int, t_max: i
 
 
 def draw_batch(data: Data, batch_size: int, sample_timesteps: TimestepSampler, generator: torch.Generator) -> Batch:
-    """Draw image, flip, caption, timestep and noise of one step, all from `generator`."""
+    """Draw image, flip, caption, timestep and noise for one step, all from `generator`."""
     images = torch.randint(len(data.latents), (batch_size,), generator=generator)
     flips = torch.randint(2, (batch_size,), generator=generator)
     draws = torch.rand(batch_size, generator=generator)
@@ -251,13 +251,13 @@ def draw_batch(data: Data, batch_size: int, sample_timesteps: TimestepSampler, g
 
 
 def evaluation_batches(data: Data, count: int, t_min: int, t_max: int) -> list[Batch]:
-    """The fixed set of `count` (image, timestep, noise) triples that learning curves are judged on, as batches of one.
+    """The fixed set of `count` (image, timestep, noise) triples on which learning curves are evaluated, as batches of one.
 
-    The same for every seed and sampler: timesteps spread evenly over [t_min, t_max), images and flips in turn.
+    It is the same for every seed and sampler: timesteps spread evenly over [t_min, t_max), images and flips in turn.
     """
     generator = torch.Generator().manual_seed(0)
     timesteps = (t_min + (torch.arange(count) + 0.5) * (t_max - t_min) / count).long()
-    timesteps = timesteps[torch.randperm(count, generator=generator)]  # else image and timestep would go together
+    timesteps = timesteps[torch.randperm(count, generator=generator)]  # otherwise image and timestep would be correlated
     batches = []
     for k in range(count):
         image, flip = k % len(data.latents), (k // len(data.latents)) % 2
@@ -283,23 +283,23 @@ def merge_batches(batches: list[Batch], size: int) -> list[Batch]:
 
 @dataclass
 class FrozenModel:
-    """The quantised modules, and what they predict as a function of the token."""
+    """The quantised modules, and their prediction as a function of the token."""
 
     unet: UNet2DConditionModel
     text_encoder: CLIPTextModel
-    rows: torch.Tensor  # [R, d], of `Prompts`, on the device
-    candidates_per_forward: int | None = None  # all at once where None
+    rows: torch.Tensor  # [R, d], from `Prompts`, on the device
+    candidates_per_forward: int | None = None  # None: all at once
 
     def __post_init__(self):
-        # PyTorch lets a GPU's convolutions round fp32 to the ten bits of TF32, fp16's own: differences between candidates
-        # were then no more exact in fp32 than in fp16 (benchmarks/gpu.md)
+        # By default PyTorch lets a GPU's convolutions round fp32 to TF32, which has only fp16's ten mantissa bits: differences
+        # between candidates were then no more precise in fp32 than in fp16 (benchmarks/gpu.md)
         torch.backends.cudnn.allow_tf32 = False
 
     def predict(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
         """The UNet's prediction for C candidate tokens [C, V, d] on one batch of B -> [C, B, 4, h, w], fp32, on the device.
 
         One forward over C * B latents: candidates differ only in their prompt, so the weights are dequantised once.
-        Differentiable in `tokens` where gradients are on.
+        Differentiable in `tokens` if gradients are enabled.
         """
         batch, tokens = batch.to(self.rows.device), tokens.to(self.rows.device)
         chunks = tokens.split(self.candidates_per_forward or len(tokens))
@@ -319,7 +319,7 @@ class FrozenModel:
 
     @torch.inference_mode()
     def mean_loss(self, batches: list[Batch], theta: torch.Tensor) -> float:
-        """Mean squared error of one token's predictions [V, d] over a fixed set."""
+        """Mean squared error of the predictions for one token [V, d] over a fixed set."""
         tokens = theta.detach()[None]
         errors = [self.predict(batch, tokens) - batch.target.to(self.rows.device) for batch in batches]  # [1, B, 4, h, w] each
         return float(np.mean([error.square().flatten(1).mean(1).item() for error in errors]))
@@ -336,9 +336,9 @@ def load_model(
     candidates_per_forward: int | None = None,
     compile: bool = False,
 ) -> tuple[FrozenModel, Data]:
-    """Encode the images, free the VAE, then load text encoder and UNet: never more than one of them unquantised.
+    """Encode the images, free the VAE, then load text encoder and UNet, so that at most one of them is unquantised at a time.
 
-    Raises InputError where the folder is damaged, even where it fits its configuration and yet does not compute.
+    Raises InputError if the folder is damaged, even if its weights fit the configuration but the model does not compute.
     """
     folder, variant = inputs.folder, inputs.variant
     tune_malloc(1 << 20, 1 << 17)
@@ -352,12 +352,12 @@ def load_model(
     dtype = DTYPES[mixed_precision]
     text_encoder = load_text_encoder(folder, variant, quantization, dtype, device)
     unet = load_unet(folder, variant, quantization, dtype, device)
-    tune_malloc(32 << 20, 256 << 20)  # while stepping, activations are better kept at hand
+    tune_malloc(32 << 20, 256 << 20)  # while stepping, freed activations are better kept for reuse
     split_feed_forward(unet)
     if compile:
         unet.compile(dynamic=False)
     model = FrozenModel(unet, text_encoder, inputs.prompts.rows.to(device), candidates_per_forward)
     data = Data(latents, inputs.choices, inputs.prompts, scheduler)
-    with damaged_model(folder):  # a configuration can fit its weights and yet not compute (a wrong number of groups)
+    with damaged_model(folder):  # a configuration can fit its weights and still not compute (a wrong number of groups)
         model.mean_loss(evaluation_batches(data, 1, 0, NUM_TRAIN_TIMESTEPS), inputs.initial_token)
     return model, data

@@ -1,4 +1,4 @@
-"""What the user can fix, as types, and as the one line that is printed of it."""
+"""Errors that the user can fix, as exception types, and how they are reported in one line."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ class InputError(ValueError):
 
 
 class DamagedModel(InputError):
-    """A part of the model folder that no intact download holds; the remedy is added to `fault`."""
+    """A part of the model folder differs from any intact download; the remedy is added to `fault`."""
 
     def __init__(self, path: Path, fault: str):
         super().__init__(f"{path}: {fault}; download the folder again")
 
 
 class BrokenCheckpoint(InputError):
-    """A checkpoint that is not whole, so that an older one may be tried instead."""
+    """A checkpoint that is incomplete or corrupt, so that an older one may be tried instead."""
 
     def __init__(self, path: Path, fault: str):
-        super().__init__(f"--resume_from_checkpoint {path}: is not a whole checkpoint ({fault}); use an older one")
+        super().__init__(f"--resume_from_checkpoint {path}: is not a valid checkpoint ({fault}); use an older one")
 
 
 class Interrupted(Exception):
-    """The user stops something that can be left out, such as a picture."""
+    """The user stopped something optional, such as a picture."""
 
 
 def require_peft(what: str) -> None:
-    """Raises InputError where peft, which only some files and trainers need, is not installed."""
+    """Raises InputError if peft, which only some files and trainers need, is not installed."""
     if find_spec("peft") is None:
         raise InputError(f'{what} needs the package peft, which is not installed; run pip install -e ".[tuning]"')
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether there was not enough memory: on a CPU torch says so in a plain RuntimeError."""
+    """Whether an error means that memory ran out: on a CPU, torch says so in a plain RuntimeError."""
     import torch
 
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
@@ -52,12 +52,12 @@ def out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def damaged_model(path: Path) -> Iterator[None]:
-    """Within: whatever a library raises on a damaged folder becomes one DamagedModel that names `path`."""
+    """Context manager: turns whatever a library raises on a damaged folder into a DamagedModel that names `path`."""
     try:
         yield
     except (InputError, Interrupted):
         raise
-    except Exception as error:  # each class of each library raises its own
+    except Exception as error:  # every class of every library raises its own
         if out_of_memory(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -65,13 +65,13 @@ def damaged_model(path: Path) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """On one line, whatever a file name or a library put in: control characters escaped, access tokens of the hub left out."""
+    """The text on one line, whatever a file name or a library put in: control characters escaped, hub access tokens hidden."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return re.sub(r"\bhf_[A-Za-z0-9]{30,}", "hf_...", text)
 
 
 def notice(text: str) -> None:
-    """One line for the user on stderr, whatever a file name in it holds."""
+    """Print one line for the user to stderr, whatever a file name in it contains."""
     print(printable(text), file=sys.stderr)
 
 
@@ -83,7 +83,7 @@ def quiet_libraries() -> None:
 
 
 def run_script(main: Callable[..., int | None], flags) -> int:
-    """`main(flags)` for the command line -> exit code: what the user can fix is one line on stderr and code 2."""
+    """Run `main(flags)` for the command line -> exit code: an error that the user can fix is one line on stderr and code 2."""
     quiet_libraries()
     try:
         return main(flags) or 0
@@ -103,26 +103,26 @@ def run_script(main: Callable[..., int | None], flags) -> int:
         first = "".join(advice for flag, advice in savers.items() if hasattr(flags, flag))
         print(
             f"error: out of memory; try {first}a smaller --train_batch_size or --resolution, or "
-            "--mixed_precision bf16. With --resume_from_checkpoint latest a run goes on from its last checkpoint "
+            "--mixed_precision bf16. --resume_from_checkpoint latest continues a run from its last checkpoint "
             f"({printable(str(error))[:200]})",
             file=sys.stderr,
         )
         return 2
 
 
-UNFINISHED: list[Path] = []  # folders that are no use before they are complete
+UNFINISHED: list[Path] = []  # folders that are useless until they are complete
 
 
 def stop_at_once(number: int, frame) -> None:
-    """SIGINT or SIGTERM outside the steps: what is to be saved has been saved, so say how to go on, and end.
+    """Handle SIGINT or SIGTERM outside the steps: what is to be saved has been saved, so say how to continue, and exit.
 
-    Without unwinding: an exception raised in the middle of an import may be swallowed or printed with a traceback.
+    This does not unwind: an exception raised in the middle of an import may be swallowed or printed with a traceback.
     """
     for folder in UNFINISHED:
         shutil.rmtree(folder, ignore_errors=True)
     print(
-        "interrupted outside the training steps; the same command with --resume_from_checkpoint latest goes on from the last "
-        "checkpoint, or starts anew where there is none",
+        "interrupted outside the training steps; the same command with --resume_from_checkpoint latest continues from the last "
+        "checkpoint, or starts over if there is none",
         file=sys.stderr,
         flush=True,
     )
@@ -130,13 +130,13 @@ def stop_at_once(number: int, frame) -> None:
 
 
 def prepare_environment() -> None:
-    """What torch reads from the environment when it starts, for this process before its import, or for processes to come."""
+    """Set what torch reads from the environment at startup: for this process, before the import, or for later processes."""
     # on Linux CPUs: large tensors on huge pages, which saves a tenth of the time (benchmarks/NOTES.md)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def prepare_process() -> None:
-    """What a training script sets before it imports torch: environment and signals."""
+    """Set up environment and signals, as scripts do before they import torch."""
     prepare_environment()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_at_once)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: safetensors and JSON, written under another name first, and read with suspicion."""
+"""Files that are complete or absent: safetensors and JSON, written under a temporary name first, and validated on reading."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from zoodip.errors import DamagedModel, InputError
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within: what the system has against writing to `path` becomes an InputError."""
+    """Context manager: turns an OSError from writing to `path` into an InputError."""
     try:
         yield
     except OSError as error:
@@ -30,7 +30,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
-    """Write under a temporary name, then rename: `path` is the old file or the whole new one. Raises InputError."""
+    """Write under a temporary name, then rename: `path` is the old file or the complete new one. Raises InputError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
@@ -40,25 +40,25 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) 
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError:
-            with contextlib.suppress(OSError):  # on a file system that has become read-only this fails too
+            with contextlib.suppress(OSError):  # this fails too if the file system has become read-only
                 temporary.unlink(missing_ok=True)
             raise
 
 
 def write_image(path: Path, image: Image.Image) -> None:
-    """A PNG, or by its name a JPEG, whole or not at all. Raises InputError."""
+    """Write a PNG, or a JPEG if the name ends in .jpg, whole or not at all. Raises InputError."""
     content = io.BytesIO()
-    image.save(content, "JPEG" if path.suffix == ".jpg" else "PNG", quality=85)  # which a PNG has none of
+    image.save(content, "JPEG" if path.suffix == ".jpg" else "PNG", quality=85)  # PNG ignores the quality
     write_atomically(path, content.getvalue())
 
 
 def write_json(path: Path, content: dict, indent: int | None = None) -> None:
-    """A JSON file, whole or not at all. Raises InputError."""
+    """Write a JSON file, whole or not at all. Raises InputError."""
     write_atomically(path, (json.dumps(content, indent=indent) + "\n").encode())
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object of the model folder. Raises DamagedModel."""
+    """Read a JSON object from the model folder. Raises DamagedModel."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -77,7 +77,7 @@ SAFETENSORS_DTYPES = {
 def safetensors_parts(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
     """A safetensors file in parts, one tensor at a time, as the library writes it but with a sorted header.
 
-    The library's order of metadata differs from process to process.
+    The library's order of metadata differs between processes.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned
     header: dict = {"__metadata__": metadata}
@@ -94,20 +94,20 @@ def safetensors_parts(tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 
 
 def serialize(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file, for small ones."""
+    """The bytes of a safetensors file, for small ones."""
     return b"".join(safetensors_parts(tensors, metadata))
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, whole or not at all, with no more than a tensor of it in memory. Raises InputError."""
+    """Write a safetensors file, whole or not at all, with at most one serialised tensor in memory. Raises InputError."""
     write_atomically(path, safetensors_parts(tensors, metadata))
 
 
 def read_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every tensor in the files, one at a time. Raises InputError where one is no whole safetensors file.
+    """(name, tensor) of every tensor in the files, one at a time. Raises InputError if one is not a whole safetensors file.
 
-    The file is opened anew for each tensor: its memory map, and with it the pages that count as this process's
-    memory, is then dropped together with the tensor.
+    The file is reopened for each tensor, so that its memory map, and with it the pages that count as this process's
+    memory, is released together with the tensor.
     """
     for path in files:
         try:
@@ -122,7 +122,7 @@ def read_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def is_pickle(path: Path) -> bool:
-    """Whether a file begins as torch.save's or pickle's do, whatever its name. (safetensors begins with a length.)"""
+    """Whether a file begins like a torch.save or pickle file, whatever its name. (safetensors begins with a length.)"""
     try:
         with open(path, "rb") as file:
             start = file.read(4)
@@ -132,45 +132,45 @@ def is_pickle(path: Path) -> bool:
 
 
 def why_unreadable(path: Path, error: Exception) -> str:
-    """What to say of one of our own files that safetensors cannot read."""
-    return "it is a pickle, which could run code, and is not read" if is_pickle(path) else str(error)
+    """What to say about one of our own files that safetensors cannot read."""
+    return "it is a pickle, which could run code, so it is not read" if is_pickle(path) else str(error)
 
 
 def not_safetensors(path: Path, error: Exception) -> InputError:
-    """What to say of a weight file that safetensors cannot read."""
+    """What to say about a weight file that safetensors cannot read."""
     if is_pickle(path):
         return InputError(
-            f"{path}: is a pickle under another name, which could run code, and is not read; save the model with "
+            f"{path}: is a pickle under another name, which could run code, so it is not read; save the model with "
             "save_pretrained(safe_serialization=True)"
         )
-    return InputError(f"{path}: is not a whole safetensors file ({error}); download it again")
+    return InputError(f"{path}: is not a valid safetensors file ({error}); download it again")
 
 
 def prove_folder(folder: Path, flag: str, size: int) -> None:
-    """Make the folder that a flag names, and prove that it takes a file and has room for `size` bytes. Raises InputError."""
+    """Create the folder that a flag names, and check that it is writable and has room for `size` bytes. Raises InputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--{flag} {str(folder)!r} cannot be made ({error.strerror}); choose another") from error
+        raise InputError(f"--{flag} {str(folder)!r} cannot be created ({error.strerror}); choose another") from error
     try:
-        write_atomically(folder / ".probe", bytes(4 << 20))  # a quota shows only where one writes
+        write_atomically(folder / ".probe", bytes(4 << 20))  # a quota shows only on writing
     except InputError as error:
         raise InputError(f"--{flag} {error}") from error
     (folder / ".probe").unlink(missing_ok=True)  # another run may be probing too
     if (free := shutil.disk_usage(folder).free) < size:
-        raise InputError(f"--{flag} {str(folder)!r} has {free / 1e9:.3g} GB free, for at least {size / 1e9:.3g} GB that the run "
-                         "writes there; free some space, or choose another")  # fmt: skip
+        raise InputError(f"--{flag} {str(folder)!r} has {free / 1e9:.3g} GB free, but the run writes at least {size / 1e9:.3g} "
+                         "GB there; free some space, or choose another")  # fmt: skip
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Hold the output folder, which takes files, for this process alone -> the lock, to be released when the run ends.
+    """Lock the output folder, which is writable, for this process alone -> the lock, to be released when the run ends.
 
-    Raises InputError where another run holds it.
+    Raises InputError if another run holds it.
     """
     path = folder / ".lock"
     lock = FileLock(path)
     try:
-        if path.is_symlink():  # somebody's; a run follows no links
+        if path.is_symlink():  # someone else's: a run follows no links
             path.unlink()
         lock.acquire(blocking=False)
     except Timeout:

@@ -22,7 +22,7 @@ from zoodip.single_file import (
 )
 
 WEIGHT_NAMES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-PACKED_NAME = "packed"  # of weights that --save_quantized wrote: under the usual names others would load them, as noise
+PACKED_NAME = "packed"  # of weights written by --save_quantized: under the usual names others would load them, as noise
 NEEDED = ["model_index.json", "tokenizer", "scheduler/scheduler_config.json", *(f"{name}/config.json" for name in WEIGHT_NAMES)]
 
 
@@ -30,7 +30,7 @@ def find_model_folder(
     name: str, revision: str | None = None, variant: str | None = None, model_config: str | None = None
 ) -> Path:
     """The local folder of a model, downloaded from the hub if need be, or one that stands for a single file, with the
-    configurations of `model_config`. Raises InputError that says how to get it."""
+    configurations of `model_config`. Raises an InputError that says how to get the model."""
     folder = Path(name)
     if folder.is_file():
         folder = open_single_file(folder, model_config)
@@ -44,7 +44,7 @@ def find_model_folder(
     for needed in NEEDED:
         if not (folder / needed).exists():
             raise InputError(
-                f"{folder}: {needed} is missing; a Stable Diffusion folder in diffusers format holds "
+                f"{folder}: {needed} is missing; a Stable Diffusion folder in diffusers format contains "
                 "model_index.json, tokenizer, scheduler, text_encoder, unet and vae"
             )
     for component in WEIGHT_NAMES:
@@ -61,8 +61,8 @@ def find_model_folder(
 
 
 def open_single_file(file: Path, model_config: str | None) -> Path:
-    """A folder that stands for a checkpoint in one file. Configurations and tokenizer, 2 MB, are those of the folder or hub name
-    `model_config`, or of the published model of the file's kind. Raises InputError."""
+    """A folder that stands for a checkpoint in one file. Configurations and tokenizer (2 MB) come from `model_config`, a folder
+    or hub name, by default from the published model of the file's kind. Raises InputError."""
     kind, tensors = checkpoint_kind(file)
     source = Path(model_config or published_configuration(kind))
     if not source.is_dir():
@@ -70,8 +70,8 @@ def open_single_file(file: Path, model_config: str | None) -> Path:
             source = download_model(str(source), None, None, weights=False)
         except InputError as error:
             raise InputError(
-                f"{file}: a single file has neither configuration nor tokenizer; give a {KINDS[kind]} in diffusers format, of "
-                f"which no weights are needed, as --model_config ({error})"
+                f"{file}: a single file has neither configuration nor tokenizer; as --model_config, give a {KINDS[kind]} in "
+                f"diffusers format, whose weights are not needed ({error})"
             ) from None
     for needed in NEEDED:
         if not (source / needed).exists():
@@ -80,7 +80,7 @@ def open_single_file(file: Path, model_config: str | None) -> Path:
 
 
 def hub_variant(name: str, revision: str | None = None) -> str | None:
-    """The variant to take of a hub model where the user names none: fp16, half the download, where all its weights have it."""
+    """The variant of a hub model to use if the user names none: fp16, half the download, if all its weights have it."""
     if Path(name).exists():
         return None
     from huggingface_hub import HfApi, try_to_load_from_cache
@@ -90,12 +90,12 @@ def hub_variant(name: str, revision: str | None = None) -> str | None:
         if all(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in wanted):
             return "fp16"
         return "fp16" if set(wanted) <= set(HfApi().list_repo_files(name, revision=revision)) else None
-    except Exception:  # network, authorisation, spelling: said by whoever downloads
+    except Exception:  # network, authorisation, spelling: reported by whoever downloads
         return None
 
 
 def download_model(name: str, revision: str | None, variant: str | None, weights: bool = True) -> Path:
-    """The folder of a hub model in the local cache: configurations, tokenizer, weights of `variant`. Raises InputError."""
+    """Download configurations, tokenizer and weights of `variant` from the hub -> the folder in the cache. Raises InputError."""
     from huggingface_hub import snapshot_download
 
     suffix = f".{variant}" if variant else ""
@@ -115,13 +115,13 @@ def download_model(name: str, revision: str | None, variant: str | None, weights
     except Exception as error:  # network, authorisation, spelling: many classes, one remedy
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"--pretrained_model_name_or_path: {name!r} is neither a folder here nor to be had from the hub ({reason}); "
-            f"where there is network run `hf download {name} --local-dir sd-model`, copy that folder here, give its path"
+            f"--pretrained_model_name_or_path: {name!r} is neither a folder here nor available from the hub ({reason}); run "
+            f"`hf download {name} --local-dir sd-model` on a machine with network access, copy that folder here and give its path"
         ) from None
 
 
 def find_weights(folder: Path, component: str, variant: str | None) -> list[Path]:
-    """The safetensors file, or shards, of a component of the model. Raises InputError; a pickle is never an answer."""
+    """The safetensors file, or shards, of a component of the model. Raises InputError; a pickle is never returned."""
     single_file = single_file_of(folder, component)
     if single_file is not None:
         return [single_file]
@@ -153,14 +153,14 @@ def find_weights(folder: Path, component: str, variant: str | None) -> list[Path
 
 
 def component_tensors(folder: Path, component: str, variant: str | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of all that a component's weight files hold, one at a time. Raises InputError."""
+    """(name, tensor) of everything in a component's weight files, one at a time. Raises InputError."""
     if single_file_of(folder, component) is not None:
         return read_single_file(folder, component)
     return read_tensors(find_weights(folder, component, variant))
 
 
 def packed_as(folder: Path, variant: str | None) -> str | None:
-    """The quantization in which --save_quantized packed a folder's weights; None where they are not packed."""
+    """The quantization in which --save_quantized packed a folder's weights; None if they are not packed."""
     for path in find_weights(folder, "unet", variant):
         try:
             with safe_open(path, framework="pt") as handle:
@@ -174,7 +174,7 @@ def packed_as(folder: Path, variant: str | None) -> str | None:
 
 
 def choose_quantization(folder: Path, variant: str | None, wanted: str | None) -> str:
-    """--quantization, or by default what the folder is packed in, or nf4. Raises InputError where flag and folder disagree."""
+    """--quantization; by default that of a packed folder, otherwise nf4. Raises InputError if flag and folder disagree."""
     packed = packed_as(folder, variant)
     if wanted and packed and wanted != packed:
         raise InputError(
@@ -185,7 +185,7 @@ def choose_quantization(folder: Path, variant: str | None, wanted: str | None) -
 
 
 def model_digest(folder: Path, variant: str | None) -> str:
-    """SHA-256 over size, beginning and end of the weight files: enough to tell a retrained model, and quick."""
+    """SHA-256 over size, beginning and end of the weight files: fast, and enough to tell a retrained model apart."""
     digest = hashlib.sha256()
     for path in [path for component in WEIGHT_NAMES for path in find_weights(folder, component, variant)]:
         with open(path, "rb") as file:
@@ -197,7 +197,7 @@ def model_digest(folder: Path, variant: str | None) -> str:
 
 
 def config_number(path: Path, key: str, default: int) -> int:
-    """A count in a configuration of the model folder. Raises DamagedModel where it is none."""
+    """A count from a configuration in the model folder. Raises DamagedModel if it is not a positive integer."""
     value = read_json(path).get(key, default)
     if type(value) is not int or value < 1:
         raise DamagedModel(path, f"{key} must be a positive whole number, got {value!r}")
@@ -205,7 +205,7 @@ def config_number(path: Path, key: str, default: int) -> int:
 
 
 def native_resolution(folder: Path) -> int:
-    """Side in pixels of the images that the model was made for. Raises DamagedModel."""
+    """Side length in pixels of the images that the model was made for. Raises DamagedModel."""
     channels = read_json(folder / "vae" / "config.json").get("block_out_channels", [0] * 4)
-    levels = len(channels) if isinstance(channels, list) else 1  # what is no list is refused at loading
+    levels = len(channels) if isinstance(channels, list) else 1  # anything but a list is refused on loading
     return config_number(folder / "unet" / "config.json", "sample_size", 64) * 2 ** (levels - 1)

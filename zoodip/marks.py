@@ -1,6 +1,6 @@
-"""Prompts with marked groups, "a [<sks>* wearing a red hat] and a [blue critter*]": what each says, as strings and spans.
+"""Prompts with marked groups, "a [<sks>* wearing a red hat] and a [blue critter*]", parsed into strings and spans.
 
-Brackets hold a group, a star follows its noun. Nothing is guessed from grammar: who is bound to what is what the marks say.
+Brackets hold a group, and a star follows its noun. Nothing is guessed from grammar: the marks say who is bound to what.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Group:
 
     phrase: Span  # in the prompt
     noun: Span  # in the prompt, within `phrase`
-    anchor: str  # the phrase alone, after the article that stands before its bracket: "a blue critter with yellow spots"
+    anchor: str  # the phrase alone, with the article that precedes its bracket: "a blue critter with yellow spots"
     anchor_phrase: Span  # in `anchor`
     bare: str  # the noun alone, with a fitting article: "a critter"
     bare_noun: Span  # in `bare`
@@ -29,17 +29,17 @@ class Group:
 
 @dataclass(frozen=True)
 class MarkedPrompt:
-    marked: str  # as it was given
+    marked: str  # as given
     prompt: str  # without marks
     clean: str  # every group reduced to its noun: "a <sks> and a critter on the grass"
     groups: tuple[Group, ...]
 
 
 def parse_marks(marked: str, placeholders: Sequence[str] = (), expand: Callable[[str], str] = lambda text: text) -> MarkedPrompt:
-    """What a marked prompt says. A group that contains one of `placeholders`, once, needs no star.
+    """Parse a marked prompt. A group that contains exactly one of `placeholders`, once, needs no star.
 
     `expand` is applied to the words: a pipeline's `maybe_convert_prompt`, which writes out a token of several vectors (all
-    of them are then the noun). Raises InputError that shows the place.
+    of them are then the noun). Raises an InputError that shows the place.
     """
     check_marks(marked)
     prompt = clean = ""
@@ -69,7 +69,7 @@ def parse_marks(marked: str, placeholders: Sequence[str] = (), expand: Callable[
 
 
 def check_marks(marked: str) -> None:
-    """Brackets close, are not nested, and hold every star. Raises InputError that shows the place."""
+    """Check that brackets close, do not nest, and contain every star. Raises an InputError that shows the place."""
     opened = None
     for i, character in enumerate(marked):
         if character == "[":
@@ -78,23 +78,23 @@ def check_marks(marked: str) -> None:
             opened = i
         elif character == "]":
             if opened is None:
-                raise InputError(f"the prompt {marked!r}: the bracket at {marked[i:]!r} closes none; write a [group] so")
+                raise InputError(f"the prompt {marked!r}: the bracket at {marked[i:]!r} closes nothing; write a group as [group]")
             opened = None
         elif character == "*" and opened is None:
             raise InputError(
-                f"the prompt {marked!r}: the star at {marked[: i + 1]!r} is in no brackets; put brackets round its group"
+                f"the prompt {marked!r}: the star at {marked[: i + 1]!r} is outside brackets; put brackets around its group"
             )
     if opened is not None:
         raise InputError(f"the prompt {marked!r}: the bracket at {marked[opened:]!r} is never closed; add a ]")
 
 
 def split_at_noun(phrase: str, marked: str, placeholders: Sequence[str]) -> tuple[str, str, str]:
-    """A group's words before its noun, the noun, and after it; without the star. Raises InputError."""
+    """A group's words before its noun, the noun, and the words after it, without the star. Raises InputError."""
     where = f"the prompt {marked!r}, group [{phrase}]"
     if not phrase:
-        raise InputError(f"the prompt {marked!r}: empty brackets; put the words of a group in, with a star after its noun")
+        raise InputError(f"the prompt {marked!r}: empty brackets; put a group's words in them, with a star after its noun")
     if phrase.count("*") > 1:
-        raise InputError(f"{where}: has {phrase.count('*')} stars; put one, after the noun")
+        raise InputError(f"{where}: has {phrase.count('*')} stars; put only one, after the noun")
     if "*" in phrase:
         match = re.fullmatch(r"(.*?)([^\s*]+)\*(.*)", phrase, re.DOTALL)
         if match is None or match[3][:1].isalnum():
@@ -105,13 +105,13 @@ def split_at_noun(phrase: str, marked: str, placeholders: Sequence[str]) -> tupl
     found = [word for word in placeholders for _ in range(phrase.count(word))]
     if len(found) != 1:
         words = phrase.split()
-        raise InputError(f"{where}: says not which word is its noun; put a star after it, as in [{' '.join(words)}*]")
+        raise InputError(f"{where}: does not say which word is its noun; put a star after it, as in [{' '.join(words)}*]")
     first, noun, last = phrase.partition(found[0])
     return first, noun, last
 
 
 def fit_article(article: str, noun: str) -> str:
-    """ "an " before "critter" becomes "a ": the adjective that asked for it is gone. Others stay."""
+    """ "an " before "critter" becomes "a ", because the adjective that required it is gone. Other articles stay."""
     if article.strip().lower() not in ("a", "an"):
         return article
     letter = re.search(r"\w", noun)

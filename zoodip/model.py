@@ -1,4 +1,4 @@
-"""Frozen, quantised modules of a Stable Diffusion folder, read tensor by tensor; and pipelines of them."""
+"""Frozen, quantised modules from a Stable Diffusion folder, read tensor by tensor, and pipelines made of them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:  # diffusers and transformers take seconds to import
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from transformers import CLIPTextModel, CLIPTokenizer
 
-MAX_LAYERS = 100  # in a row; a damaged configuration that promises more would keep us building for hours
+MAX_LAYERS = 100  # consecutive layers; a damaged configuration with more would take hours to build
 SMALL_UNET = 100_000_000  # parameters: the miniature has 11 million, Stable Diffusion v1.5 860
 SCHEDULERS = {"pndm": "PNDMScheduler", "ddim": "DDIMScheduler", "dpmsolver++": "DPMSolverMultistepScheduler"}
-VAE_ENCODER, VAE_DECODER = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.")  # names of parameters begin so
+VAE_ENCODER, VAE_DECODER = ("encoder.", "quant_conv."), ("decoder.", "post_quant_conv.")  # prefixes of parameter names
 
 
 def load_frozen(
@@ -37,12 +37,12 @@ def load_frozen(
     device: torch.device | str,
     skip: tuple[str, ...] = (),
 ) -> nn.Module:
-    """UNet, text encoder or VAE of a diffusers folder, frozen, in eval mode, Linear and Conv2d quantised.
+    """UNet, text encoder or VAE from a diffusers folder, frozen, in eval mode, with Linear and Conv2d quantised.
 
-    Tensors are read, quantised and dropped one by one, so that the 16-bit model never exists whole. A parameter whose
-    name begins with an entry of `skip` is left empty. The UNet's conv_in and conv_out
-    (0.003 % of SD v1.5's weights) stay in `dtype`: quantising them costs as much loss as all the rest
-    (benchmarks/README.md). Raises InputError where file and configuration do not match.
+    Tensors are read, quantised and dropped one by one, so that the 16-bit model never exists as a whole. A parameter whose
+    name begins with an entry of `skip` is left empty. The UNet's conv_in and conv_out (0.003 % of SD v1.5's weights) stay in
+    `dtype`: quantising them increases the loss as much as quantising all the rest
+    (benchmarks/README.md). Raises InputError if file and configuration do not match.
     """
     model, where = build_model(folder, component), folder / component
     if component == "unet":
@@ -52,7 +52,7 @@ def load_frozen(
         name = modern_name(name, component)
         module_name, _, leaf = name.rpartition(".")
         if name.endswith("position_ids"):
-            continue  # a constant that older files hold
+            continue  # a constant that older files contain
         if module_name.endswith(".weight"):  # written by --save_quantized
             packed = packed_weights.setdefault(module_name.removesuffix(".weight"), {})
             if not name.startswith(skip):
@@ -76,10 +76,10 @@ def load_frozen(
 
 
 def settle_threads(unet: nn.Module, device: torch.device | str) -> None:
-    """One thread for a small UNet on a CPU, where OMP_NUM_THREADS does not ask for another number.
+    """Use one thread for a small UNet on a CPU, unless OMP_NUM_THREADS is set.
 
-    Its layers take so little time that threads mostly wait for each other: two were faster than one on an idle machine only,
-    by a third, and 1.3 to 10 times slower beside another busy program (benchmarks/threads.md).
+    Its layers take so little time that threads mostly wait for each other: two threads were faster than one only on an idle
+    machine, by a third, and 1.3 to 10 times slower beside another busy program (benchmarks/threads.md).
     """
     small = sum(parameter.numel() for parameter in unet.parameters()) < SMALL_UNET
     if small and torch.device(device).type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -89,9 +89,9 @@ def settle_threads(unet: nn.Module, device: torch.device | str) -> None:
 def set_packed(
     model: nn.Module, name: str, packed: dict[str, torch.Tensor], quantization: str, dtype: torch.dtype, where: Path
 ) -> None:
-    """Put the packed weight of a module in its place; without tensors, of a module that is skipped, an empty one.
+    """Put a module's packed weight in its place; without tensors, for a module that is skipped, an empty one.
 
-    Raises InputError where it does not fit the module, or is of another quantization.
+    Raises InputError if it does not fit the module or has another quantization.
     """
     try:
         module = model.get_submodule(name)
@@ -121,32 +121,32 @@ def load_unet(
 def load_text_encoder(
     folder: Path, variant: str | None, quantization: str, dtype: torch.dtype, device: torch.device | str
 ) -> CLIPTextModel:
-    """The text encoder without its token-embedding table: `Prompts` brings the rows that it needs."""
+    """The text encoder without its token-embedding table: `Prompts` provides the rows that it needs."""
     table = ("embeddings.token_embedding.",)
     return cast("CLIPTextModel", load_frozen(folder, "text_encoder", variant, quantization, dtype, device, skip=table))
 
 
 def load_vae_encoder(folder: Path, variant: str | None, device: torch.device | str) -> AutoencoderKL:
-    """The VAE without its decoder, unquantised, fp32: it encodes the photographs once and is freed."""
+    """The VAE without its decoder, unquantised, fp32: it encodes the photographs once and is then freed."""
     return cast("AutoencoderKL", load_frozen(folder, "vae", variant, "none", torch.float32, device, skip=VAE_DECODER))
 
 
 def load_vae_decoder(
     folder: Path, variant: str | None, quantization: str, dtype: torch.dtype, device: torch.device | str
 ) -> AutoencoderKL:
-    """The VAE without its encoder, quantised: it draws."""
+    """The VAE without its encoder, quantised, for drawing."""
     return cast("AutoencoderKL", load_frozen(folder, "vae", variant, quantization, dtype, device, skip=VAE_ENCODER))
 
 
 def build_model(folder: Path, component: str) -> nn.Module:
-    """The module that config.json describes. Its parameters are on the meta device: they have shapes and no memory."""
+    """The module that config.json describes. Its parameters are on the meta device: they have shapes but no memory."""
     from accelerate import init_empty_weights
 
     config = read_json(folder / component / "config.json")
     for key in ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers"):
         counts = config[key] if isinstance(config.get(key), list) else [config.get(key)]
         if any(isinstance(count, int) and count > MAX_LAYERS for count in counts):
-            raise DamagedModel(folder / component / "config.json", f"{key} {config[key]!r} is of no Stable Diffusion")
+            raise DamagedModel(folder / component / "config.json", f"{key} {config[key]!r} fits no Stable Diffusion")
     with damaged_model(folder / component), init_empty_weights():
         if component == "text_encoder":
             from transformers import CLIPTextConfig, CLIPTextModel
@@ -160,7 +160,7 @@ def build_model(folder: Path, component: str) -> nn.Module:
 
 
 def modern_name(name: str, component: str) -> str:
-    """A tensor's name in the installed libraries, from the name it was published under."""
+    """A tensor's name in the installed libraries, given the name it was published under."""
     if component == "text_encoder":
         return name.removeprefix("text_model.")
     if component == "vae":
@@ -170,7 +170,7 @@ def modern_name(name: str, component: str) -> str:
 
 
 def module_of(parameter_name: str, model: nn.Module, where: Path) -> nn.Module:
-    """The module that a parameter belongs to. Raises InputError where the model has no such parameter."""
+    """The module that a parameter belongs to. Raises InputError if the model has no such parameter."""
     module_name, _, leaf = parameter_name.rpartition(".")
     try:
         module = model.get_submodule(module_name)
@@ -178,28 +178,28 @@ def module_of(parameter_name: str, model: nn.Module, where: Path) -> nn.Module:
     except AttributeError:
         raise InputError(
             f"{where}: the weights hold {parameter_name!r}, which config.json does not describe; configuration and "
-            "weights are of different models"
+            "weights belong to different models"
         ) from None
     return module
 
 
 def check_parameter(tensor: torch.Tensor, name: str, module: nn.Module, where: Path) -> torch.Tensor:
-    """A parameter of a weight file in the shape that its module has for it. Raises InputError where it is not such numbers."""
+    """A parameter from a weight file, in its module's shape. Raises InputError if it does not fit or is not finite floats."""
     expected = module.get_parameter(name.rpartition(".")[2]).shape
     if tensor.shape == (*expected, 1, 1):
         tensor = tensor.view(expected)  # older VAEs keep attention matrices as 1 x 1 convolutions
     if tensor.shape != expected:
         raise InputError(
-            f"{where}: {name} is {tuple(tensor.shape)}, config.json says {tuple(expected)}; configuration and "
-            "weights are of different models"
+            f"{where}: {name} is {tuple(tensor.shape)}, but config.json says {tuple(expected)}; configuration and "
+            "weights belong to different models"
         )
     if not tensor.is_floating_point() or not torch.isfinite(tensor.sum(dtype=torch.float32)):
-        raise DamagedModel(where, f"{name} ({tensor.dtype}) is not finite floating-point numbers")
+        raise DamagedModel(where, f"{name} ({tensor.dtype}) is not finite floating-point data")
     return tensor
 
 
 def is_quantized(component: str, name: str, module: nn.Module) -> bool:
-    """Whether a module is one of those whose weight is packed: every Linear and Conv2d but the UNet's first and last."""
+    """Whether a module is one whose weight is packed: every Linear and Conv2d except the UNet's first and last."""
     return isinstance(module, (nn.Linear, nn.Conv2d)) and not (component == "unet" and name in ("conv_in", "conv_out"))
 
 
@@ -213,10 +213,10 @@ def load_pipeline(
     model_config: str | None = None,
     tuned_scales: str | Path | None = None,
 ) -> StableDiffusionPipeline:
-    """A pipeline whose UNet, text encoder and VAE are quantised exactly as in training, by default too.
+    """A pipeline whose UNet, text encoder and VAE are quantised exactly as in training, with the same default.
 
-    `load_textual_inversion` works on it as on any other. With `tuned_scales`, a file of trainers/tuneqdm.py, it is the tuned
-    model, in the file's bits whatever `quantization` is. Raises InputError where `name` or the file cannot be loaded.
+    `load_textual_inversion` works on it as on any other. With `tuned_scales`, a file from trainers/tuneqdm.py, it is the tuned
+    model, in the file's bits whatever `quantization` is. Raises InputError if `name` or the file cannot be loaded.
     """
     if tuned_scales is not None:
         from zoodip.tuned_files import load_tuned_pipeline
@@ -240,7 +240,7 @@ def build_scheduler(folder: Path, name: str) -> SchedulerMixin:
     diffusers: Any = import_module("diffusers")
     pndm, kind = diffusers.PNDMScheduler, getattr(diffusers, SCHEDULERS[name])
     with damaged_model(folder / "scheduler"):
-        # By way of PNDM, the class that the folder names: what its file leaves out gets PNDM's defaults, not those of `kind`.
+        # Via PNDM, the class that the folder names, so that what its file leaves out gets PNDM's defaults, not those of `kind`.
         return kind.from_config(pndm.from_pretrained(folder / "scheduler").config)
 
 
@@ -253,9 +253,9 @@ def assemble_pipeline(
     tokenizer: CLIPTokenizer | None = None,
     scheduler: str = "pndm",
 ) -> StableDiffusionPipeline:
-    """A pipeline of loaded parts with the folder's noise schedule and a scheduler of `SCHEDULERS`. Raises DamagedModel.
+    """A pipeline of loaded parts with the folder's noise schedule and a scheduler from `SCHEDULERS`. Raises DamagedModel.
 
-    Without text encoder and tokenizer it draws from embeddings.
+    Without text encoder and tokenizer, it draws from embeddings.
     """
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 

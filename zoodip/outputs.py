@@ -1,4 +1,4 @@
-"""What a run that learns a token evaluates, draws, watches and saves of it, whatever the method."""
+"""What a run that learns a token evaluates, draws, monitors and saves, whatever the method."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from zoodip.prompts import file_stem, save_embedding
 
 
 class TokenOutputs:
-    """The outputs of a trainer of a token, which has `theta` [V, d] and, for errors, a `remedy`.
+    """The outputs of a trainer that learns a token; the trainer has `theta` [V, d] and, for error messages, a `remedy`.
 
-    settings: the run's, as recorded. t_min, t_max: the timesteps [t_min, t_max) of the fixed evaluation set.
+    settings: those of the run, as recorded. t_min, t_max: the timesteps [t_min, t_max) of the fixed evaluation set.
     """
 
     draws_before = False  # whether pictures of the untrained model are drawn as well
@@ -48,14 +48,14 @@ class TokenOutputs:
         self.norm_limit = 10 * mean_norm(inputs.initial_token)
         self.validates, self.compares, self.guidance = validation_prompt is not None, final_picture, validation_guidance
         self.seeds = [settings["seed"] + i for i in range(num_validation_images)]
-        word = settings["initializer_token"]  # or a file, which has its word as its name
+        word = settings["initializer_token"]  # or a file, which is named after its word
         self.initial_word = f"<{Path(word).stem}>" if is_embedding_file(word) else word
         self.files = ("learned_embeds*.safetensors", f"{file_stem(settings['placeholder_token'])}.safetensors")
         if self.validates or self.compares:
-            self.drawer()  # loaded and let go: a folder that cannot draw is refused now, and training has the memory
+            self.drawer()  # load and release: a folder that cannot draw is refused now, and training keeps the memory
 
     def drawer(self) -> Drawer:
-        """Raises InputError where the folder's decoder or scheduler is damaged."""
+        """Raises InputError if the folder's decoder or scheduler is damaged."""
         return Drawer(
             self.model,
             self.inputs.folder,
@@ -70,9 +70,9 @@ class TokenOutputs:
         return dict(eval_loss=self.model.mean_loss(self.fixed_set, self.trainer.theta), token_norm=mean_norm(self.trainer.theta))
 
     def draw(self, step: int, final: bool, stopped: Callable[[], bool]) -> Iterator[tuple[str, Image.Image]]:
-        """(file name, picture): of the validation prompt, and at the end the initial word above the learned one.
+        """(file name, picture) for the validation prompt and, at the end, for the initial word above the learned one.
 
-        The same noises every time. Raises Interrupted between two denoising steps once `stopped()`.
+        The noise is the same every time. Raises Interrupted between two denoising steps once `stopped()`.
         """
         compare = final and self.compares
         if not (self.validates or compare):
@@ -99,32 +99,32 @@ class TokenOutputs:
                 yield "before_after.png", picture_sheet([initial, learned], cell=cell)
 
     def prompt_with(self, word: str) -> str:
-        """The pictures' prompt with a word in the place of the token."""
+        """The pictures' prompt with a word in place of the token."""
         return (self.inputs.picture_prompt or "").replace(self.settings["placeholder_token"], "{}").replace("{}", word)
 
     def check(self, step: int) -> str | None:
-        """A warning where the token has grown out of proportion. Raises InputError where it is NaN or Inf."""
+        """A warning if the token has grown out of proportion. Raises InputError if it is NaN or Inf."""
         norm = mean_norm(self.trainer.theta)
         if not math.isfinite(norm):
             raise InputError(f"the token is NaN or Inf after step {step}; try {self.trainer.remedy}")
-        if norm <= self.norm_limit:  # at 10 times its length, bf16 no longer measures a slope
+        if norm <= self.norm_limit:  # at 10 times the initial length, bf16 can no longer measure a slope
             return None
         self.norm_limit = 2 * norm
         return (
-            f"the token's norm has grown to {norm:.3g} by step {step}; where the loss no longer falls, start anew with "
+            f"the token's norm has grown to {norm:.3g} by step {step}; if the loss no longer falls, start over with "
             f"{self.trainer.remedy}, or with --mixed_precision fp32"
         )
 
     def result(self, folder: Path) -> str:
-        """The last line of a run begins with it: the file, and what is in it."""
+        """The beginning of a run's last line: the file, and what is in it."""
         return f"{folder / 'learned_embeds.safetensors'}: {self.settings['placeholder_token']}"
 
     def save(self, folder: Path, step: int, final: bool) -> None:
-        """The token as it stands, as an embedding file. Raises InputError."""
+        """Write the current token as an embedding file. Raises InputError."""
         save_embedding(folder, self.trainer.theta, self.settings, self.prediction_type, step, final)
 
     def guide(self) -> dict[str, str]:
-        """{name: what it is and what to do with it} of the final files besides learned_embeds.safetensors."""
+        """{name: what it is and what to do with it} for the final files besides learned_embeds.safetensors."""
         token, stem = self.settings["placeholder_token"], file_stem(self.settings["placeholder_token"])
         files = {f"{stem}.safetensors": f"the same for AUTOMATIC1111, Forge, ComfyUI and InvokeAI, where the word is {stem}"}
         if self.compares:

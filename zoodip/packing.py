@@ -1,4 +1,4 @@
-"""--save_quantized: a copy of a model folder whose weights are packed, so that it loads in seconds."""
+"""--save_quantized: a copy of a model folder with packed weights, which loads in seconds."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def save_quantized(
     variant: str | None = None,
     model_config: str | None = None,
 ) -> Path:
-    """Write a model, packed, to the new folder `target`. Loading either gives the same bits. Raises InputError.
+    """Write a model, packed, to the new folder `target`. Loading either folder gives the same bits. Raises InputError.
 
-    Plain diffusers cannot read packed weights, and initialises at random what it does not find in a weight file that it knows.
-    So the files have names of their own, for which it stops, and model_index.json says what the folder is.
+    Plain diffusers cannot read packed weights, and randomly initialises whatever is missing from a weight file that it knows.
+    So the files have names of their own, at which it stops, and model_index.json says what the folder is.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
-            f"--save_quantized {str(target)!r}: is for one process, not {os.environ['WORLD_SIZE']}; start it with "
-            "python, and then train from that folder"
+            f"--save_quantized {str(target)!r}: runs in one process, not {os.environ['WORLD_SIZE']}; start it with "
+            "python, then train from that folder"
         )
     if target.exists():
         raise InputError(
-            f"--save_quantized: {str(target)!r} exists; give it as --pretrained_model_name_or_path, or write to a new folder"
+            f"--save_quantized: {str(target)!r} already exists; give it as --pretrained_model_name_or_path or choose a new folder"
         )
     variant = variant or hub_variant(pretrained_model_name_or_path, revision)
     folder = find_model_folder(pretrained_model_name_or_path, revision, variant, model_config)
@@ -68,15 +68,15 @@ def save_quantized(
 
 
 def packed_tensors(folder: Path, component: str, variant: str | None, quantization: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a component with the weights packed: what `load_frozen` makes of them, to be stored.
+    """The tensors of a component with packed weights, as `load_frozen` would pack them, for storage.
 
-    The VAE's encoder (which training uses unpacked), norms, biases and what is packed already stay as they are.
+    The VAE's encoder (which training uses unpacked), norms, biases and weights that are already packed stay as they are.
     """
     model, where = build_model(folder, component), folder / component
     for name, tensor in component_tensors(folder, component, variant):
         modern = modern_name(name, component)
         module_name, _, leaf = modern.rpartition(".")
-        if module_name.endswith(".weight") or leaf == "position_ids":  # packed already, or a constant of older files
+        if module_name.endswith(".weight") or leaf == "position_ids":  # already packed, or a constant of older files
             yield name, tensor.clone()
             continue
         module = module_of(modern, model, where)
@@ -90,7 +90,7 @@ def packed_tensors(folder: Path, component: str, variant: str | None, quantizati
 
 
 def write_shards(folder: Path, stem: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Safetensors files of about 64 MB and their index, so that a model is never in memory whole."""
+    """Write safetensors files of about 64 MB and their index, so that a model is never in memory as a whole."""
     shard: dict[str, torch.Tensor] = {}
     weight_map: dict[str, str] = {}
 

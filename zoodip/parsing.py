@@ -1,6 +1,6 @@
-"""Marks that a parser puts in: "a cat wearing a hat and a dog" becomes "a [cat* wearing a hat] and a [dog*]".
+"""Marks inserted by a parser: "a cat wearing a hat and a dog" becomes "a [cat* wearing a hat] and a [dog*]".
 
-spaCy is optional, and imported only here. A parser guesses, and what it guessed is to be seen in the marks.
+spaCy is optional and imported only here. A parser guesses; the marks show what it guessed.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from zoodip.errors import InputError
 
 MODEL = "en_core_web_sm"
 STAND_IN = "dog"  # a noun that the parser knows, in place of a learned word
-PICTURES = {"photo", "picture", "painting", "drawing", "image", "photograph", "rendering", "sketch"}  # of what they show
-BELONGING = {"with", "of"}  # other prepositions say where something is, and that is no attribute of it
+PICTURES = {"photo", "picture", "painting", "drawing", "image", "photograph", "rendering", "sketch"}  # these show the subject
+BELONGING = {"with", "of"}  # other prepositions say where something is, which is not an attribute
 NOUNS = ("NOUN", "PROPN")
 MODIFIERS = {"amod", "compound", "nmod", "nummod", "npadvmod", "acl", "relcl"}
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a parsed sentence. Names of parts of speech and of relations are those of spaCy's English models."""
+    """A word of a parsed sentence. Part-of-speech and dependency labels are those of spaCy's English models."""
 
     text: str
-    space: str  # between it and the next
+    space: str  # between this word and the next
     pos: str
     dep: str
-    head: int  # the word that it depends on, by its place in the sentence; its own, where it is the root
+    head: int  # index in the sentence of the word that it depends on; its own index if it is the root
 
 
 def mark_prompt(text: str, placeholders: Sequence[str] = ()) -> str:
-    """The prompt with marks; one that has some already as it is. Raises InputError."""
+    """The prompt with marks; a prompt that already has marks is returned as it is. Raises InputError."""
     if re.search(r"[\[\]*]", text):
         return text
     marked = mark_words(parse_with_spacy(text, placeholders))
@@ -43,7 +43,7 @@ def mark_prompt(text: str, placeholders: Sequence[str] = ()) -> str:
 
 
 def mark_words(words: Sequence[Word]) -> str:
-    """The text of a parsed sentence with a group round each of its subjects."""
+    """The text of a parsed sentence with a group around each of its subjects."""
     found = {noun: belonging(words, noun) for noun in subjects(words)}
     first, last = {min(group) for group in found.values()}, {max(group) for group in found.values()}
     return "".join(
@@ -56,7 +56,7 @@ def children(words: Sequence[Word], i: int) -> Iterator[int]:
 
 
 def subjects(words: Sequence[Word]) -> list[int]:
-    """The nouns that a prompt is about: its head or its verb's subject, what a photo is of, and all that is joined to them."""
+    """The nouns that a prompt is about: its head or its verb's subject, what a photo shows, and everything joined to them."""
     waiting, found = [i for i, word in enumerate(words) if word.head == i], set()
     while waiting:
         i = waiting.pop()
@@ -70,7 +70,7 @@ def subjects(words: Sequence[Word]) -> list[int]:
             waiting += [k for each in of for k in children(words, each) if words[k].dep == "pobj"]
         else:
             found.add(i)
-    # "a dog with a hat and a cat with spots": a parser may join the cat to the hat, but what has something is a subject
+    # "a dog with a hat and a cat with spots": a parser may join the cat to the hat, but a noun that has something is a subject
     found |= {
         i for i, word in enumerate(words) if word.dep == "conj" and word.pos in ("NOUN", "PROPN") and has_something(words, i)
     }
@@ -83,7 +83,7 @@ def has_something(words: Sequence[Word], noun: int) -> bool:
 
 
 def belonging(words: Sequence[Word], noun: int) -> list[int]:
-    """The places of a group's words, one after another: the noun, its modifiers, and what it wears or has."""
+    """The indices of a group's words, without gaps: the noun, its modifiers, and what it wears or has."""
     others = set(subjects(words)) - {noun}
     below, waiting = {noun}, [noun]
     while waiting:
@@ -104,7 +104,7 @@ def belonging(words: Sequence[Word], noun: int) -> list[int]:
 
 
 def replace_learned(text: str, placeholders: Sequence[str]) -> tuple[str, dict[int, str]]:
-    """(the text with a noun that every parser knows in place of each learned word, {where it begins: the learned word})."""
+    """(the text with each learned word replaced by a noun that every parser knows, {where that begins: the learned word})."""
     learned, plain, position = {}, "", 0
     for match in re.finditer("|".join(map(re.escape, placeholders)) or r"(?!)", text):
         plain += text[position : match.start()]
@@ -114,7 +114,7 @@ def replace_learned(text: str, placeholders: Sequence[str]) -> tuple[str, dict[i
 
 
 def parse_with_spacy(text: str, placeholders: Sequence[str]) -> list[Word]:
-    """The words of a text. Raises InputError where spaCy or its model is not installed."""
+    """The words of a text. Raises InputError if spaCy or its model is not installed."""
     plain, learned = replace_learned(text, placeholders)
     return [Word(learned.get(each.idx) or each.text, each.whitespace_, each.pos_, each.dep_, each.head.i)
             for each in load_spacy()(plain)]  # fmt: skip
@@ -122,11 +122,11 @@ def parse_with_spacy(text: str, placeholders: Sequence[str]) -> list[Word]:
 
 @lru_cache(maxsize=1)
 def load_spacy():
-    """spaCy's small English model. Raises InputError, with what to install."""
+    """spaCy's small English model. Raises an InputError that says what to install."""
     how = f'pip install -e ".[parse]" && python -m spacy download {MODEL}'
     try:
         return import_module("spacy").load(MODEL, exclude=["ner", "lemmatizer"])
     except ImportError:
-        raise InputError(f"--parse spacy: spaCy is not installed; {how}, or mark the groups yourself") from None
+        raise InputError(f"--parse spacy: spaCy is not installed; run {how}, or mark the groups yourself") from None
     except OSError:
-        raise InputError(f"--parse spacy: its model {MODEL} is not installed; {how}, or mark the groups yourself") from None
+        raise InputError(f"--parse spacy: its model {MODEL} is not installed; run {how}, or mark the groups yourself") from None

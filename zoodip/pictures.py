@@ -1,4 +1,4 @@
-"""The one drawer of pictures, and the one sheet that they are shown on."""
+"""The one class that draws pictures, and the one function that arranges them on a sheet."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Drawer:
     """Draws prompts with the modules that training holds in memory, plus the VAE's decoder, quantised like them.
 
-    `scheduler` is one of `zoodip.model.SCHEDULERS`. On the miniature 20 steps of DPM-Solver++ are as good as 50 of PNDM, the
-    paper's, in two fifths of the time (miniature/schedulers.json). Raises InputError where the folder is damaged.
+    `scheduler` is one of `zoodip.model.SCHEDULERS`. On the miniature, 20 steps of DPM-Solver++ are as good as 50 of PNDM, the
+    paper's, in two fifths of the time (miniature/schedulers.json). Raises InputError if the folder is damaged.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Drawer:
         self.pipeline = assemble_pipeline(folder, unet=model.unet, vae=vae, scheduler=scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.scheduler.set_timesteps(steps)
-        # Denoising steps of a picture: PNDM takes one more than it is asked for.
+        # Denoising steps per picture: PNDM takes one more than it is asked for.
         self.forwards = len(self.pipeline.scheduler.timesteps)
 
     @torch.no_grad()
@@ -53,15 +53,15 @@ class Drawer:
     ) -> Iterator[Image.Image]:
         """One picture for each (row of `prompts`, seed), with theta [V, d] as the token. The last prompt is the empty one.
 
-        A seed is the same first noise for every prompt and token. after_step() is called after every denoising step, and may
-        raise Interrupted. Raises InputError where the model's folder is damaged.
+        A seed gives the same initial noise for every prompt and token. after_step() is called after every denoising step, and may
+        raise Interrupted. Raises InputError if the model's folder is damaged.
         """
         yield from self.draw_states(self.encode(prompts, theta), wanted, after_step)
 
     @torch.no_grad()
     def encode(self, prompts: Prompts, theta: torch.Tensor) -> torch.Tensor:
         """Text states [P, L, d] of prompts with theta [V, d] as the token."""
-        assert self.text_encoder is not None  # a TunedModel's is freed: `draw_states`
+        assert self.text_encoder is not None  # a TunedModel's is freed: use `draw_states`
         device = self.pipeline.unet.conv_in.weight.device
         return encode_prompts(self.text_encoder, prompts.rows.to(device), prompts.ids.to(device), theta.detach()[None].to(device))
 
@@ -69,7 +69,7 @@ class Drawer:
     def draw_states(
         self, states: torch.Tensor, wanted: list[tuple[int, int]], after_step: Callable[[], None] | None = None
     ) -> Iterator[Image.Image]:
-        """The same for text states [P, L, d] in place of prompts: (row, seed), and the last row is the empty prompt's."""
+        """The same for text states [P, L, d] instead of prompts: (row, seed) pairs, with the empty prompt's row last."""
         for first in range(0, len(wanted), self.batch_size):
             rows, seeds = zip(*wanted[first : first + self.batch_size], strict=True)
             with damaged_model(self.folder):
@@ -88,7 +88,7 @@ class Drawer:
 
 
 def wrap(text: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Lines of a text, each at most `width` pixels wide; broken between words, and within one that is wider by itself."""
+    """Break a text into lines of at most `width` pixels: between words, and within a word that is wider on its own."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".lstrip()
@@ -111,9 +111,9 @@ def picture_sheet(
     headings: list[str] | None = None,
     aspect: float = 1.0,
 ) -> Image.Image:
-    """Pictures in blocks, each a row of `cell` pixels' height with its caption below, whole; `columns` blocks side by side.
+    """Arrange pictures in blocks, each a row `cell` pixels high with its full caption below, `columns` blocks side by side.
 
-    Pictures are made squares, or `aspect` times as wide as high. `headings` stand above those of the first block of each column.
+    Pictures become squares, or `aspect` times as wide as high. `headings` stand above the pictures of each column's first block.
     """
     width = round(cell * aspect)
     font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(max(10, cell // 10)))

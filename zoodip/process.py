@@ -11,7 +11,7 @@ from zoodip.errors import InputError
 
 
 def make_accelerator(most_processes: int, *, cpu: bool, report_to: str, output_dir: str, compile: bool):
-    """Devices, processes and trackers. Raises InputError where a tracker is not installed or processes are too many."""
+    """Devices, processes and trackers. Raises InputError if a tracker is not installed or there are too many processes."""
     from importlib.util import find_spec
 
     from accelerate import Accelerator
@@ -24,8 +24,8 @@ def make_accelerator(most_processes: int, *, cpu: bool, report_to: str, output_d
     asked = launched_for()
     if asked > accelerator.num_processes and accelerator.is_main_process:
         print(
-            f"accelerate launch was asked for {asked} processes and started {accelerator.num_processes}: on CPUs start them with "
-            f"torchrun --nproc_per_node {asked} -- {sys.argv[0]} --cpu ...",
+            f"accelerate launch was asked for {asked} processes but started {accelerator.num_processes}: on CPUs, start them "
+            f"with torchrun --nproc_per_node {asked} -- {sys.argv[0]} --cpu ...",
             file=sys.stderr,
         )
     if accelerator.num_processes > most_processes:
@@ -39,20 +39,20 @@ def make_accelerator(most_processes: int, *, cpu: bool, report_to: str, output_d
 
 
 def launched_for() -> int:
-    """The number of processes that `accelerate launch` was asked for; 1 where this process is not its child."""
+    """The number of processes that `accelerate launch` was asked for; 1 if this process is not its child."""
     import psutil
 
     try:
         parent = psutil.Process().parent()
         command = " ".join(parent.cmdline()) if parent else ""
-    except psutil.Error:  # gone, or not ours to ask
+    except psutil.Error:  # it is gone, or access is denied
         return 1
     asked = re.search(r"accelerate\S* (?:launch )?.*--num[_-]processes[= ](\d+)", command)
     return int(asked[1]) if asked else 1
 
 
 class StopSignal:
-    """Remembers SIGINT and SIGTERM, so that the step under way is finished and saved; a second one ends at once."""
+    """Remembers SIGINT and SIGTERM, so that the current step is finished and saved; a second signal ends the process at once."""
 
     number = 0
 

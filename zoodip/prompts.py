@@ -1,4 +1,4 @@
-"""The token and the prompts it stands in: tokenizer, placeholder, text-encoder states, and the embedding file."""
+"""The token and the prompts that contain it: tokenizer, placeholder, text-encoder states, and the embedding file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 
 
 def load_tokenizer(folder: Path, placeholder_token: str | None = None, num_vectors: int = 1) -> CLIPTokenizer:
-    """The model's CLIPTokenizer, with a placeholder added where one is given. Raises InputError where it is taken."""
+    """The model's CLIPTokenizer, with a placeholder added if one is given. Raises InputError if that is already a word."""
     from transformers import CLIPTokenizer
 
     with damaged_model(folder / "tokenizer"):
@@ -44,7 +44,7 @@ def load_tokenizer(folder: Path, placeholder_token: str | None = None, num_vecto
 
 
 def initializer_ids(tokenizer, initializer_token: str) -> list[int]:
-    """Token ids of the initializer. Raises InputError where it is none the tokenizer knows."""
+    """Token ids of the initializer. Raises InputError if the tokenizer does not know it."""
     ids = tokenizer(initializer_token, add_special_tokens=False).input_ids
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     if not ids or special & set(ids):
@@ -56,16 +56,18 @@ def initializer_ids(tokenizer, initializer_token: str) -> list[int]:
 
 
 def tokenize(tokenizer, text: str, placeholder_id: int, num_vectors: int, length: int) -> list[int]:
-    """`length` token ids; the placeholder's become placeholder_id .. placeholder_id + num_vectors - 1.
+    """`length` token ids; the placeholder's id becomes placeholder_id .. placeholder_id + num_vectors - 1.
 
-    Raises InputError where the text is too long, rather than cut away the end of a caption unseen.
+    Raises InputError if the text is too long, rather than silently truncating the caption.
     """
     words = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     ids = []
     for word in words:
         ids += range(placeholder_id, placeholder_id + num_vectors) if word == placeholder_id else [word]
     if len(ids) > length - 2:
-        raise InputError(f"the caption {text!r:.500} is {len(ids)} tokens long, the text encoder takes {length - 2}; shorten it")
+        raise InputError(
+            f"the caption {text!r:.500} is {len(ids)} tokens long, but the text encoder takes {length - 2}; shorten it"
+        )
     ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
     return ids + [tokenizer.pad_token_id] * (length - len(ids))
 
@@ -73,7 +75,7 @@ def tokenize(tokenizer, text: str, placeholder_id: int, num_vectors: int, length
 def read_embedding_rows(folder: Path, variant: str | None, ids: Sequence[int]) -> torch.Tensor:
     """Rows `ids` of the token-embedding table, [len(ids), d] fp32, without reading the table (76 MB for SD v1.5).
 
-    Raises InputError where tokenizer and weights are of different models, or the weights are damaged.
+    Raises InputError if tokenizer and weights are of different models, or the weights are damaged.
     """
     for path in find_weights(folder, "text_encoder", variant):
         try:
@@ -91,11 +93,11 @@ def select_rows(table, ids: Sequence[int], name: str, folder: Path) -> torch.Ten
     shape = table.get_shape()
     if len(shape) != 2 or max(ids) >= shape[0]:
         raise InputError(
-            f"{name} is {tuple(shape)}, the tokenizer needs row {max(ids)}; tokenizer and weights are of different models"
+            f"{name} is {tuple(shape)}, but the tokenizer needs row {max(ids)}; tokenizer and weights belong to different models"
         )
     rows = torch.cat([table[i : i + 1] for i in ids])
     if not rows.is_floating_point() or not torch.isfinite(rows.float()).all():
-        raise DamagedModel(folder / "text_encoder", f"{name} ({rows.dtype}) is not finite floating-point numbers")
+        raise DamagedModel(folder / "text_encoder", f"{name} ({rows.dtype}) is not finite floating-point data")
     return rows.float()
 
 
@@ -112,10 +114,10 @@ def build_prompts(
 ) -> Prompts:
     """Tokenise `texts` and read the rows they need. Raises InputError.
 
-    With a placeholder each text has {} or it; without (None, and 0 vectors) they are plain words.
+    With a placeholder, each text contains {} or it; without one (None, and 0 vectors), the texts are plain words.
     """
     if placeholder_token is None:
-        placeholder_id = len(tokenizer)  # of no word
+        placeholder_id = len(tokenizer)  # no word has this id
     else:
         placeholder_id = tokenizer.convert_tokens_to_ids(placeholder_token)
         texts = [text.replace("{}", placeholder_token) for text in texts]
@@ -128,9 +130,9 @@ def build_prompts(
 
 
 def starting_token(tokenizer, folder: Path, variant: str | None, initializer_token: str, num_vectors: int) -> torch.Tensor:
-    """theta [V, d] where training starts: the initializer's embeddings, one each or their mean, or those in an embedding file.
+    """The initial theta [V, d]: the initializer's embeddings, one each or their mean, or those in an embedding file.
 
-    A file has as many vectors as it has: num_vectors must be that or 1. Raises InputError.
+    An embedding file fixes the number of vectors: num_vectors must be that or 1. Raises InputError.
     """
     if not is_embedding_file(initializer_token):
         rows = read_embedding_rows(folder, variant, initializer_ids(tokenizer, initializer_token))
@@ -139,8 +141,8 @@ def starting_token(tokenizer, folder: Path, variant: str | None, initializer_tok
     width = read_embedding_rows(folder, variant, [0]).shape[1]
     if theta.shape[1] != width:
         raise InputError(
-            f"--initializer_token {initializer_token}: its vectors have {theta.shape[1]} numbers, this model's words {width}; "
-            "give an embedding of the same kind of model"
+            f"--initializer_token {initializer_token}: its vectors have {theta.shape[1]} numbers, but this model's words have "
+            f"{width}; give an embedding for the same kind of model"
         )
     if num_vectors not in (1, len(theta)):
         raise InputError(f"--num_vectors {num_vectors}: {initializer_token} holds {len(theta)}; leave the flag out")
@@ -156,7 +158,7 @@ def encode_prompts(text_encoder: CLIPTextModel, rows: torch.Tensor, ids: torch.T
     """Text-encoder states of B prompts under each of C candidate tokens.
 
     rows [R, d], ids [B, L] as in `Prompts`, tokens [C, num_vectors, d] -> [C * B, L, d]. A pure function of `tokens`:
-    no table is written, and gradients flow where they are wanted.
+    no table is written, and gradients flow if required.
     """
     num_candidates, num_vectors, width = tokens.shape
     table = torch.cat([rows, tokens.reshape(-1, width)]).to(text_encoder.embeddings.position_embedding.weight.dtype)
@@ -169,24 +171,24 @@ def encode_prompts(text_encoder: CLIPTextModel, rows: torch.Tensor, ids: torch.T
 # ----------------------------------------------------------------------------------------------------- the embedding file
 
 
-SHARED_KEY = "emb_params"  # of the copy for other programs
+SHARED_KEY = "emb_params"  # key in the copy for other programs
 
 
 def warn_of_an_ordinary_word(tokenizer, placeholder_token: str) -> None:
-    """One line where the copy's file name, which is the word in AUTOMATIC1111 and Forge, is a word that people write."""
+    """Warn if the copy's file name, which is the word in AUTOMATIC1111 and Forge, is an ordinary word."""
     stem = file_stem(placeholder_token)
-    if f"{stem}</w>" in tokenizer.get_vocab() and stem != "sks":  # one that nobody writes, which is why it became the custom
+    if f"{stem}</w>" in tokenizer.get_vocab() and stem != "sks":  # "sks" became customary because nobody writes it
         print(
-            f"--placeholder_token {placeholder_token}: in AUTOMATIC1111 and Forge the file's name is the word, so "
-            f"{stem}.safetensors would be meant by every prompt with the ordinary word {stem!r}; choose for example <my-{stem}>",
+            f"--placeholder_token {placeholder_token}: in AUTOMATIC1111 and Forge the file name is the word, so "
+            f"{stem}.safetensors would affect every prompt with the ordinary word {stem!r}; choose, for example, <my-{stem}>",
             file=sys.stderr,
         )
 
 
 def file_stem(token: str) -> str:
-    """The token as a file name: AUTOMATIC1111 and ComfyUI use the file's name as the word for the prompt."""
+    """The token as a file name: AUTOMATIC1111 and ComfyUI use the file name as the word in prompts."""
     stem = re.sub(r"[^a-z0-9_-]", "", token.lower()) or "token"
-    return f"token-{stem}" if stem.startswith(("checkpoint-", "learned_embeds")) else stem  # our own names
+    return f"token-{stem}" if stem.startswith(("checkpoint-", "learned_embeds")) else stem  # names of our own files
 
 
 def embedding_metadata(settings: dict, step: int, prediction_type: str, width: int) -> dict[str, str]:
@@ -209,11 +211,11 @@ def embedding_metadata(settings: dict, step: int, prediction_type: str, width: i
 
 
 def save_embedding(folder: Path, theta: torch.Tensor, settings: dict, prediction_type: str, step: int, final: bool) -> None:
-    """Write theta [num_vectors, d] to `folder`, one tensor, fp32. Raises InputError.
+    """Write theta [num_vectors, d] to `folder` as one fp32 tensor. Raises InputError.
 
-    learned_embeds.safetensors has the placeholder token as its key, as diffusers names it. The final copy, named after the token,
-    has the key that kohya's scripts write: under it AUTOMATIC1111, Forge, ComfyUI and InvokeAI all find the width in the last
-    dimension, whereas InvokeAI takes the first one, the number of vectors, under any other.
+    learned_embeds.safetensors has the placeholder token as its key, as in diffusers. The final copy, named after the token,
+    has the key that kohya's scripts write: with it AUTOMATIC1111, Forge, ComfyUI and InvokeAI all find the width in the last
+    dimension, whereas with any other key InvokeAI takes the first one, the number of vectors.
     """
     token = settings["placeholder_token"]
     metadata = embedding_metadata(settings, step, prediction_type, theta.shape[-1])
@@ -224,8 +226,8 @@ def save_embedding(folder: Path, theta: torch.Tensor, settings: dict, prediction
 
 
 def read_embedding(path: Path, placeholder_token: str | None) -> tuple[torch.Tensor, dict]:
-    """(theta [V, d], the settings it was learned with, if recorded) of a learned_embeds.safetensors, or with None for the token
-    of an embedding file of any program that holds one token. Raises InputError."""
+    """(theta [V, d], the settings it was learned with, if recorded) from a learned_embeds.safetensors, or if the token is None
+    from an embedding file of any program that holds one token. Raises InputError."""
     try:
         with safe_open(path, framework="pt") as handle:
             settings = json.loads((handle.metadata() or {}).get("zoodip.settings", "{}"))
@@ -233,14 +235,14 @@ def read_embedding(path: Path, placeholder_token: str | None) -> tuple[torch.Ten
             if len(names) != 1:
                 raise ValueError(f"it holds {len(names)} tensors")
             theta = handle.get_tensor(names[0])
-        if theta.dim() == 1:  # as others save a single vector
+        if theta.dim() == 1:  # as other programs save a single vector
             theta = theta[None]
         if theta.dim() != 2 or not theta.numel() or not theta.is_floating_point() or not torch.isfinite(theta).all():
-            raise ValueError(f"it is {tuple(theta.shape)} {theta.dtype}, or NaN or Inf")
+            raise ValueError(f"it is {tuple(theta.shape)} {theta.dtype}, or contains NaN or Inf")
     except (SafetensorError, OSError, ValueError) as error:
         reason = why_unreadable(path, error)
         raise InputError(
-            f"{path}: does not hold the token {placeholder_token or 'that training could start from'} ({reason}); give a "
+            f"{path}: does not hold the token {placeholder_token or 'to start training from'} ({reason}); give a "
             "learned_embeds.safetensors" + (", or its --placeholder_token" if placeholder_token else "")
         ) from error
     return theta, settings if isinstance(settings, dict) else {}

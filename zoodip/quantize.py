@@ -1,4 +1,4 @@
-"""Weights in 4 or 8 bits: packing a weight, and the layers that hold it packed and dequantise it at the moment of use.
+"""Weights in 4 or 8 bits: packing a weight, and the layers that hold it packed and dequantise it on use.
 
 A backward pass through such a layer dequantises again, so that no dequantised weight is kept in between.
 """
@@ -19,24 +19,24 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def default_precision(device: torch.device) -> str:
-    """Of activations, where --mixed_precision is not given: fp16 halves a GPU's memory, fp32 costs a CPU no more than bf16."""
+    """Default precision of activations: fp16 halves memory on a GPU, while on a CPU fp32 costs no more than bf16."""
     return "fp16" if device.type == "cuda" else "fp32"
 
 
 def frozen_format(quantization: str) -> str:
-    """How text encoder and VAE are stored beside a UNet of `quantization`: at as many bits, in a format that nothing tunes."""
+    """Storage of text encoder and VAE beside a UNet in `quantization`: as many bits, in a format that is never tuned."""
     return {"affine8": "int8", "affine4": "nf4"}.get(quantization, quantization)
 
 
 def pack_weight(weight: torch.Tensor, quantization: str) -> dict[str, torch.Tensor]:
-    """The tensors that stand for a Linear or Conv2d weight, as the layers below hold and --save_quantized writes them.
+    """The tensors that represent a Linear or Conv2d weight, as the layers below hold and --save_quantized writes them.
 
     nf4:  bitsandbytes NormalFloat4, blocks of 64, absmax itself quantised (Dettmers et al. 2023). The weight is packed
-          flat, because the CPU kernel is slow or wrong for some shapes of more than one dimension, in slices, because
-          quantising takes ten times a slice's memory, and a convolution's with the input channels last, as
+          flat, because the CPU kernel is slow or wrong for some shapes of more than one dimension; in slices, because
+          quantising takes ten times a slice's memory; and, for a convolution, with the input channels last, as
           the convolution kernels read it.
     int8: one scale per output row (absolute maximum / 127), as in the paper's INT8 rows.
-    affine8, affine4: scale and zero point of each output row, as `affine_integers` makes them; two 4-bit integers a byte.
+    affine8, affine4: a scale and a zero point per output row, from `affine_integers`; two 4-bit integers per byte.
     """
     if weight.dim() == 4:
         weight = weight.permute(0, 2, 3, 1)
@@ -65,9 +65,9 @@ def pack_weight(weight: torch.Tensor, quantization: str) -> dict[str, torch.Tens
 def affine_integers(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Asymmetric integers per output row: weights [O, ...] -> (q int8 [O, ...], scale [O], zero point [O]); W = scale (q - zero).
 
-    The range of a row includes 0, so that 0 is exact and the zero point a whole number within the integers' range. Scale
-    and zero point are fixed by minimum and maximum, without a search (PEQA, Kim et al. 2023, Eq. 1; TuneQDM, Ryu et al.
-    2024). The authors of TuneQDM leave 0 out of the range; it differs only for rows of one sign.
+    The range of a row includes 0, so that 0 is exact and the zero point is a whole number within the integers' range. Scale
+    and zero point follow from minimum and maximum, without a search (PEQA, Kim et al. 2023, Eq. 1; TuneQDM, Ryu et al.
+    2024). The authors of TuneQDM do not include 0 in the range, which makes a difference only for rows of one sign.
     """
     rows = rows.float()
     low, high = rows.amin(1, keepdim=True).clamp_max(0), rows.amax(1, keepdim=True).clamp_min(0)
@@ -79,13 +79,13 @@ def affine_integers(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.
 
 
 def two_a_byte(integers: torch.Tensor) -> torch.Tensor:
-    """Integers in [-8, 7], flat [n] -> bytes [ceil(n / 2)], the first of each two in the lower half."""
+    """Integers in [-8, 7], flat [n] -> bytes [ceil(n / 2)], the first of each pair in the lower half."""
     nibbles = F.pad((integers + 8).to(torch.uint8), (0, len(integers) % 2))
     return nibbles[0::2] | (nibbles[1::2] << 4)
 
 
 def quantized_layer(layer: nn.Module, packed: dict[str, torch.Tensor], dtype: torch.dtype) -> QuantizedLayer:
-    """A Linear or Conv2d with its weight as `pack_weight` packed it. Raises ValueError where `packed` does not fit the layer."""
+    """A Linear or Conv2d with its weight as `pack_weight` packed it. Raises ValueError if `packed` does not fit the layer."""
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
         raise ValueError(f"{type(layer).__name__} is never packed")
     formats = dict(nf4=NF4Layer, int8=Int8Layer, affine8=Affine8Layer, affine4=Affine4Layer)
@@ -95,7 +95,7 @@ def quantized_layer(layer: nn.Module, packed: dict[str, torch.Tensor], dtype: to
 class RecomputedProduct(torch.autograd.Function):
     """A packed layer's product, whose backward pass dequantises the weight again instead of keeping it.
 
-    Autograd keeps both factors of a product even where one is frozen: for SD v1.5 that would be 1.7 GB of dequantised
+    Autograd keeps both factors of a product even if one is frozen: for SD v1.5 that would be 1.7 GB of dequantised
     weights in 16 bits. Only the inputs have a gradient; weight and bias are frozen.
     """
 
@@ -117,10 +117,10 @@ class RecomputedProduct(torch.autograd.Function):
 
 
 class QuantizedLayer(nn.Module):
-    """A frozen Linear or Conv2d that holds its weight packed, and dequantises it at the moment of use.
+    """A frozen Linear or Conv2d that holds its weight packed and dequantises it on use.
 
-    A weight of more than AT_ONCE numbers is dequantised and applied in slices of output channels. Raises ValueError where
-    the packed tensors are not of the layer's size, of another type or not finite.
+    A weight of more than AT_ONCE numbers is dequantised and applied in slices of output channels. Raises ValueError if
+    the packed tensors have the wrong size or type, or are not finite.
     """
 
     AT_ONCE = 1 << 24
@@ -151,15 +151,15 @@ class QuantizedLayer(nn.Module):
 
     @staticmethod
     def expected_tensors(rows: int, columns: int) -> dict[str, tuple[int, torch.dtype]]:
-        """{name: (numbers, dtype)} of the packed tensors of a weight [rows, columns]."""
+        """{name: (number of elements, dtype)} of the tensors that a weight [rows, columns] is packed into."""
         raise NotImplementedError
 
     def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-        """Output rows first .. last of the weight as they were packed, flat or [rows, columns]."""
+        """Output rows first .. last of the weight in packed order, flat or [rows, columns]."""
         raise NotImplementedError
 
     def _apply(self, fn, recurse: bool = True):
-        """Moves go through, casts do not: the scales stay fp32."""
+        """Device moves apply, casts do not: the scales stay fp32."""
         kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, moved in list(self.named_buffers(recurse=False)):
@@ -173,27 +173,27 @@ class QuantizedLayer(nn.Module):
         return self.in_layer_shape(self.unpack(first, last, dtype or self.dtype), last - first)
 
     def in_layer_shape(self, flat: torch.Tensor, rows: int) -> torch.Tensor:
-        """Rows as they were packed, flat or [rows, columns], in the layer's own shape."""
-        return flat.as_strided((rows, *self.shape[1:]), self.strides)  # one call: each takes as long as a small layer
+        """Rows in packed order, flat or [rows, columns], in the layer's own shape."""
+        return flat.as_strided((rows, *self.shape[1:]), self.strides)  # one call, as each takes as long as a small layer
 
     @property
     def qweight(self) -> torch.Tensor:
-        """The packed weight, where peft looks for a layer's device."""
+        """The packed weight, under the name by which peft finds a layer's device."""
         packed = self._buffers[self.quantization]
         assert packed is not None
         return packed
 
     def slices(self) -> list[tuple[int, int]]:
-        """Output channels (first, last) that are dequantised together."""
+        """Ranges (first, last) of output channels that are dequantised together."""
         rows = self.shape[0]
         return [(first, min(first + self.rows_at_once, rows)) for first in range(0, rows, self.rows_at_once)]
 
     def factor(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-        """Output rows first .. last of what the product multiplies by: the weight."""
+        """Output rows first .. last of the factor in the product: the weight."""
         return self.dequantize(first, last, dtype)
 
     def product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """The layer's product, plus `bias`. Under autograd it would keep the dequantised weight: see `linear`."""
+        """The layer's product, plus `bias`. Under autograd it would keep the dequantised weight; see `linear`."""
         rows = self.shape[0]
         if self.rows_at_once == rows:
             return self.multiply(inputs, self.factor(0, rows, inputs.dtype), bias)
@@ -209,7 +209,7 @@ class QuantizedLayer(nn.Module):
         return F.conv2d(inputs, factor, bias, **self.convolution)
 
     def transposed_product(self, gradient: torch.Tensor, input_shape: torch.Size) -> torch.Tensor:
-        """The gradient of `product`'s inputs, of `input_shape`, from that of its outputs."""
+        """The gradient of the inputs of `product`, of shape `input_shape`, from that of its outputs."""
         total = None
         for first, last in self.slices():
             factor = self.factor(first, last, gradient.dtype)
@@ -232,7 +232,7 @@ class QuantizedLayer(nn.Module):
 
 
 class Int8Layer(QuantizedLayer):
-    """8-bit rows, a scale each."""
+    """8-bit rows with one scale each."""
 
     quantization = "int8"
     int8: torch.Tensor  # [rows, columns]
@@ -249,9 +249,9 @@ class Int8Layer(QuantizedLayer):
 class AffineLayer(QuantizedLayer):
     """Integers with a scale and a zero point for each output row (`affine_integers`), multiplied as integers.
 
-    y = scale ((q - zero) x) + bias: the scales touch activations only, so that training them makes no tensor of a weight's
-    size. The product is a thousand times y, which fp16 does not hold: the integers are multiplied by `power`, the power of
-    two nearest the median scale, and the scales divided by it, both exactly.
+    y = scale ((q - zero) x) + bias: the scales are applied to activations only, so that training them creates no tensor of a
+    weight's size. The product is a thousand times y, which overflows fp16: so the integers are multiplied by `power`, the power
+    of two nearest the median scale, and the scales are divided by it, both exactly.
     """
 
     scale: torch.Tensor  # [rows] fp32
@@ -260,7 +260,7 @@ class AffineLayer(QuantizedLayer):
     def __init__(self, layer: nn.Linear | nn.Conv2d, packed: dict[str, torch.Tensor], dtype: torch.dtype):
         super().__init__(layer, packed, dtype)
         if self.convolution and self.convolution["groups"] > 1:
-            raise ValueError("convolutions in groups have no scale of their input channels")
+            raise ValueError("convolutions with groups have no scale for their input channels")
         self.power = 2.0 ** round(math.log2(self.scale.median().item()))
 
     def integers(self, first: int, last: int) -> torch.Tensor:
@@ -278,17 +278,17 @@ class AffineLayer(QuantizedLayer):
         return self.in_layer_shape(self.centred(first, last, dtype).mul_(self.power), last - first)
 
     def along(self, scale: torch.Tensor) -> torch.Tensor:
-        """Numbers of channels [C], to be multiplied with activations."""
+        """Per-channel numbers [C], shaped to be multiplied with activations."""
         return scale if self.convolution is None else scale[:, None, None]
 
     def scaled(self, inputs: torch.Tensor, scale_out: torch.Tensor, scale_in: torch.Tensor | None) -> torch.Tensor:
-        """The layer with other scales of its output channels [O] and, where given, of its input channels [I].
+        """The layer's output with other scales of its output channels [O] and, if given, of its input channels [I].
 
         W = scale_out (q - zero) scale_in, TuneQDM's multi-channel-wise scales. Differentiable in inputs and scales.
         """
         if scale_in is not None:
             inputs = (inputs * self.along(scale_in)).to(inputs.dtype)
-        outputs = self.linear(inputs, None) * self.along(scale_out / self.power)  # fp32, for which autograd keeps nothing twice
+        outputs = self.linear(inputs, None) * self.along(scale_out / self.power)  # in fp32, autograd keeping no second copy
         if self.bias is not None:
             outputs = outputs + self.along(self.bias)
         return outputs.to(inputs.dtype)
@@ -299,7 +299,7 @@ class AffineLayer(QuantizedLayer):
 
 class Affine8Layer(AffineLayer):
     quantization = "affine8"
-    affine8: torch.Tensor  # an integer a byte, flat
+    affine8: torch.Tensor  # one integer per byte, flat
 
     @staticmethod
     def expected_tensors(rows: int, columns: int) -> dict[str, tuple[int, torch.dtype]]:
@@ -312,7 +312,7 @@ class Affine8Layer(AffineLayer):
 
 class Affine4Layer(AffineLayer):
     quantization = "affine4"
-    affine4: torch.Tensor  # two integers a byte, flat
+    affine4: torch.Tensor  # two integers per byte, flat
 
     @staticmethod
     def expected_tensors(rows: int, columns: int) -> dict[str, tuple[int, torch.dtype]]:
@@ -321,17 +321,17 @@ class Affine4Layer(AffineLayer):
 
     def integers(self, first: int, last: int) -> torch.Tensor:
         columns = self.packed_shape[1]
-        start, end = first * columns, last * columns  # of a slice: multiples of 64
+        start, end = first * columns, last * columns  # multiples of 64 for a slice
         packed = self.affine4[start // 2 : math.ceil(end / 2)]
         nibbles = torch.stack([packed & 15, packed >> 4], dim=1).flatten()[: end - start]
         return (nibbles.to(torch.int8) - 8).view(-1, columns)
 
 
 class NF4Layer(QuantizedLayer):
-    """4-bit NormalFloat, blocks of 64, with the blocks' scales in 8 bits, or in fp32 where the layer is small."""
+    """4-bit NormalFloat in blocks of 64, with the block scales in 8 bits, or in fp32 if the layer is small."""
 
     quantization = "nf4"
-    nf4: torch.Tensor  # two weights a byte, flat
+    nf4: torch.Tensor  # two weights per byte, flat
     absmax: torch.Tensor  # [blocks]: in 8 bits with the three below, or fp32 without them
     absmax_scale: torch.Tensor
     absmax_offset: torch.Tensor
@@ -381,9 +381,9 @@ class NF4Layer(QuantizedLayer):
 
 @cache
 def nf4_cpu_function(dtype: torch.dtype):
-    """The C function behind bitsandbytes' operator on a CPU, or None where this build of the library has none.
+    """The C function behind bitsandbytes' operator on a CPU, or None if this build of the library has none.
 
-    Reaching it through the torch operator takes longer than a small layer takes to be dequantised: for the miniature 4 to 11 %
+    Calling it through the torch operator takes longer than dequantising a small layer: for the miniature, 4 to 11 %
     of a step (benchmarks/NOTES.md). Arguments: packed, scales, output (addresses); block size, 1, number of weights.
     """
     from bitsandbytes.cextension import lib

@@ -1,4 +1,4 @@
-"""What a result depends on, and how it is told: versions, commit, machine, memory; Markdown tables and intervals."""
+"""What a result depends on, and how it is reported: versions, commit, machine, memory; Markdown tables and intervals."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def package_versions() -> dict[str, str]:
-    """{package: version} of those that a result depends on."""
+    """{package: version} for the packages that a result depends on."""
     names = ("torch", "diffusers", "transformers", "accelerate", "bitsandbytes", "safetensors")
     return {name: version(name) for name in names}
 
 
 def git_commit(tree: Path = ROOT) -> str | None:
-    """The commit of a tree, by default of this code, with "-dirty" where files differ from it; None without git."""
+    """The commit of a tree, by default of this code, with "-dirty" if files differ from it; None without git."""
     try:
         git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=tree, capture_output=True, text=True)
     except OSError:  # no git
@@ -38,12 +38,12 @@ def hardware(device: torch.device | str = "cpu") -> str:
 
 
 def environment(device: torch.device | str = "cpu") -> dict:
-    """Device, versions and commit, as every record holds them."""
+    """Device, versions and commit, as stored in every record."""
     return dict(device=hardware(device), python=platform.python_version(), versions=package_versions(), commit=git_commit())
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory so far: allocated on the GPU, or resident of this process on a CPU."""
+    """Peak memory so far: allocated on the GPU, or the process's resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform == "win32":
@@ -59,13 +59,13 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def peak_resident_bytes() -> int:
-    """Of this program, on Linux: ru_maxrss would start at what the process that started it held."""
+    """Peak resident memory of this program, on Linux: ru_maxrss would start at the peak of the process that started it."""
     with open("/proc/self/status", "rb") as status:
         return int(status.read().partition(b"VmHWM:")[2].split(maxsplit=1)[0]) * 1024
 
 
 def plain_arguments(flags: dict) -> dict:
-    """Arguments fit to be published: of a path that leads out of the repository only its last part."""
+    """Arguments fit for publication: a path outside the repository is reduced to its last part."""
 
     def plain(value):
         if isinstance(value, (list, tuple)):
@@ -79,13 +79,13 @@ def plain_arguments(flags: dict) -> dict:
 
 
 def table(header: list[str], rows: list[list]) -> str:
-    """A Markdown table; numbers should come formatted."""
+    """A Markdown table; numbers should already be formatted."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
 
 
 def write_between(path: Path, mark: str, text: str) -> None:
-    """Puts `text` between the lines <!-- mark --> and <!-- /mark --> of a Markdown file."""
+    """Put `text` between the lines <!-- mark --> and <!-- /mark --> of a Markdown file."""
     before, _, rest = path.read_text(encoding="utf-8").partition(f"<!-- {mark} -->\n")
     _, found, after = rest.partition(f"<!-- /{mark} -->\n")
     if not found:
@@ -98,7 +98,7 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 
 
 
 def quantile(table: tuple[float, ...], normal: float, freedom: int) -> float:
-    """Of Student's t, from a table for 1, 2, ... degrees of freedom; beyond it the distance to the normal's falls as 1 / n."""
+    """Quantile of Student's t from a table for 1, 2, ... degrees of freedom; beyond it, the gap to the normal falls as 1 / n."""
     if freedom <= len(table):
         return table[freedom - 1]
     return normal + (table[-1] - normal) * len(table) / freedom

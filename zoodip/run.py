@@ -1,10 +1,10 @@
-"""A run that is recorded, interrupted and resumed exactly, whatever is trained.
+"""A run that is recorded, and can be interrupted and resumed exactly, whatever is trained.
 
-A trainer has `state_dict`, `load_state_dict` and `remedy` (what to try where its numbers run away); its outputs have
-`evaluate`, `draw`, `check`, `save`, `result` and `guide`, as `TokenOutputs`. Every training script then tells the same story:
+A trainer has `state_dict`, `load_state_dict` and `remedy` (what to try if its numbers diverge); its outputs have
+`evaluate`, `draw`, `check`, `save`, `result` and `guide`, like `TokenOutputs`. Every training script then has the same form:
 
     run = Run(trainer, generator, accelerator, settings, fingerprint, ...)
-    run.resume(checkpoint), run.claim()            # what is wrong is refused here, before a model is loaded
+    run.resume(checkpoint), run.claim()            # errors are reported here, before a model is loaded
     with run:
         for step in run.steps(outputs):            # bar, curve, checkpoints, pictures, Ctrl-C
             run.note(loss of the step, forwards)
@@ -36,12 +36,12 @@ from zoodip.process import StopSignal
 from zoodip.records import environment, peak_memory_gb
 
 TRACKER = "zoodip"  # the project in W&B, and TensorBoard's folder in the output folder
-MOST_SKIPPED = 20  # steps in a row whose loss is not finite
+MOST_SKIPPED = 20  # consecutive steps with a loss that is not finite
 
 
 @dataclass
 class Progress:
-    """Where a run stands: with the trainer's state and the generator's, all that a checkpoint holds."""
+    """How far a run has got; with the trainer's state and the generator's, everything that a checkpoint holds."""
 
     step: int = 0
     forwards: int = 0  # UNet forwards of one batch, evaluation not counted
@@ -59,7 +59,7 @@ class Run:
     """One run of a trainer in its output folder. Flags as in `zoodip.arguments.add_run_flags`; files are written by the main
     process only.
 
-    settings: what decides the result, as recorded; fingerprint: {what: SHA-256} of the inputs. Resuming under others is refused.
+    settings: what affects the result, as recorded; fingerprint: {what: SHA-256} of the inputs. Resuming with others is refused.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Run:
         self.validation_steps, self.unit = validation_steps, unit
         self.progress, self.seconds, self.stop, self.lock, self.bar = Progress(), 0.0, StopSignal(), None, None
         self.first_step, self.outputs = 0, None
-        self.produced = {}  # {name: description} of what else is there at the end
+        self.produced = {}  # {name: description} of the other files written at the end
 
     @property
     def is_main(self) -> bool:
@@ -95,7 +95,7 @@ class Run:
     # --- before the model is loaded
 
     def resume(self, checkpoint: str | None) -> None:
-        """Take up a checkpoint's state: of the file given, or with "latest" of the newest that is whole. Raises InputError."""
+        """Restore a checkpoint's state: from the given file or, for "latest", from the newest whole one. Raises InputError."""
         if checkpoint is None:
             return
         if checkpoint != "latest":
@@ -110,7 +110,7 @@ class Run:
         notice(f"{self.folder}: no checkpoint to continue from, starting at step 0")
 
     def load_checkpoint(self, path: Path) -> None:
-        """Raises BrokenCheckpoint, or InputError where it is of another run."""
+        """Raises BrokenCheckpoint, or InputError if it is from another run."""
         header, tensors = read_checkpoint(path)
         try:
             saved, ours = header["settings"], self.settings
@@ -118,24 +118,24 @@ class Run:
             different += [f"--{name} was {saved[name]!r}" for name in saved if name not in ours]
             if different:
                 raise InputError(
-                    f"--resume_from_checkpoint {path}: is of another run ({'; '.join(different)}); use the same "
-                    "settings, or start anew without --resume_from_checkpoint"
+                    f"--resume_from_checkpoint {path}: is from another run ({'; '.join(different)}); use the same "
+                    "settings, or start over without --resume_from_checkpoint"
                 )
             for what, digest in self.fingerprint.items():
                 if header["fingerprint"][what] != digest:
                     raise InputError(
                         f"--resume_from_checkpoint {path}: the {what} have changed since it was saved; restore "
-                        "them, or start anew without --resume_from_checkpoint"
+                        "them, or start over without --resume_from_checkpoint"
                     )
             progress = Progress(**{name: header["progress"][name] for name in vars(Progress())})
         except (LookupError, TypeError) as error:
-            fault = f"{error} is missing" if isinstance(error, LookupError) else f"its header is of another form: {error}"
+            fault = f"{error} is missing" if isinstance(error, LookupError) else f"its header has another form: {error}"
             raise InputError(
-                f"--resume_from_checkpoint {path}: is of another method or version ({fault}); start anew "
+                f"--resume_from_checkpoint {path}: is from another method or version ({fault}); start over "
                 "without --resume_from_checkpoint"
             ) from error
         if not can_follow(tensors, self.state()[1]):
-            raise BrokenCheckpoint(path, "its tensors are not those of such a run")
+            raise BrokenCheckpoint(path, "its tensors do not match this run")
         try:
             self.generator.set_state(tensors.pop("generator"))
         except RuntimeError as error:
@@ -144,7 +144,7 @@ class Run:
         self.progress, self.first_step = progress, progress.step
 
     def state(self) -> tuple[dict, dict[str, torch.Tensor]]:
-        """What a checkpoint holds: (header, tensors). What of the trainer's state is no tensor goes into the header."""
+        """What a checkpoint holds: (header, tensors). Non-tensor parts of the trainer's state go into the header."""
         state = self.trainer.state_dict()
         tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
         header = dict(
@@ -156,9 +156,9 @@ class Run:
         return header, {**tensors, "generator": self.generator.get_state()}
 
     def claim(self, saved: int = 0) -> None:
-        """Make the output folder, prove that it takes the run's files, lock it, remove what a killed run left half.
+        """Create the output folder, check that it can hold the run's files, lock it, remove partial files of a killed run.
 
-        saved: bytes of what is learned, where that is much. Raises InputError.
+        saved: size in bytes of what is learned, if that is large. Raises InputError.
         """
         if self.is_main:
             checkpoint = sum(tensor.nbytes for tensor in self.state()[1].values())
@@ -166,7 +166,7 @@ class Run:
             regular = checkpoint if self.checkpointing_steps else 0
             prove_folder(self.folder, "output_dir", saved * (copies + 1) + regular)
             if (free := shutil.disk_usage(self.folder).free) < checkpoint:
-                notice(f"{self.folder}: has {free / 1e9:.3g} GB free; interrupted, the run could not save its checkpoint of "
+                notice(f"{self.folder}: has {free / 1e9:.3g} GB free; if interrupted, the run could not save its checkpoint of "
                        f"{checkpoint / 1e9:.3g} GB")  # fmt: skip
             self.lock = lock_folder(self.folder)
             try:
@@ -191,13 +191,13 @@ class Run:
             self.lock.release()
 
     def steps(self, outputs) -> Iterator[int]:
-        """The number of each step, from where the run stands to the last or to a signal; in between, and at the end, all that
-        the run leaves. The caller trains one step and calls `note`. Raises InputError where the run cannot go on."""
+        """Yield the number of each step, from the current one to the last or to a signal; in between, and at the end, write all
+        that the run leaves. The caller trains one step and calls `note`. Raises InputError if the run cannot continue."""
         progress, stopped, self.outputs = self.progress, False, outputs
         if self.is_main and progress.step == 0:
             set_aside(self.folder, outputs.files)  # before a tracker opens its folder, which is moved too
         self.accelerator.init_trackers(TRACKER, {name: value for name, value in self.settings.items() if value is not None})
-        self.limit_checkpoints()  # one too many is left of a run that was killed between writing and removing
+        self.limit_checkpoints()  # a run killed between writing and removing leaves one too many
         if self.eval_steps and not progress.curve:
             self.evaluate(outputs)
         if progress.step and not (self.folder / f"validation-{progress.step}.png").exists():  # stopped before it was drawn
@@ -225,15 +225,15 @@ class Run:
         if self.is_main:
             outputs.save(self.folder, progress.step, final=True)
             self.write_record()
-            if not self.interrupted:  # after saving: hours must not hang on a picture
+            if not self.interrupted:  # after saving: hours of training must not depend on a picture
                 self.draw(outputs, final=True)
-                if self.stop.number and not self.checkpointing_steps:  # to draw when it is resumed
+                if self.stop.number and not self.checkpointing_steps:  # so that the pictures are drawn on resuming
                     self.write_checkpoint()
                 self.produced = {name: what for name, what in outputs.guide().items() if (self.folder / name).exists()}
         self.accelerator.wait_for_everyone()
 
     def note(self, loss: float | None, forwards: int) -> None:
-        """Tell of the step under way: its loss, None where it was not finite and the step skipped, and its UNet forwards."""
+        """Record the current step: its loss, None if it was not finite and the step was skipped, and its UNet forwards."""
         progress = self.progress
         progress.forwards += forwards
         if loss is None:
@@ -245,7 +245,7 @@ class Run:
             progress.skipped_in_a_row = 0
 
     def stop_requested(self) -> bool:
-        """Whether any process has been told to stop: all of them stop at the same step."""
+        """Whether any process has been told to stop; all processes stop at the same step."""
         requested = self.stop.number != 0
         if self.accelerator.num_processes == 1:
             return requested
@@ -253,15 +253,15 @@ class Run:
         return bool(self.accelerator.reduce(flag, reduction="sum") > 0)
 
     def after_step(self, outputs, stopped: bool) -> bool:
-        """What the step that was just done leaves -> whether the run is to stop."""
+        """Write what the finished step leaves -> whether the run is to stop."""
         progress, step = self.progress, self.progress.step
         if progress.skipped_in_a_row >= MOST_SKIPPED:
             self.write_checkpoint()
             raise InputError(
                 f"the loss was not finite for {MOST_SKIPPED} steps up to step {step}; try --mixed_precision fp32 or "
-                f"bf16, {self.trainer.remedy}"
+                f"bf16, or {self.trainer.remedy}"
             )
-        assert self.bar is not None  # `steps` has made it
+        assert self.bar is not None  # set in `steps`
         warning = outputs.check(step)
         if warning and self.is_main:
             self.bar.write(warning, file=sys.stderr)
@@ -276,13 +276,13 @@ class Run:
         if due(step, self.save_steps) and self.is_main:
             outputs.save(self.folder, step, final=False)
         stopped = stopped or self.draw_if_due(outputs)
-        # the last of what a step leaves, so that a run killed in between does all of it again
+        # the last thing a step leaves, so that a run killed in between repeats all of it
         if due(step, self.checkpointing_steps) or stopped or (last and self.checkpointing_steps):
             self.write_checkpoint()
         return stopped
 
     def evaluate(self, outputs) -> None:
-        """A row of the curve: into training_log.csv and the tracker."""
+        """Add a row of the curve to training_log.csv and the tracker."""
         progress = self.progress
         row = dict(step=progress.step, unet_forwards=progress.forwards, loss=progress.smoothed_loss, **outputs.evaluate())
         progress.curve.append(row)
@@ -296,8 +296,8 @@ class Run:
         self.accelerator.log(logged, step=row["step"])
 
     def draw_if_due(self, outputs) -> bool:
-        """The pictures of this step, if it is one for pictures -> whether the run is to stop. A run that is told to stop draws
-        none, and when it is resumed begins with them."""
+        """Draw the pictures due at this step, if any -> whether the run is to stop. A run that is told to stop draws none, and
+        begins with them when it is resumed."""
         if not due(self.progress.step, self.validation_steps) or self.progress.step == self.max_train_steps:
             return False
         if self.is_main:
@@ -305,7 +305,7 @@ class Run:
         return self.stop_requested()
 
     def draw(self, outputs, final: bool) -> None:
-        """Write the pictures of this step, until a signal comes."""
+        """Write the pictures of this step, until a signal arrives."""
         with suppress(Interrupted):
             for name, picture in outputs.draw(self.progress.step, final, lambda: self.stop.number != 0):
                 write_image(self.folder / name, picture)
@@ -321,7 +321,7 @@ class Run:
             self.limit_checkpoints()
 
     def limit_checkpoints(self) -> None:
-        """Remove all but the newest up to this step; later ones are there after going back to an older one, and stay."""
+        """Remove all but the newest up to this step; later ones exist after going back to an older one, and are kept."""
         if self.checkpoints_total_limit and self.is_main:
             older = [path for path in list_checkpoints(self.folder) if checkpoint_step(path) <= self.progress.step]
             for path in older[: -self.checkpoints_total_limit]:
@@ -334,7 +334,7 @@ class Run:
         return self.progress.step < self.max_train_steps
 
     def write_record(self) -> None:
-        """run.json: what was run, on what, how fast (evaluation and pictures apart) and in how much memory."""
+        """Write run.json: what was run, on what, how fast (without evaluation and pictures) and in how much memory."""
         progress, steps = self.progress, self.progress.step - self.first_step
         write_json(
             self.folder / "run.json",
@@ -355,15 +355,15 @@ class Run:
         )
 
     def finish(self) -> int:
-        """Say where the run stands -> exit code: 0, or 128 + signal where it was interrupted (and saved)."""
+        """Report where the run stands -> exit code: 0, or 128 + signal if it was interrupted (and saved)."""
         step, skipped, signalled = self.progress.step, self.progress.skipped, self.interrupted or self.stop.number != 0
         if self.is_main and self.interrupted:
             print(
-                f"interrupted and saved at step {step}; the same command with --resume_from_checkpoint latest goes on from there",
+                f"interrupted and saved at step {step}; to continue, run the same command with --resume_from_checkpoint latest",
                 file=sys.stderr,
             )
         elif self.is_main:
-            assert self.outputs is not None  # `steps` has set them
+            assert self.outputs is not None  # set in `steps`
             print(
                 f"{self.outputs.result(self.folder)} after {step} {self.unit}s"
                 + (f" ({skipped} skipped: loss not finite)" if skipped else "")
@@ -372,7 +372,7 @@ class Run:
                 print(f"{self.folder / name}: {what}")
             if signalled:
                 print(
-                    "interrupted while drawing; all but the pictures is saved, and the same command with "
+                    "interrupted while drawing; everything but the pictures is saved, and the same command with "
                     "--resume_from_checkpoint latest draws them",
                     file=sys.stderr,
                 )
@@ -402,7 +402,7 @@ def set_aside(folder: Path, results: Sequence[str]) -> None:
             path.rename(folder / f"previous-{number}" / path.name)
     except OSError as error:
         raise cannot_be_moved(error) from error
-    notice(f"{folder}: moved the {len(earlier)} files of an earlier run to {folder / f'previous-{number}'}")
+    notice(f"{folder}: moved {len(earlier)} files of an earlier run to {folder / f'previous-{number}'}")
 
 
 def cannot_be_moved(error: OSError) -> InputError:

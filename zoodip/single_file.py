@@ -1,9 +1,9 @@
-"""A Stable Diffusion in one .safetensors file, as AUTOMATIC1111 and Civitai have it, read as if it were a diffusers folder.
+"""A Stable Diffusion in one .safetensors file, as AUTOMATIC1111 and Civitai use it, read as if it were a diffusers folder.
 
-Such a file has the weights of all components under the names of the original code (LDM), and neither configuration nor tokenizer.
-diffusers converts a file that is in memory. Here its own functions are given stand-ins instead of tensors and so tell which
+Such a file has the weights of all components under the names of the original code (LDM), but neither configuration nor tokenizer.
+diffusers converts a file that is already in memory. Here its own functions get stand-ins instead of tensors, and so reveal which
 tensor, or which of its rows, becomes which parameter; the tensors are then read one by one as they are packed. The result
-is a small temporary folder: configurations, tokenizer, and for each component the table of names.
+is a small temporary folder with configurations, tokenizer, and a table of names for each component.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from zoodip.errors import UNFINISHED, InputError, damaged_model
 from zoodip.files import is_pickle, not_safetensors, read_json, write_json
 
 TABLE = "single_file.json"  # in a component's folder: {"file": path, "parameters": {name: [name in the file, rows, shape]}}
-KINDS = {"v1": "Stable Diffusion 1.x", "v2": "Stable Diffusion 2.x"}  # by diffusers' names
+KINDS = {"v1": "Stable Diffusion 1.x", "v2": "Stable Diffusion 2.x"}  # keys are diffusers' names
 PREFIX = "model.diffusion_model."  # of the UNet's tensors in every such file
 
 
 @dataclass
 class StandIn:
-    """A tensor of the file for diffusers' converters, which ask for its shape, slice it and copy it: name, rows and shape."""
+    """A tensor of the file for diffusers' converters, which read its shape, slice it and copy it: name, shape and rows."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class StandIn:
         return len(self.shape)
 
     def __getitem__(self, index) -> StandIn:
-        """Rows of it, or without its trailing dimensions of size 1: all that a converter does."""
+        """Select rows, or drop trailing dimensions of size 1; converters do nothing else."""
         shape = tuple(torch.empty(self.shape, device="meta")[index].shape)
         first = index[0] if isinstance(index, tuple) else index
         start, stop, _ = first.indices(self.shape[0])
@@ -59,7 +59,7 @@ class StandIn:
 
 
 def refuse_pickle(file: Path) -> None:
-    """Raises InputError where a checkpoint is a pickle, with the command that converts it without running what is in it."""
+    """Raises InputError if a checkpoint is a pickle, with the command that converts it without running what is in it."""
     if file.suffix.lower() == ".safetensors" and not is_pickle(file):
         return
     command = (
@@ -67,13 +67,11 @@ def refuse_pickle(file: Path) -> None:
         f"d = torch.load('{file.name}', map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
         f"s.save_file({{k: v.clone() for k, v in d.items() if hasattr(v, 'dtype')}}, '{file.stem}.safetensors')\""
     )
-    raise InputError(
-        f"{file}: is a pickle, which could run code, or no .safetensors file; make one of it, safely, with {command}"
-    )
+    raise InputError(f"{file}: is a pickle, which could run code, or not a .safetensors file; convert it safely with {command}")
 
 
 def checkpoint_kind(file: Path) -> tuple[str, dict[str, StandIn]]:
-    """("v1" or "v2", {name: stand-in for its tensor}). Raises InputError where it is no such checkpoint."""
+    """("v1" or "v2", {name: stand-in for its tensor}). Raises InputError if the file is not such a checkpoint."""
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
     refuse_pickle(file)
@@ -83,16 +81,16 @@ def checkpoint_kind(file: Path) -> tuple[str, dict[str, StandIn]]:
     except (SafetensorError, OSError) as error:
         raise not_safetensors(file, error) from error
     if not any(name.startswith(PREFIX) for name in tensors):
-        raise InputError(f"{file}: holds no Stable Diffusion (no tensor {PREFIX}...), but perhaps a LoRA, a VAE or an embedding")
+        raise InputError(f"{file}: holds no Stable Diffusion (no tensor {PREFIX}...); it may be a LoRA, a VAE or an embedding")
     with damaged_model(file):
         kind = infer_diffusers_model_type(tensors)
     if kind not in KINDS:
-        raise InputError(f"{file}: is of the kind {kind}; give a plain text-to-image Stable Diffusion 1.x or 2.x")
+        raise InputError(f"{file}: is of kind {kind}; give a plain text-to-image Stable Diffusion 1.x or 2.x")
     return kind, tensors
 
 
 def published_configuration(kind: str) -> str:
-    """The hub name of the model of this kind, whose configurations and tokenizer are diffusers' default too."""
+    """The hub name of the model of this kind whose configurations and tokenizer are also diffusers' default."""
     from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 
     return DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
@@ -122,7 +120,7 @@ def folder_of_single_file(file: Path, tensors: dict[str, StandIn], configuration
 
 
 def converted(component: str, tensors: dict[str, StandIn], config: dict) -> dict[str, StandIn]:
-    """{parameter: where it is in the file} of a component, by diffusers' own mapping."""
+    """{parameter: where it is in the file} for a component, by diffusers' own mapping."""
     from diffusers.loaders import single_file_utils as ldm
 
     tensors = {name: part for name, part in tensors.items() if not name.startswith("model_ema.")}
@@ -146,7 +144,7 @@ def single_file_of(folder: Path, component: str) -> Path | None:
 def read_single_file(folder: Path, component: str) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every parameter of a component, one at a time. Raises InputError.
 
-    The file is opened anew for each, so that the pages of its memory map go together with the tensor.
+    The file is reopened for each, so that the pages of its memory map are released together with the tensor.
     """
     table = read_json(folder / component / TABLE)
     file = Path(table["file"])

@@ -19,12 +19,12 @@ from zoodip.errors import InputError, notice
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
 HEIC_SUFFIXES, HEIC_BRANDS = {".heic", ".heif", ".hif"}, (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # JPEG covers MPO. By content: EPS would go to Ghostscript
-MAX_IMAGE_SIDE = 16384  # pixels; a header that promises more is refused before a byte of it is decoded
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # by content: EPS would go to Ghostscript. JPEG covers MPO
+MAX_IMAGE_SIDE = 16384  # pixels; an image whose header says more is refused before anything is decoded
 MAX_IMAGE_PIXELS = 128_000_000  # 0.4 GB as RGB; the largest ordinary photographs have 108 million
-SQUEEZE = 1.2  # longer side over shorter from which a photograph that is made square is spoken of
+SQUEEZE = 1.2  # ratio of longer to shorter side from which squeezing a photograph into a square is reported
 
-# The templates of the textual-inversion paper (Gal et al. 2022), used where no captions are given.
+# The templates of the textual-inversion paper (Gal et al. 2022), used if no captions are given.
 OBJECT_TEMPLATES = [
     "a photo of a {}", "a rendering of a {}", "a cropped photo of the {}", "the photo of a {}", "a photo of a clean {}",
     "a photo of a dirty {}", "a dark photo of the {}", "a photo of my {}", "a photo of the cool {}",
@@ -46,9 +46,9 @@ STYLE_TEMPLATES = [
 
 
 def find_images(folder: str | Path) -> list[Path]:
-    """The image files of `folder` in name order; hidden, other and nested entries are skipped with one line.
+    """The image files of `folder` in name order; hidden, nested and other entries are skipped with a one-line notice.
 
-    Raises InputError where the folder is missing or holds no image.
+    Raises InputError if the folder is missing or holds no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -76,14 +76,14 @@ def find_images(folder: str | Path) -> list[Path]:
 
 
 def is_image_name(path: Path) -> bool:
-    """Whether a path is of a file that is not hidden and has the suffix of an image that can be read here."""
+    """Whether a path is a file that is not hidden and has the suffix of an image that can be read here."""
     known = path.suffix.lower() in (IMAGE_SUFFIXES | HEIC_SUFFIXES if reads_heic() else IMAGE_SUFFIXES)
     return known and not path.name.startswith(".") and path.is_file()
 
 
 @cache
 def reads_heic() -> bool:
-    """Teach Pillow to read HEIC, what iPhones save, where pillow-heif is installed -> whether it is."""
+    """Make Pillow read HEIC, the format of iPhones, if pillow-heif is installed -> whether it is."""
     try:
         import pillow_heif
     except ImportError:
@@ -93,19 +93,19 @@ def reads_heic() -> bool:
 
 
 def is_heic(path: Path) -> bool:
-    """Whether a file is HEIC by its content; often it is called .jpg."""
+    """Whether a file is HEIC by its content; such files are often called .jpg."""
     try:
         with open(path, "rb") as file:
             start = file.read(64)
-    except OSError:  # a folder, among others
+    except OSError:  # for example a folder
         return False
     return start[4:8] == b"ftyp" and b"avif" not in start and any(brand in start for brand in HEIC_BRANDS)
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An image file as upright 8-bit RGB: EXIF orientation applied, transparency on white, first frame of several.
+    """An image file as upright 8-bit RGB: EXIF orientation applied, transparency on white, first frame if there are several.
 
-    Raises InputError naming the file where it cannot be read or is absurdly large.
+    Raises an InputError that names the file if it cannot be read or is absurdly large.
     """
     try:
         formats = [*IMAGE_FORMATS, "HEIF"] if reads_heic() else IMAGE_FORMATS
@@ -116,7 +116,7 @@ def open_image(path: str | Path) -> Image.Image:
             if max(image.size) > MAX_IMAGE_SIDE or image.width * image.height > MAX_IMAGE_PIXELS:
                 raise InputError(
                     f"{path}: {image.width} x {image.height} pixels is too large; make its longer side "
-                    f"at most {MAX_IMAGE_SIDE} and the whole at most {MAX_IMAGE_PIXELS // 10**6} million pixels"
+                    f"at most {MAX_IMAGE_SIDE} and its area at most {MAX_IMAGE_PIXELS // 10**6} million pixels"
                 )
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") or image.mode == "F":  # 16-bit greyscale: Pillow's convert() clips it
@@ -132,15 +132,15 @@ def open_image(path: str | Path) -> Image.Image:
             return image.convert("RGB")
     except InputError:
         raise
-    except Exception as error:  # each decoder raises its own on a damaged file: struct.error, TypeError, MemoryError ...
+    except Exception as error:  # each decoder raises its own types on a damaged file: struct.error, TypeError, MemoryError ...
         if is_heic(Path(path)) and not reads_heic():
-            raise InputError(f"{path}: is HEIC; run pip install pillow-heif to have it read, or save it as JPEG") from error
-        raise InputError(f"{path}: cannot be read as an image ({error}); remove it or save it anew") from error
+            raise InputError(f"{path}: is HEIC; run pip install pillow-heif to read it, or save it as JPEG") from error
+        raise InputError(f"{path}: cannot be read as an image ({error}); remove it or save it again") from error
 
 
 def to_square(image: Image.Image, resolution: int, center_crop: bool) -> torch.Tensor:
     """RGB image -> [2, 3, resolution, resolution] in [-1, 1]: the picture and its mirror image."""
-    if center_crop:  # not by ImageOps.fit, which lets pixels from outside the square into its edges
+    if center_crop:  # not ImageOps.fit, which lets pixels from outside the square into its edges
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
@@ -150,8 +150,8 @@ def to_square(image: Image.Image, resolution: int, center_crop: bool) -> torch.T
 
 
 def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path], class_word: str | None = None) -> list[str]:
-    """The caption of each image, with one {}: from `cc_file`, or else from NAME.txt beside it, in which the class word may stand
-    for {}. Raises InputError that prints the JSON to add where one is missing."""
+    """The caption of each image, with one {}: from `cc_file`, or else from NAME.txt beside the image, where the class word may
+    stand for {}. If one is missing, raises an InputError that prints the JSON to add."""
     name = Path(folder).resolve().name
     try:
         captions = json.loads(Path(cc_file).read_text(encoding="utf-8"))
@@ -166,7 +166,7 @@ def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path], c
         example = json.dumps({name: {file: "a photo of {} ..." for file in missing}}, ensure_ascii=False)
         raise InputError(
             f"--use_cc: {cc_file} has no caption for {len(missing)} of the {len(images)} images of "
-            f"{name!r}; add {example} with everything in each picture but the subject, or write each caption into "
+            f"{name!r}; add {example}, describing everything in each picture but the subject, or write each caption to "
             f"{Path(missing[0]).with_suffix('.txt')} and so on, or drop --use_cc"
         )
     for path in images:
@@ -174,15 +174,15 @@ def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path], c
         if not isinstance(caption, str) or caption.count("{}") != 1 or not is_text(caption):
             example = json.dumps({name: {path.name: "a photo of {} ..."}}, ensure_ascii=False)
             raise InputError(
-                f"--use_cc: the caption of {name}/{path.name} in {cc_file} must be a text with exactly "
+                f"--use_cc: the caption of {name}/{path.name} in {cc_file} must be text with exactly "
                 f"one {{}} for the subject, got {caption!r:.200}; write it like {example}"
             )
     return [known[path.name] for path in images]
 
 
 def text_captions(images: list[Path], class_word: str | None) -> dict[str, str]:
-    """{file name: caption} from NAME.txt beside the images, as kohya's scripts take them; {} replaces the class word where the
-    text has none. Raises InputError where neither is in a text."""
+    """{file name: caption} from NAME.txt beside the images, as in kohya's scripts; {} replaces the class word if the text has
+    no {}. Raises InputError if a text has neither."""
     captions = {}
     for path in images:
         file = path.with_suffix(".txt")
@@ -191,30 +191,30 @@ def text_captions(images: list[Path], class_word: str | None) -> dict[str, str]:
         try:
             caption = " ".join(file.read_text(encoding="utf-8-sig").split())
         except (OSError, ValueError) as error:
-            raise InputError(f"--use_cc: {file}: cannot be read as text in UTF-8 ({error})") from error
+            raise InputError(f"--use_cc: {file}: cannot be read as UTF-8 text ({error})") from error
         if "{}" not in caption and class_word:
             caption = re.sub(rf"\b{re.escape(class_word)}\b", "{}", caption, count=1, flags=re.IGNORECASE)
         if caption.count("{}") != 1:
             wanted = f"the word {class_word!r} or one {{}}" if class_word else "one {}"
-            raise InputError(f"--use_cc: {file} must have {wanted} in the place of the subject, got {caption!r:.200}")
+            raise InputError(f"--use_cc: {file} must have {wanted} in place of the subject, got {caption!r:.200}")
         captions[path.name] = caption
     return captions
 
 
 def warn_of_sides(captions: dict[str, str], folder: str | Path) -> None:
-    """One line on captions {file name: text} that say left or right: the photograph is mirrored in half of the draws."""
+    """Warn of captions {file name: text} that say left or right, because half of the draws mirror the photograph."""
     found = {name: re.findall(r"\b(left|right)\b", text, re.IGNORECASE) for name, text in captions.items()}
     named = [f"{name} ({words[0]})" for name, words in found.items() if words]
     if named:
         notice(
-            f"{folder}: captions that say left or right: {', '.join(named[:5])}{' ...' if len(named) > 5 else ''}; every second "
-            "draw of a photograph is mirrored, so write 'to the side' or the like"
+            f"{folder}: captions that say left or right: {', '.join(named[:5])}{' ...' if len(named) > 5 else ''}; half of the "
+            "draws of a photograph are mirrored, so write 'to the side' or similar"
         )
 
 
 @dataclass
 class Subject:
-    """What is known of the subject before any model is loaded."""
+    """What is known about the subject before any model is loaded."""
 
     paths: list[Path]
     captions: list[list[str]]  # per image, the texts (with one {}) to choose from
@@ -228,10 +228,10 @@ def load_subject(
     class_word: str | None = None,
     center_crop: bool = False,
 ) -> Subject:
-    """The images of `folder` with the captions of `cc_file` or beside them, or with the templates for an "object" or a "style".
+    """The images of `folder` with captions from `cc_file` or beside them, or with the templates for an "object" or a "style".
 
-    Says what is done to photographs that are far from square, and which captions a mirrored photograph belies. Raises
-    InputError that names the file which cannot be used.
+    Prints a notice about photographs that are far from square, and about captions that are false of a mirrored photograph.
+    Raises an InputError that names the file at fault.
     """
     paths = find_images(folder)
     if cc_file is not None:
@@ -244,7 +244,7 @@ def load_subject(
         captions = [OBJECT_TEMPLATES if learnable_property == "object" else STYLE_TEMPLATES] * len(paths)
     digest = hashlib.sha256(json.dumps(captions).encode())
     squeezed = []
-    for path in paths:  # decoded now to find a broken one early, and again when encoded: a photograph can be 100 MB
+    for path in paths:  # decoded now to find broken files early, and again for encoding: a photograph can take 100 MB
         image = open_image(path)
         digest.update(image.tobytes())
         if max(image.size) >= SQUEEZE * min(image.size):

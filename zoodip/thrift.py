@@ -1,4 +1,4 @@
-"""What makes a run smaller or a forward faster and changes no bit of the result."""
+"""Savings in memory, or in the time of a forward, that change no bit of the result."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def tune_malloc(mmap_threshold: int, trim_threshold: int) -> None:
-    """How glibc keeps freed memory: blocks of `mmap_threshold` bytes go back to the system at once, others once
-    `trim_threshold` bytes are free together.
+    """Set how glibc keeps freed memory: blocks of `mmap_threshold` bytes go back to the system at once, others once
+    `trim_threshold` bytes are free in one piece.
 
-    Left to itself it loads into a heap that fragments, and while stepping returns and fetches the same pages again and
+    By default a model loads into a heap that fragments, and while stepping, glibc returns and fetches the same pages again and
     again (benchmarks/NOTES.md).
     """
     try:
@@ -29,7 +29,7 @@ def tune_malloc(mmap_threshold: int, trim_threshold: int) -> None:
 
 
 def split_feed_forward(unet: UNet2DConditionModel) -> None:
-    """Have the feed-forwards at full resolution, the largest activations of a step, take one candidate after another."""
+    """Make the feed-forwards at full resolution, the largest activations of a step, process one candidate after another."""
     from diffusers.models.attention import BasicTransformerBlock
 
     for module in [*unet.down_blocks[0].modules(), *unet.up_blocks[-1].modules()]:
@@ -41,7 +41,7 @@ def modules_before_text(unet: UNet2DConditionModel) -> list[nn.Module]:
     """The layers of a UNet up to its first cross-attention: what they compute does not depend on the prompt."""
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    if unet._compiled_call_impl is not None:  # hooks that come and go would have it compiled anew every step
+    if unet._compiled_call_impl is not None:  # adding and removing hooks would recompile it every step
         return []
     modules: list[nn.Module] = [unet.conv_in]
     block: Any  # one of several classes with the same parts
@@ -62,9 +62,9 @@ def modules_before_text(unet: UNet2DConditionModel) -> list[nn.Module]:
 
 @contextmanager
 def computed_once(modules: list[nn.Module], count: int):
-    """Within: the modules compute the first of `count` equal parts of their batch, and repeat it (5 % of SD v1.5's UNet).
+    """Context manager: the modules compute the first of `count` equal parts of a batch and repeat it (5 % of SD v1.5's UNet).
 
-    Only for modules whose inputs are equal in all the parts.
+    Only for modules whose inputs are equal in all parts.
     """
 
     def first_part(module, inputs, named):

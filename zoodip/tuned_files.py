@@ -1,8 +1,8 @@
-"""The files that tuned weights are kept in, as the tools of each kind read them, and reading them back.
+"""The files that hold tuned weights, in formats that other tools of each kind read, and how they are read back.
 
-tuned_scales.safetensors         scales of a UNet of integers (TuneQDM, PEQA); read by `load_pipeline(tuned_scales=...)`
-pytorch_lora_weights.safetensors LoRA in diffusers' names, for pipe.load_lora_weights; a copy in kohya's for A1111, ComfyUI
-pytorch_lokr_weights.safetensors Kronecker factors in LyCORIS' names, for A1111 and ComfyUI; where a1 = a2 peft's, too
+tuned_scales.safetensors         scales of an integer UNet (TuneQDM, PEQA); read by `load_pipeline(tuned_scales=...)`
+pytorch_lora_weights.safetensors LoRA with diffusers' names, for pipe.load_lora_weights; a copy with kohya's for A1111, ComfyUI
+pytorch_lokr_weights.safetensors Kronecker factors with LyCORIS' names, for A1111 and ComfyUI; if a1 = a2, also a peft adapter
 unet/                            a whole UNet, for from_pretrained
 """
 
@@ -44,14 +44,14 @@ if TYPE_CHECKING:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
 Tensors = dict[str, torch.Tensor]
-Reading = tuple[Shapes, Callable[[nn.Module], Parameters], Callable[[str], torch.Tensor]]  # what, how it is added, its values
+Reading = tuple[Shapes, Callable[[nn.Module], Parameters], Callable[[str], torch.Tensor]]  # shapes, how to add them, their values
 
 
 # ----------------------------------------------------------------------------------------------------- writing
 
 
 def save_scales(path: Path, parameters: Parameters, header: dict[str, str]) -> Path:
-    """`<module>.scale_out` [N, O] and, where trained, `<module>.scale_in` [N, I]; the base gives the integers again."""
+    """Write `<module>.scale_out` [N, O] and, if trained, `<module>.scale_in` [N, I]; the integers come from the base."""
     stacked: dict[str, list[torch.Tensor]] = {}
     for name, parameter in parameters.items():  # <module>.scale_out.<expert>, in the experts' order
         stacked.setdefault(name.rpartition(".")[0], []).append(parameter.detach())
@@ -60,7 +60,7 @@ def save_scales(path: Path, parameters: Parameters, header: dict[str, str]) -> P
 
 
 def save_lora(folder: Path, unet: nn.Module, stem: str, header: dict[str, str], suffix: str) -> Path:
-    """LoRA as diffusers reads it, and a copy named after the identifier, `stem`, as A1111 and ComfyUI do."""
+    """Write a LoRA as diffusers reads it, and a copy named after the identifier, `stem`, as A1111 and ComfyUI read it."""
     from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
     from peft import get_peft_model_state_dict
 
@@ -73,7 +73,7 @@ def save_lora(folder: Path, unet: nn.Module, stem: str, header: dict[str, str], 
 
 
 def save_lokr(folder: Path, parameters: Parameters, header: dict[str, str], suffix: str) -> Path:
-    """Kronecker factors as LyCORIS names them; where they are square also as peft's adapter, in the folder peft_adapter."""
+    """Write Kronecker factors with LyCORIS' names and, if A is square, also as a peft adapter in the folder peft_adapter."""
     path = folder / f"pytorch_lokr_weights{suffix}.safetensors"
     write_tensors(path, {lycoris_name(name): parameter.detach() for name, parameter in parameters.items()}, header)
     firsts = [parameter for name, parameter in parameters.items() if name.endswith("lokr_w1")]
@@ -89,7 +89,7 @@ def lycoris_name(name: str) -> str:
 
 
 def save_peft_lokr(folder: Path, parameters: Parameters, factor: int, header: dict[str, str]) -> None:
-    """peft's LoKr adapter. Its rank is so large that it keeps both factors whole, and alpha equal to it: a scale of 1."""
+    """Write a peft LoKr adapter. Its rank is large enough to keep both factors whole, and alpha equals it: a scale of 1."""
     from peft import LoKrConfig
 
     with writing(folder):
@@ -104,7 +104,7 @@ def save_peft_lokr(folder: Path, parameters: Parameters, factor: int, header: di
 
 
 def save_unet(folder: Path, tensors: Tensors, base: Path, dtype: torch.dtype, header: dict[str, str]) -> Path:
-    """A UNet in diffusers' format, in `dtype`, with the configuration of the model folder `base`. Raises InputError."""
+    """Write a UNet in diffusers' format, in `dtype`, with the configuration of the model folder `base`. Raises InputError."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(base / "unet" / "config.json", folder)
@@ -115,7 +115,7 @@ def save_unet(folder: Path, tensors: Tensors, base: Path, dtype: torch.dtype, he
 
 
 def save_other_folders(target: Path, base: Path, variant: str | None) -> None:
-    """What makes a folder with unet/ a whole model for from_pretrained: tokenizer, scheduler, text encoder and VAE of `base`.
+    """Complete a folder with unet/ for from_pretrained: add tokenizer, scheduler, text encoder and VAE of `base`.
 
     Raises InputError.
     """
@@ -136,7 +136,7 @@ def save_other_folders(target: Path, base: Path, variant: str | None) -> None:
 
 
 def merged_unet(unet: nn.Module) -> Tensors:
-    """A UNet with Kronecker layers over plain weights as one without: {name: tensor} with W + A kron B. Raises InputError."""
+    """{name: tensor} of a UNet whose Kronecker layers are merged into its plain weights, as W + A kron B. Raises InputError."""
     tensors = {}
     for name, tensor in unet.state_dict().items():
         if ".lokr_w" not in name:
@@ -145,7 +145,7 @@ def merged_unet(unet: nn.Module) -> Tensors:
         if isinstance(module, KroneckerLayer):
             if not isinstance(module.base, nn.Linear):
                 raise InputError(
-                    "--export_merged needs --base none: a packed weight plus a product, packed again, is another model"
+                    "--export_merged needs --base none: a packed weight plus a product, packed again, is a different model"
                 )
             tensors[f"{name}.weight"] = module.merged_weight()
     return tensors
@@ -156,7 +156,7 @@ def merged_unet(unet: nn.Module) -> Tensors:
 
 @dataclass
 class TunedFile:
-    """One of the files above that goes over a base model, read and checked."""
+    """One of the files above that applies to a base model, read and checked."""
 
     path: Path
     header: dict[str, str]
@@ -168,13 +168,13 @@ class TunedFile:
         return self.header["zoodip.base_quantization"]
 
     def check_base(self, digest: str) -> None:
-        """Raises InputError where the base is not the model that it was learned on."""
+        """Raises InputError if the base is not the model that it was learned on."""
         if self.header["zoodip.model_digest"] != digest:
             raise InputError(f"{self.path}: was learned on other weights ({self.header['zoodip.base_model']}) than this model's; "
                              "give the model that it was learned on")  # fmt: skip
 
     def apply(self, unet: nn.Module) -> nn.Module:
-        """Make the UNet, which is in the format `quantization`, the tuned one. Raises InputError where the file is not for it."""
+        """Turn the UNet, in the format `quantization`, into the tuned one. Raises InputError if the file does not fit it."""
         shapes, add, find = self.reader()(unet)
         try:
             values = {name: find(name) for name in shapes}
@@ -184,20 +184,20 @@ class TunedFile:
             name for name, shape in shapes.items() if tuple(values[name].shape) != shape or not values[name].isfinite().all()
         ]
         if wrong:
-            raise InputError(f"{self.path}: its {wrong[0]} is {tuple(values[wrong[0]].shape)} or NaN or Inf, the UNet needs "
-                             f"{shapes[wrong[0]]}; give the model that it was learned on")  # fmt: skip
+            raise InputError(f"{self.path}: its {wrong[0]} is {tuple(values[wrong[0]].shape)} or contains NaN or Inf, "
+                             f"but the UNet needs {shapes[wrong[0]]}; give the model that it was learned on")  # fmt: skip
         for name, parameter in add(unet).items():
             parameter.data.copy_(values[name])
             parameter.requires_grad_(False)
         return unet
 
     def reader(self) -> Callable[[nn.Module], Reading]:
-        """How a file of this kind is read, by its names."""
+        """The method that reads this kind of file, chosen by its tensor names."""
         readers = {"scale_out": self.scales, "lokr_w1": self.kronecker, "lora.down": self.lora}
         found = [reader for part, reader in readers.items() if any(part in name for name in self.tensors)]
         if not found:
             raise InputError(
-                f"{self.path}: holds no tuned weights (scales, Kronecker factors or LoRA); give a file of a trainer's"
+                f"{self.path}: holds no tuned weights (scales, Kronecker factors or LoRA); give a file written by a trainer"
             )
         return found[0]
 
@@ -230,7 +230,7 @@ class TunedFile:
 
 
 def read_tuned(path: Path) -> TunedFile:
-    """A file of a weight-tuning trainer. Raises InputError."""
+    """Read a file of a weight-tuning trainer. Raises InputError."""
     try:
         with safe_open(path, framework="pt") as handle:
             header = handle.metadata() or {}
@@ -239,15 +239,15 @@ def read_tuned(path: Path) -> TunedFile:
         needed = [file.header[f"zoodip.{key}"] for key in ("base_model", "base_quantization", "model_digest", "settings")]
         settings = json.loads(needed[-1])
         if not isinstance(settings, dict):
-            raise ValueError("its settings are no JSON object")
+            raise ValueError("its settings are not a JSON object")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: holds no tuned weights ({why_unreadable(path, error)}); give what a weight-tuning trainer "
-                         "wrote") from error  # fmt: skip
+        raise InputError(f"{path}: holds no tuned weights ({why_unreadable(path, error)}); give a file that a weight-tuning "
+                         "trainer wrote") from error  # fmt: skip
     return file
 
 
 def tuned_settings(tuned: Path) -> dict:
-    """The settings of the run that left a file, or a folder with unet/. Raises InputError."""
+    """The settings of the run that wrote a file, or a folder with unet/. Raises InputError."""
     if not (tuned / "unet").is_dir():
         return json.loads(read_tuned(tuned).header["zoodip.settings"])
     path = tuned / "unet" / f"{WEIGHT_NAMES['unet']}.safetensors"
@@ -255,20 +255,20 @@ def tuned_settings(tuned: Path) -> dict:
         with safe_open(path, framework="pt") as handle:
             settings = json.loads((handle.metadata() or {})["zoodip.settings"])
         if not isinstance(settings, dict):
-            raise ValueError("its settings are no JSON object")
+            raise ValueError("its settings are not a JSON object")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: is not of trainers/dreambooth.py ({why_unreadable(path, error)}); give the folder that a run "
-                         "of it left") from error  # fmt: skip
+        raise InputError(f"{path}: was not written by trainers/dreambooth.py ({why_unreadable(path, error)}); give the folder "
+                         "of one of its runs") from error  # fmt: skip
     return settings
 
 
 def load_tuned_unet(
     folder: Path, variant: str | None, tuned: Path, dtype: torch.dtype, device: torch.device | str
 ) -> tuple[nn.Module, str]:
-    """The UNet of the model in `folder` with what is in `tuned`, a file or a folder with unet/, quantised exactly as in training,
-    and the format of the model's other parts.
+    """The UNet of the model in `folder` with the tuning in `tuned`, a file or a folder with unet/, quantised exactly as in
+    training, and the format of the model's other parts.
 
-    Raises InputError where it cannot be loaded, or was learned on other weights.
+    Raises InputError if it cannot be loaded, or was learned on other weights.
     """
     if (tuned / "unet").is_dir():
         return load_frozen(tuned, "unet", None, "none", dtype, device), "none"
@@ -289,8 +289,8 @@ def load_tuned_pipeline(
 ) -> StableDiffusionPipeline:
     """A pipeline of the model `name` with what a weight-tuning trainer learned on it, quantised exactly as in training.
 
-    tuned: a file of scales, LoRA (diffusers' names) or Kronecker factors, or a folder with unet/ (DreamBooth). It picks the
-    expert of each denoising step by itself. Raises InputError where it cannot be loaded, or was learned on other weights.
+    tuned: a file of scales, LoRA (diffusers' names) or Kronecker factors, or a folder with unet/ (DreamBooth). The pipeline picks
+    the expert for each denoising step by itself. Raises InputError if it cannot be loaded, or was learned on other weights.
     """
     variant = variant or hub_variant(name, revision)
     folder = find_model_folder(name, revision, variant, model_config)

@@ -1,9 +1,9 @@
 """Layers that tune a frozen UNet: scales of its integers, with experts over timesteps; Kronecker factors; LoRA.
 
-Each kind comes as two functions: `..._shapes(unet, ...)`, the trained tensors {name: shape} that an architecture gives (the
-UNet may be on the meta device), and `add_...(unet, ...)`, which puts the layers into a loaded UNet and returns the trained
-parameters, fp32, under the same names. Nothing here trains. The tuned UNet computes what the untuned one does, bit for
-bit, until its parameters are changed.
+Each kind consists of two functions: `..._shapes(unet, ...)` gives the trained tensors {name: shape} of an architecture (the
+UNet may be on the meta device), and `add_...(unet, ...)` puts the layers into a loaded UNet and returns the trained
+parameters, fp32, under the same names. Nothing is trained here. Until its parameters are changed, the tuned UNet computes
+what the untuned one does, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Parameters = dict[str, nn.Parameter]
 
 
 def numbers(shapes: Shapes) -> int:
-    """How many there are in tensors of these shapes."""
+    """Total number of elements in tensors of these shapes."""
     return sum(map(math.prod, shapes.values()))
 
 
@@ -50,16 +50,16 @@ def attention_projections(unet: nn.Module) -> dict[str, nn.Module]:
 
 
 def integer_layers(unet: nn.Module) -> dict[str, nn.Module]:
-    """{name: layer} of the layers whose weights are packed as integers, whether they are already or will be."""
+    """{name: layer} of the layers whose weights are, or will be, packed as integers."""
     return {name: module for name, module in unet.named_modules()
             if isinstance(module, AffineLayer) or is_quantized("unet", name, module)}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Which set of scales serves a timestep: set e of N those in [e T / N, (e + 1) T / N), T = 1000.
+    """Which set of scales is used at a timestep: set e of N for those in [e T / N, (e + 1) T / N), T = 1000.
 
-    With an interval [low, high) there is one set, and outside the interval the untuned scales serve (TuneQDM's S1).
+    With an interval [low, high) there is one set, and the untuned scales are used outside the interval (TuneQDM's S1).
     """
 
     number: int = 1
@@ -72,7 +72,7 @@ class Experts:
         return min(self.number - 1, math.floor(timestep * self.number / NUM_TRAIN_TIMESTEPS))
 
     def of_batch(self, timesteps: torch.Tensor | float) -> int | None:
-        """The set that serves all `timesteps`. Raises ValueError where one forward would need several."""
+        """The set for all `timesteps`. Raises ValueError if they would need several in one forward."""
         experts = {self.of(timestep) for timestep in torch.as_tensor(timesteps).flatten().tolist()}
         if len(experts) > 1:
             raise ValueError(f"one forward cannot use several sets of scales, as timesteps {timesteps} would need")
@@ -80,10 +80,10 @@ class Experts:
 
 
 class ScaledLayer(nn.Module):
-    """A layer of integers with N trained sets of scales: W = scale_out (q - zero) scale_in (TuneQDM; PEQA without scale_in).
+    """An integer layer with N trained sets of scales: W = scale_out (q - zero) scale_in (TuneQDM; PEQA without scale_in).
 
-    Each set is a Parameter of its own: as slices of one tensor the idle sets would get gradients of zeros, which AdamW
-    answers with decay and stale momentum. `expert` is the set in use, None for the layer's own scales.
+    Each set is a Parameter of its own: as slices of one tensor, the idle sets would get zero gradients, to which AdamW
+    still applies weight decay and stale momentum. `expert` is the set in use, None for the layer's own scales.
     """
 
     def __init__(self, base: AffineLayer, experts: int, scale_in: bool):
@@ -101,7 +101,7 @@ class ScaledLayer(nn.Module):
 
 
 def scale_shapes(unet: nn.Module, experts: int, scale_in: bool) -> Shapes:
-    """N (O + I) numbers a layer, N O without `scale_in`."""
+    """N (O + I) numbers per layer, N O without `scale_in`."""
     shapes = {}
     for name, layer in integer_layers(unet).items():
         outputs, inputs = weight_shape(layer)[:2]
@@ -111,7 +111,7 @@ def scale_shapes(unet: nn.Module, experts: int, scale_in: bool) -> Shapes:
 
 
 def add_scales(unet: nn.Module, experts: Experts, scale_in: bool) -> Parameters:
-    """Have a UNet of integers (affine8, affine4) multiply by trained scales, the set of each denoising step by itself."""
+    """Add trained scales to an integer UNet (affine8, affine4), which then picks the set for each denoising step by itself."""
     for name, layer in integer_layers(unet).items():
         assert isinstance(layer, AffineLayer), "a UNet of integers is loaded with all of them packed"
         unet.set_submodule(name, ScaledLayer(layer, experts.number, scale_in))
@@ -133,8 +133,8 @@ def add_scales(unet: nn.Module, experts: Experts, scale_in: bool) -> Parameters:
 class KroneckerLayer(nn.Module):
     """A frozen Linear, packed or not, plus a Kronecker product: W + A kron B (DiffuseKronA, Eq. 5).
 
-    A [a1, a2] and B [b1, b2], a1 b1 = O, a2 b2 = I, are named as in LyCORIS files, lokr_w1 and lokr_w2. The product never
-    exists: with the input as X [a2, b2], row by row, the output is A X B^T [a1, b1], row by row.
+    A [a1, a2] and B [b1, b2], a1 b1 = O, a2 b2 = I, are named as in LyCORIS files, lokr_w1 and lokr_w2. The product is never
+    formed: with the input as X [a2, b2] in row-major order, the output is A X B^T [a1, b1] in row-major order.
     """
 
     def __init__(self, base: nn.Module, a1: int, a2: int):
@@ -160,13 +160,13 @@ class KroneckerLayer(nn.Module):
         return self.base(inputs) + self.product(inputs)
 
     def merged_weight(self) -> torch.Tensor:
-        """W + A kron B [O, I], fp32. Only for a base that is not packed: packed again it would be another model."""
+        """W + A kron B [O, I], fp32. Only for a base that is not packed: packed again, the sum would be another model."""
         assert isinstance(self.base, nn.Linear)
         return self.base.weight.float() + torch.kron(self.lokr_w1.detach(), self.lokr_w2.detach())
 
 
 def kronecker_shapes(unet: nn.Module, a1: int, a2: int) -> Shapes:
-    """a1 a2 + O I / (a1 a2) numbers a projection. Raises InputError where a1 or a2 does not divide a width."""
+    """a1 a2 + O I / (a1 a2) numbers per projection. Raises InputError if a1 or a2 does not divide a width."""
     shapes = {}
     for name, layer in attention_projections(unet).items():
         outputs, inputs = weight_shape(layer)
@@ -187,7 +187,7 @@ def common_divisor(unet: nn.Module, side: int) -> int:
 
 
 def add_kronecker(unet: nn.Module, a1: int, a2: int, generator: torch.Generator) -> Parameters:
-    """Kronecker factors on every projection: B = 0, A ~ N(0, (1 / a1)^2), as in the authors' code."""
+    """Add Kronecker factors to every projection: B = 0, A ~ N(0, (1 / a1)^2), as in the authors' code."""
     for name, layer in attention_projections(unet).items():
         tuned = KroneckerLayer(layer, a1, a2)
         tuned.lokr_w1.data.copy_(torch.randn(a1, a2, generator=generator) / a1)
@@ -199,7 +199,7 @@ def add_kronecker(unet: nn.Module, a1: int, a2: int, generator: torch.Generator)
 
 
 def lora_shapes(unet: nn.Module, rank: int) -> Shapes:
-    """rank (I + O) numbers a projection."""
+    """rank (I + O) numbers per projection."""
     shapes = {}
     for name, layer in attention_projections(unet).items():
         outputs, inputs = weight_shape(layer)
@@ -232,11 +232,11 @@ def lora_config(rank: int):
 
 
 def add_lora(unet: nn.Module, rank: int, generator: torch.Generator) -> Parameters:
-    """LoRA on every projection: B = 0, A ~ N(0, (1 / rank)^2), as diffusers' example starts it."""
+    """Add LoRA to every projection: B = 0, A ~ N(0, (1 / rank)^2), initialised as in diffusers' example."""
     from diffusers.loaders.peft import PeftAdapterMixin
 
-    assert isinstance(unet, PeftAdapterMixin)  # as every UNet of diffusers
-    with torch.random.fork_rng(), warnings.catch_warnings():  # peft draws from the global generator; A is drawn anew below
+    assert isinstance(unet, PeftAdapterMixin)  # as is every UNet of diffusers
+    with torch.random.fork_rng(), warnings.catch_warnings():  # peft draws from the global generator; A is redrawn below
         warnings.filterwarnings("ignore", "Unsupported layer type")  # ours, registered in `lora_config`
         unet.add_adapter(lora_config(rank))
     parameters = trained(unet, "lora_A.default.weight", "lora_B.default.weight")
@@ -251,7 +251,7 @@ def add_lora(unet: nn.Module, rank: int, generator: torch.Generator) -> Paramete
 
 
 def trained(unet: nn.Module, *leaves: str) -> Parameters:
-    """The parameters whose names end in one of `leaves`, or in one and a number."""
+    """Enable gradients for the parameters whose names end in one of `leaves`, or in one and a number -> those parameters."""
     ending = re.compile(rf"\.({'|'.join(map(re.escape, leaves))})(\.\d+)?$")
     parameters = {name: parameter for name, parameter in unet.named_parameters() if ending.search(name)}
     for parameter in parameters.values():

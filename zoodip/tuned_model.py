@@ -32,32 +32,32 @@ if TYPE_CHECKING:
 
 @dataclass
 class TuningInputs:
-    """What is known before a model is loaded; what is wrong with it has been refused by then."""
+    """What is known before a model is loaded; errors in it have been reported by then."""
 
     subject: Subject
     folder: Path  # of the model
     variant: str | None  # of its weight files
     digest: str  # of its weights
     choices: list[list[int]]  # per photograph, the row of `prompts` that describes it
-    prompts: Prompts  # of all texts below
+    prompts: Prompts  # for all texts below
     class_row: int
     picture_row: int
     empty_row: int  # the last
     picture_prompt: str  # in words
 
     def fingerprint(self) -> dict[str, str]:
-        """{what: SHA-256}: a run is resumed only on the same."""
+        """{what: SHA-256}: a run can be resumed only if these are unchanged."""
         return {"images or captions": self.subject.fingerprint, "model weights": self.digest}
 
 
 def in_words(text: str, identifier: str, class_word: str) -> str:
-    """A caption with {} in words: "a {} in the snow" -> "a sks dog in the snow"; the class word is not said twice."""
+    """A caption with {} replaced: "a {} in the snow" -> "a sks dog in the snow"; the class word is not repeated."""
     subject = identifier if f"{{}} {class_word}" in text else f"{identifier} {class_word}"
     return text.replace("{}", subject)
 
 
 def plain_prompts(folder: Path, variant: str | None, texts: list[str]) -> Prompts:
-    """Tokenised texts of words that the tokenizer has. Raises InputError."""
+    """Tokenised texts in plain words, without a placeholder. Raises InputError."""
     return build_prompts(load_tokenizer(folder), folder, variant, texts, None, 0)
 
 
@@ -98,16 +98,16 @@ def read_tuning_inputs(
 
 @dataclass
 class TunedModel:
-    """The UNet under training, and the text states of a run's prompts, of which a batch's prompt_ids [B, 1] are the rows."""
+    """The UNet being trained, and the text states of a run's prompts; a batch's prompt_ids [B, 1] are rows of these states."""
 
     unet: UNet2DConditionModel
     states: torch.Tensor  # [P, L, d], on the device
-    autocast: torch.dtype | None  # of activations, where the weights are fp32 and trained
+    autocast: torch.dtype | None  # of activations, if the weights are fp32 and trained
 
-    text_encoder = None  # it has encoded the prompts, and is freed
+    text_encoder = None  # freed once it has encoded the prompts
 
     def precision(self) -> AbstractContextManager:
-        """Within: activations in the precision of --mixed_precision."""
+        """Context manager: activations in the precision of --mixed_precision."""
         if self.autocast in (None, torch.float32):
             return nullcontext()
         return torch.autocast(self.states.device.type, self.autocast)
@@ -122,7 +122,7 @@ class TunedModel:
 
     @torch.inference_mode()
     def mean_loss(self, batches: list[Batch]) -> float:
-        """Mean squared error over a fixed set, of batches of one: timesteps may be of different experts."""
+        """Mean squared error over a fixed set of batches of one, as timesteps may belong to different experts."""
         return float(np.mean([(self.predict(batch).cpu() - batch.target).square().mean().item() for batch in batches]))
 
 
@@ -137,10 +137,10 @@ def load_tuned_model(
     resolution: int,
     center_crop: bool,
 ) -> tuple[TunedModel, Data, Data | None]:
-    """Encode photographs and prompts, then load the UNet, untuned -> (model, photographs, pictures of the class).
+    """Encode photographs and prompts, then load the untuned UNet -> (model, photographs, pictures of the class).
 
-    `quantization` is the UNet's; a system that `trains_unet` itself has its weights in fp32, and only activations are shorter.
-    Text encoder and VAE are freed. Raises InputError where the folder is damaged.
+    `quantization` is the UNet's; if the UNet itself is trained (`trains_unet`), its weights are fp32, and only activations have
+    fewer bits. Text encoder and VAE are freed. Raises InputError if the folder is damaged.
     """
     folder, variant = inputs.folder, inputs.variant
     tune_malloc(1 << 20, 1 << 17)
@@ -160,16 +160,16 @@ def load_tuned_model(
             prior.draw(drawer, states[[inputs.class_row, inputs.empty_row]])
         class_latents = prior.latents(lambda paths: encode_photographs(inputs, paths, device, resolution, center_crop))
         class_data = Data(class_latents, [[inputs.class_row]] * len(class_latents), data.prompts, data.scheduler)
-    tune_malloc(32 << 20, 256 << 20)  # while stepping, activations are better kept at hand
+    tune_malloc(32 << 20, 256 << 20)  # while stepping, freed activations are better kept for reuse
     return model, data, class_data
 
 
 def load_tuning_data(
     inputs: TuningInputs, quantization: str, dtype: torch.dtype, device: torch.device, resolution: int, center_crop: bool
 ) -> Data:
-    """Photographs and text states, encoded: a prompt's only id is the row of its states, `prompts.rows` [P, L, d].
+    """Encode photographs and texts: a prompt's only id is the row of its states in `prompts.rows` [P, L, d].
 
-    VAE and text encoder are freed. Raises InputError where the folder is damaged.
+    VAE and text encoder are freed. Raises InputError if the folder is damaged.
     """
     scheduler = load_scheduler(inputs.folder)
     latents = encode_photographs(inputs, inputs.subject.paths, device, resolution, center_crop)
@@ -180,7 +180,7 @@ def load_tuning_data(
 def encode_photographs(
     inputs: TuningInputs, paths: list[Path], device: torch.device, resolution: int, center_crop: bool
 ) -> torch.Tensor:
-    """Latent distributions [N, 2, 2, 4, h, w] of `encode_images`; the VAE is loaded for it and freed."""
+    """Latent distributions [N, 2, 2, 4, h, w] from `encode_images`; the VAE is loaded for this and then freed."""
     vae = load_vae_encoder(inputs.folder, inputs.variant, device)
     with damaged_model(inputs.folder / "vae"):
         latents = encode_images(vae, paths, resolution, center_crop)
@@ -193,9 +193,9 @@ def encode_photographs(
 def encode_texts(
     folder: Path, variant: str | None, prompts: Prompts, quantization: str, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Text states [P, L, d] of prompts in plain words; the text encoder is loaded for it and freed."""
+    """Text states [P, L, d] of prompts in plain words; the text encoder is loaded for this and then freed."""
     encoder = load_text_encoder(folder, variant, quantization, dtype, device)
     rows, ids = prompts.rows.to(device), prompts.ids.to(device)
-    none = rows.new_empty(1, 0, rows.shape[1])  # of one candidate token without vectors
+    none = rows.new_empty(1, 0, rows.shape[1])  # one candidate token without vectors
     with damaged_model(folder / "text_encoder"):
         return torch.cat([encode_prompts(encoder, rows, ids[i : i + 1], none) for i in range(len(ids))])

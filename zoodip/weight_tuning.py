@@ -1,8 +1,8 @@
-"""What the systems that tune weights share: AdamW on an exact gradient, prior preservation, outputs.
+"""What weight-tuning systems share: AdamW on an exact gradient, prior preservation, outputs.
 
-A system is a class of a script in trainers/, a `System`. Every such script then tells the same story:
+A system is a subclass of `System` in a script of trainers/. Every such script then has the same form:
 
-    tuning = prepare(SystemOfTheScript(...), flags, SETTINGS)     # check, resume, load: what is wrong is refused first
+    tuning = prepare(SystemOfTheScript(...), flags, SETTINGS)     # check, resume, load: errors are reported first
     with tuning.run as run:
         for _ in run.steps(tuning.outputs):
             run.note(*tuning.step())                              # draw a batch, forward, backward, AdamW
@@ -36,38 +36,38 @@ from zoodip.run import Run
 from zoodip.tuned_layers import Parameters, Shapes, numbers
 from zoodip.tuned_model import TunedModel, TuningInputs, load_tuned_model, read_tuning_inputs
 
-LOSS_SCALE = 1024.0  # where activations are fp16: a power of two, which keeps their gradients from vanishing
+LOSS_SCALE = 1024.0  # for fp16 activations: a power of two that keeps their gradients from vanishing
 PACKED = {"nf4": "NF4", "affine8": "8-bit integers", "affine4": "4-bit integers"}  # bases, in words
-WEIGHT_DECAY, MAX_GRADIENT_NORM = 1e-2, 1.0  # of the reference scripts
+WEIGHT_DECAY, MAX_GRADIENT_NORM = 1e-2, 1.0  # as in the reference scripts
 
 
 class System:
-    """A system of weight tuning: what is trained, how it is put into the UNet, and what is left of it."""
+    """A weight-tuning system: what is trained, how it is put into the UNet, and what is saved."""
 
     name: str
     quantization: str  # of the UNet's weights: nf4, affine8, affine4 or none
     trains_unet = False  # whether the UNet's own weights are trained, and so kept in fp32
-    remedy = "a smaller --learning_rate"  # what to try where the loss runs away
-    files: tuple[str, ...]  # patterns of the files that it leaves
-    sample: TimestepSampler | None = None  # of its own timesteps; None: what --timestep_sampling says
+    remedy = "a smaller --learning_rate"  # what to try if the loss diverges
+    files: tuple[str, ...]  # patterns of the files that it writes
+    sample: TimestepSampler | None = None  # samples the system's own timesteps; None: as --timestep_sampling says
 
     def claim(self, inputs: TuningInputs, unet: nn.Module) -> None:
-        """Prove that what is written outside the run's folder can be; `unet` has no weights yet. Raises InputError."""
+        """Check that what is written outside the run's folder can be; `unet` has no weights yet. Raises InputError."""
 
     def saved_bytes(self, shapes: Shapes) -> int:
-        """At least so many are in the files of `save`."""
+        """Lower bound on the bytes in the files that `save` writes."""
         return torch.float32.itemsize * numbers(shapes)
 
     def shapes(self, unet: nn.Module) -> Shapes:
-        """The trained tensors, from the architecture alone. Raises InputError where the flags do not fit it."""
+        """The trained tensors, from the architecture alone. Raises InputError if the flags do not fit it."""
         raise NotImplementedError
 
     def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
-        """Make a loaded, frozen UNet a tuned one that still computes the same -> the trained parameters, as in `shapes`."""
+        """Turn a loaded, frozen UNet into a tuned one that still computes the same -> the trained parameters, as in `shapes`."""
         raise NotImplementedError
 
     def options(self, name: str) -> dict:
-        """Settings of AdamW for a trained tensor, other than --learning_rate and the reference's."""
+        """AdamW's settings for a trained tensor, where they differ from --learning_rate and the reference's."""
         return {}
 
     def group(self, timestep: int) -> Hashable:
@@ -77,9 +77,9 @@ class System:
     def save(
         self, folder: Path, inputs: TuningInputs, unet: nn.Module, parameters: Parameters, header: dict[str, str], suffix: str
     ) -> Path:
-        """Write what is learned, in names that end in `suffix` -> the file or folder to tell of. Raises InputError.
+        """Write what is learned, under names that end in `suffix` -> the file or folder to report. Raises InputError.
 
-        inputs: of the run, with the base model's folder and variant as they were found.
+        inputs: those of the run, with the base model's folder and variant as they were found.
         """
         raise NotImplementedError
 
@@ -90,16 +90,16 @@ class System:
 class WeightTuner:
     """The trained parameters, fp32, and AdamW on their exact gradients, clipped to a norm of 1.
 
-    Before a UNet is loaded it knows the parameters' names and shapes alone, so that a checkpoint is checked early.
+    Before a UNet is loaded, it knows only the parameters' names and shapes, so that a checkpoint can be checked early.
     """
 
     def __init__(self, system: System, shapes: Shapes, learning_rate: float, scale: float = 1.0):
-        """scale: of the loss in the backward pass, for gradients of activations in fp16."""
+        """scale: loss scale of the backward pass, for gradients of fp16 activations."""
         self.system, self.shapes, self.learning_rate, self.scale = system, shapes, learning_rate, scale
         self.remedy, self.parameters, self.resumed = system.remedy, {}, None
 
     def start(self, parameters: Parameters) -> None:
-        """Take the parameters of the loaded UNet, and the state of a checkpoint where there is one."""
+        """Take the parameters of the loaded UNet, and the state of a checkpoint if there is one."""
         found = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         assert found == self.shapes, "what is installed is not what the architecture promised"
         self.parameters = parameters
@@ -117,9 +117,9 @@ class WeightTuner:
             self.resumed = None
 
     def step(self, model: TunedModel, batch: Batch, class_batch: Batch | None, prior_weight: float) -> tuple[float | None, int]:
-        """One update -> (the loss, forwards); None, and no update, where a gradient is not finite.
+        """One update -> (the loss, forwards); the loss is None, and nothing is updated, if a gradient is not finite.
 
-        The loss is the mean over photographs plus prior_weight times the mean over pictures of the class: two means.
+        The loss is the mean over photographs plus prior_weight times the mean over class pictures: two separate means.
         """
         parts = [(batch, 1.0)] if class_batch is None else [(batch, 1.0), (class_batch, prior_weight)]
         whole = merge_batches([part for part, _ in parts], len(parts))[0]
@@ -146,8 +146,8 @@ class WeightTuner:
         return total, len(groups)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All that the next steps depend on, but the generator."""
-        if not self.parameters:  # shapes alone
+        """Everything the next steps depend on, except the generator."""
+        if not self.parameters:  # only shapes are known
             kinds = dict(value=None, exp_avg=None, exp_avg_sq=None, step=())
             return {f"{kind}.{name}": torch.empty(shape if own is None else own, device="meta")
                     for name, shape in self.shapes.items() for kind, own in kinds.items()}  # fmt: skip
@@ -201,26 +201,26 @@ class TunedOutputs:
             return evaluation_batches(data, num_eval_samples, t_min, t_max) if eval_steps else []
 
         self.fixed_sets = {"eval_loss": fixed_set(data)}
-        if class_data is not None:  # the two losses apart: their sum says nothing of either
+        if class_data is not None:  # the two losses separately: their sum says nothing about either
             self.fixed_sets["class_eval_loss"] = fixed_set(class_data)
         self.seeds = [settings["seed"] + i for i in range(num_validation_images)]
         self.draws_before = validation_prompt is not None or final_picture
         if self.draws_before:
-            self.drawer()  # loaded and let go: a folder that cannot draw is refused now, and training has the memory
+            self.drawer()  # load and release: a folder that cannot draw is refused now, and training keeps the memory
 
     def drawer(self) -> Drawer:
-        """Raises InputError where the folder's decoder or scheduler is damaged."""
+        """Raises InputError if the folder's decoder or scheduler is damaged."""
         inputs, others = self.inputs, frozen_format(self.system.quantization)
         return Drawer(self.model, inputs.folder, inputs.variant, others, self.settings["resolution"], guidance=self.guidance)
 
     def evaluate(self) -> dict[str, float]:
-        """Columns of the curve: the loss on the fixed set, and on one of class pictures with prior preservation."""
+        """Columns of the curve: the loss on the fixed set and, with prior preservation, on one of class pictures."""
         return {name: self.model.mean_loss(batches) for name, batches in self.fixed_sets.items()}
 
     def draw(self, step: int, final: bool, stopped: Callable[[], bool]) -> Iterator[tuple[str, Image.Image]]:
-        """(file name, picture): the prompt by the untuned model at step 0, and by the tuned one.
+        """(file name, picture) for the prompt, drawn by the untuned model at step 0, and by the tuned one after that.
 
-        The same noises every time. Raises Interrupted between two denoising steps once `stopped()`.
+        The noise is the same every time. Raises Interrupted between two denoising steps once `stopped()`.
         """
         if not self.draws_before:
             return
@@ -240,18 +240,18 @@ class TunedOutputs:
         yield f"validation-{step}.png", picture_sheet([(pictures, caption)], cell=cell, gap=0)
 
     def check(self, step: int) -> str | None:
-        """Nothing to warn of: steps whose gradient is not finite are skipped, so the parameters stay finite."""
+        """No warnings: steps with a non-finite gradient are skipped, so the parameters stay finite."""
 
     def result(self, folder: Path) -> str:
-        """The last line of a run begins with it: the file or folder, and what is in it."""
+        """The beginning of a run's last line: the file or folder, and what is in it."""
         return f"{self.saved}: {self.settings['identifier']} {self.settings['class_word']}, by {self.system.name},"
 
     def guide(self) -> dict[str, str]:
-        """{name: what it is} of the final files besides the one in `result`."""
+        """{name: what it is} for the final files besides the one in `result`."""
         return {"validation-0.png": f"{self.inputs.picture_prompt!r} before training"} if self.draws_before else {}
 
     def header(self, step: int) -> dict[str, str]:
-        """Of every file that is left. The same run gives the same header."""
+        """The header of every file that is written. The same run gives the same header."""
         header = {
             "format": "pt",
             "zoodip.method": self.system.name,
@@ -264,13 +264,13 @@ class TunedOutputs:
         }
         if self.system.quantization in PACKED:
             header["zoodip.note"] = (
-                f"learned on weights packed as {PACKED[self.system.quantization]}: on 16-bit weights it is only near to what was "
-                "trained, and merged and packed again it is another model, so do not"
+                f"learned on weights packed as {PACKED[self.system.quantization]}: on 16-bit weights it only approximates what "
+                "was trained; do not merge it and pack the result again, which would be a different model"
             )
         return header
 
     def save(self, folder: Path, step: int, final: bool) -> None:
-        """What is learned as it stands. Raises InputError."""
+        """Write what has been learned so far. Raises InputError."""
         suffix = "" if final else f"-steps-{step}"
         self.saved = self.system.save(folder, self.inputs, self.model.unet, self.tuner.parameters, self.header(step), suffix)
 
@@ -294,7 +294,7 @@ class Tuning:
     prior_weight: float
 
     def step(self) -> tuple[float | None, int]:
-        """Draw a batch, of photographs and of the class, and update -> (loss or None, forwards)."""
+        """Draw a batch of photographs, and one of class pictures if there are any, and update -> (loss or None, forwards)."""
         batch = draw_batch(self.data, self.batch_size, self.sample, self.generator)
         class_batch = None
         if self.class_data is not None:
@@ -303,9 +303,9 @@ class Tuning:
 
 
 def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
-    """Check, resume, load: cheapest first, so that what is wrong is refused before a model is loaded. Raises InputError.
+    """Check, resume, load: cheapest checks first, so that errors are reported before a model is loaded. Raises InputError.
 
-    flags: by name, those of `arguments.add_tuning_flags`; setting_names: which of them decide the result.
+    flags: {name: value}, those of `arguments.add_tuning_flags`; setting_names: which of them affect the result.
     """
     inputs = read_tuning_inputs(**flags_for(read_tuning_inputs, flags))
     refuse_model_folder("output_dir", Path(flags["output_dir"]), inputs.folder)
@@ -338,19 +338,19 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
 
 
 def refuse_model_folder(flag: str, output: Path, base: Path) -> None:
-    """Raises InputError where the folder to write to is a model that no run has left: its unet/ would be set aside."""
+    """Raises InputError if the folder to write to is a model that no run has written: its unet/ would be moved aside."""
     model, of_a_run = (output / "model_index.json").exists(), (output / "run.json").exists()
     if output.resolve() == base.resolve() or (model and not of_a_run):
         raise InputError(f"--{flag} {str(output)!r} is a model's own folder; choose another")
 
 
 def fingerprint(inputs: TuningInputs, prior: PriorPictures | None) -> dict[str, str]:
-    """{what: SHA-256}: a run is resumed only on the same."""
+    """{what: SHA-256}: a run can be resumed only if these are unchanged."""
     return inputs.fingerprint() | ({} if prior is None else {"class pictures": prior.digest()})
 
 
 def prior_pictures(inputs: TuningInputs, quantization: str, flags: dict) -> PriorPictures:
-    """The pictures of the class that this run's untuned model draws, or has drawn. Raises InputError."""
+    """The class pictures that this run's untuned model draws, or has drawn. Raises InputError."""
     folder = Path(flags["class_data_dir"] or Path(flags["output_dir"]) / "class_images")
     made_by = dict(model=inputs.digest, quantization=quantization, prompt=f"a photo of {flags['class_word']}",
                    resolution=str(flags["resolution"]), center_crop=str(flags["center_crop"]))  # fmt: skip
