@@ -23,7 +23,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -40,7 +40,7 @@ from reproduction.binding_sets import SETS, TEST_PROMPTS, Task, tasks_of
 from reproduction.binding_steps import compare_steps
 from zoodip.arguments import new_parser
 from zoodip.binding_drawing import decode, draw_bound
-from zoodip.binding_settings import Settings
+from zoodip.binding_settings import FULL, Settings
 from zoodip.errors import InputError, run_script
 from zoodip.files import write_image, write_json
 from zoodip.folder import model_digest
@@ -49,20 +49,21 @@ from zoodip.pictures import picture_sheet
 from zoodip.records import environment, git_commit, plain_arguments
 
 Tokens = dict[str, str]  # {breed: file of its token}
-SEEDS_APART = 1000  # between groups of prompts drawn together; the development prompts' first noises were seeds 0 and 1
+SEEDS_APART = 1000  # between prompts; the development prompts' first noises were seeds 0 and 1
+MAP_CELLS = 64  # places of an attention map per creature, in all sets; the default would be another level for one creature
 
 # ------------------------------------------------------------------------------------------------------------------- jobs
 
 
 @dataclass(frozen=True)
 class Job:
-    """Pictures of one row that are drawn together: one for each prompt and seed."""
+    """Pictures of one row that are drawn together."""
 
     set_name: str
     row: str
     quantization: str
     tasks: tuple[Task, ...]
-    seeds: tuple[int, ...]
+    seeds: tuple[tuple[int, ...], ...]  # of each task
     settings: Settings
     scheduler: str
     weights: str  # digest of the model and, if prompts have a token, of the tokens
@@ -71,6 +72,10 @@ class Job:
         """The name of its files, made from everything that its pictures depend on."""
         content = json.dumps(asdict(self), sort_keys=True)
         return f"{self.set_name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+    def pictures(self) -> list[tuple[Task, int]]:
+        """(task, seed) of each picture, in the order in which they are drawn."""
+        return [(task, seed) for task, seeds in zip(self.tasks, self.seeds, strict=True) for seed in seeds]
 
     def size(self) -> dict[str, int]:
         return dict(height=SIDE, width=SIDE * len(self.tasks[0].creatures))
@@ -82,8 +87,8 @@ class Job:
 def jobs_of(args: argparse.Namespace, tokens: Tokens) -> list[Job]:
     """All pictures: unquantised before 4 bits, the rows that matter before the others, some prompts of each set in turn.
 
-    Prompts that are drawn together share their noises, and other prompts have other noises; every row has the same. The rows that
-    matter less have only the first seed: differences are paired by prompt, and two seeds of a prompt say little more than one.
+    Every prompt has its own noises, the same in every row. The rows that matter less have only the first: differences are paired
+    by prompt, and two noises of a prompt say little more than one.
     """
     digest = model_digest(MODEL, None)[:12]
     learned = hashlib.sha256(b"".join(Path(file).read_bytes() for file in tokens.values() if Path(file).exists())).hexdigest()
@@ -93,14 +98,17 @@ def jobs_of(args: argparse.Namespace, tokens: Tokens) -> list[Job]:
         for set_name in args.sets:
             tasks = tasks_of(set_name, args.split)[: args.prompts]
             weights = f"{digest}-{learned[:12]}" if needs_tokens(set_name) else digest
+            noises = [tuple(SEEDS_APART * (i + 1) + seed for seed in args.seeds) for i in range(len(tasks))]
             for number, first in enumerate(range(0, len(tasks), each)):
                 for row in args.rows or rows_of(set_name, quantization, args.split):
                     if row == "ceiling" and set_name == "S5":  # a single creature cannot be mixed up with another
                         continue
                     settings = settings_of(row, args.steps, args.guidance)
-                    seeds = [SEEDS_APART * (number + 1) + seed for seed in args.seeds]
-                    job = Job(set_name, row, quantization, tuple(tasks[first : first + each]),
-                              tuple(seeds if row in CORE else seeds[:1]), settings, args.scheduler, weights)  # fmt: skip
+                    if settings.map_steps:
+                        settings = replace(settings, map_cells=MAP_CELLS * len(tasks[0].creatures))
+                    together = slice(first, first + each)
+                    seeds = tuple(own if row in CORE else own[:1] for own in noises[together])
+                    job = Job(set_name, row, quantization, tuple(tasks[together]), seeds, settings, args.scheduler, weights)
                     jobs.append(((k, row not in CORE, number), job))
     return [job for _, job in sorted(jobs, key=lambda entry: entry[0])]  # a stable sort, which keeps the order of equals
 
@@ -150,7 +158,7 @@ def draw(job: Job, tokens: Tokens) -> tuple[list[Image.Image], dict]:
         images = decode(pipeline, latents)
         return images, dict(forwards=2 * passes(job.settings, 0)[0], backwards=0)
     pictures = draw_bound(pipeline, prompts, settings=job.settings, seeds=job.seeds, scheduler=scheduler,
-                          batch_size=len(prompts) * len(job.seeds), **job.size())  # fmt: skip
+                          batch_size=len(job.pictures()), **job.size())  # fmt: skip
     return [picture.image for picture in pictures], dict(forwards=pictures[0].forwards, backwards=pictures[0].backwards)
 
 
@@ -168,9 +176,9 @@ def draw_all(jobs: Sequence[Job], output: Path, tokens: Tokens, count: int, hour
     """Draw what is missing, in `count` one-thread processes, for at most `hours`. Raises InputError if a process is killed."""
     last = time.monotonic() + 3600 * (float("inf") if hours is None else hours)
     waiting = [job for job in jobs if not job.done(output)]
-    with tqdm(total=sum(len(job.tasks) * len(job.seeds) for job in waiting), unit="picture", smoothing=0.02) as bar:
+    with tqdm(total=sum(len(job.pictures()) for job in waiting), unit="picture", smoothing=0.02) as bar:
         for job, _ in workers.in_processes(partial(draw_job, output=output, tokens=tokens), waiting, count, threads=1):
-            bar.update(len(job.tasks) * len(job.seeds))
+            bar.update(len(job.pictures()))
             if time.monotonic() > last:
                 break
 
@@ -184,14 +192,18 @@ def images_of(job: Job, output: Path) -> list[Image.Image]:
 # ------------------------------------------------------------------------------------------------------------- measurements
 
 
+def measured_rows(args: argparse.Namespace) -> dict[str, Settings]:
+    return {row: settings_of(row, args.steps, args.guidance) for row in (*CORE, "published")}
+
+
 def measure_costs(args: argparse.Namespace) -> dict:
     """Processor seconds of one picture by itself, rows in turn on up to eight prompts; other programs do not affect them."""
     torch.set_num_threads(1)
     found = []
     tasks = tasks_of("S1", "development")[: min(8, args.prompts)]
     for warm, task in enumerate([tasks[0], *tasks]):  # the first is not counted
-        for row in CORE + ("published",):
-            job = Job("S1", row, "none", (task,), (0,), settings_of(row, args.steps, args.guidance), args.scheduler, "")
+        for row, settings in measured_rows(args).items():
+            job = Job("S1", row, "none", (task,), ((0,),), settings, args.scheduler, "")
             started = time.process_time()
             _, cost = draw(job, {})
             if warm:
@@ -199,10 +211,11 @@ def measure_costs(args: argparse.Namespace) -> dict:
     return dict(pictures=found)
 
 
-def once(path: Path, make: Callable[[], dict]) -> dict:
-    """What `make` returns, kept in the file `path`."""
+def once(output: Path, name: str, depends_on: dict, make: Callable[[], dict]) -> dict:
+    """What `make` returns, kept in a file whose name has a digest of what it depends on, with its commit."""
+    path = output / f"{name}-{hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]}.json"
     if not path.exists():
-        write_json(path, make())
+        write_json(path, make() | dict(commit=git_commit()))
     return json.loads(path.read_text())
 
 
@@ -229,7 +242,7 @@ def print_plan(args: argparse.Namespace, jobs: Sequence[Job], learners: tuple[ru
     forward, both = seconds_of_passes()
     hours: dict[tuple[str, str], list[float]] = {}
     for job in jobs:
-        creatures, pictures = len(job.tasks[0].creatures), len(job.tasks) * len(job.seeds)
+        creatures, pictures = len(job.tasks[0].creatures), len(job.pictures())
         forwards, backwards = passes(job.settings, creatures)
         ceiling = 1.25 if job.row == "ceiling" else 1.0  # two windows of 5/8 of the width
         alone = max(0, forwards - 2 * job.settings.steps - backwards)  # for the anchors
@@ -258,9 +271,8 @@ def read_pictures(jobs: Iterable[Job], output: Path) -> list[dict]:
     found = []
     for job in tqdm([job for job in jobs if job.done(output)], desc="judging", leave=False):
         cost = json.loads((output / "pictures" / f"{job.stem()}.json").read_text())
-        of = [(task.prompt, seed) for task in job.tasks for seed in job.seeds]
-        for (prompt, seed), image in zip(of, images_of(job, output), strict=True):
-            about = dict(set=job.set_name, quantization=job.quantization, row=job.row, prompt=prompt, seed=seed)
+        for (task, seed), image in zip(job.pictures(), images_of(job, output), strict=True):
+            about = dict(set=job.set_name, quantization=job.quantization, row=job.row, prompt=task.prompt, seed=seed)
             found.append(dict(about, **cost, halves=read_halves(image, counter)))
     return found
 
@@ -270,8 +282,9 @@ def sheet(jobs: Sequence[Job], output: Path, most: int = 8) -> Image.Image:
     rows = list(dict.fromkeys(job.row for job in jobs))
     lines: dict[str, list[Image.Image]] = {}
     for job in jobs:
-        for k, task in enumerate(job.tasks):
-            lines.setdefault(task.prompt, []).append(images_of(job, output)[k * len(job.seeds)])
+        for (task, seed), image in zip(job.pictures(), images_of(job, output), strict=True):
+            if seed == job.seeds[job.tasks.index(task)][0]:
+                lines.setdefault(task.prompt, []).append(image)
     whole = [(pictures, prompt) for prompt, pictures in lines.items() if len(pictures) == len(rows)][:most]
     return picture_sheet(whole, cell=96, aspect=len(jobs[0].tasks[0].creatures), headings=[row.split(":")[0] for row in rows])
 
@@ -345,18 +358,21 @@ def main(args: argparse.Namespace) -> None:
         learn_tokens(settings, learning, args.jobs)
     else:
         tokens = {}
-    if not (output / "counter.json").exists():
+    if not (output / "counter.json").exists() or load_counter(output)[1]["pictures"] != args.counter_pictures:
         train_counter(output, args.counter_pictures)
     jobs = jobs_of(args, tokens)
     draw_all(jobs, output, tokens, args.jobs, args.hours)
     prompts = [task.prompt for task in tasks_of("S1", "development")[: min(8, args.prompts)]]
-    weights = model_digest(MODEL, None)[:12]
     how = dict(height=SIDE, width=2 * SIDE, budget=args.forwards)
-    compare = lambda: compare_steps(pipeline_of("none", ()), prompts, **how)  # noqa: E731
+    of_all = dict(weights=model_digest(MODEL, None), prompts=prompts)
+    of_costs = dict(
+        of_all, scheduler=args.scheduler, rows={row: asdict(settings) for row, settings in measured_rows(args).items()}
+    )
+    of_steps = dict(of_all, full=asdict(FULL), **how)
     records = dict(
         arguments=plain_arguments(vars(args)), **environment(), counter=load_counter(output)[1],
-        costs=once(output / f"costs-{weights}-{args.scheduler}-{args.steps}-{len(prompts)}.json", lambda: measure_costs(args)),
-        steps=once(output / f"steps-{weights}-{len(prompts)}-{args.forwards}.json", compare),
+        costs=once(output, "costs", of_costs, lambda: measure_costs(args)),
+        steps=once(output, "steps", of_steps, lambda: compare_steps(pipeline_of("none", ()), prompts, **how)),
         pictures=read_pictures(jobs, output),
     )  # fmt: skip
     write_records(report / "records.json.xz", records)

@@ -26,8 +26,10 @@ half), **margin**: by how much; **looks**: the attributes of the breed on its ha
 **other**: the other creature's colour on its half; **pattern_leak**: the other creature has the breed's pattern (for breeds that
 have one); **scene**: the scene is read in every half; **uninvited**: halves with an accessory that nobody asked for; **empty**,
 **several**: halves without a creature, with two; **one_each**: one creature in every half; **right_one_each**: **right** and
-**one_each**. Passes: samples through the UNet per picture. The second table of a set shows what a method may harm."""
+**one_each**. Passes: samples through the UNet per picture. The second table of a set shows what a method may harm. The rows C to
+F are without the pose loss, as in the ToMe paper: compare them with "full without pose"."""
 HARMED = ("right_one_each", "one_each", "several", "empty", "uninvited", "scene")
+FEWEST = 12  # values that decide an aim; a few equal ones would have an interval of width 0
 AIM_HEADER = ["aim", "weights", "figure", "reached"]
 COST_HEADER = ["row", "forward", "backward", "seconds", "in plain pictures"]
 
@@ -56,7 +58,9 @@ class Table:
         self.common = set.intersection(*pictures)
         self.records = [record for record in records if (record["prompt"], record["seed"]) in self.common]
         if unknown := {prompt for prompt, _ in self.common} - tasks.keys():
-            raise InputError(f"records.json.xz: {sorted(unknown)[0]!r} is not a prompt of {set_name}; the file is from another version")
+            raise InputError(
+                f"records.json.xz: {sorted(unknown)[0]!r} is not a prompt of {set_name}; the file is from another version"
+            )
         self.scores: dict[str, dict[str, Scores]] = {row: {} for row in self.rows}  # {row: {score: ...}}
         for record in self.records:
             task: Task = tasks[record["prompt"]]
@@ -124,16 +128,20 @@ def tables_of(pictures: Sequence[dict], rows: Sequence[str] | None = None) -> di
 
 def verdict(values: Iterable[float], bound: float) -> str:
     """Whether the mean is at least `bound`, as far as its interval can tell."""
-    mean, half = mean_interval(list(values))
-    if np.isnan(half):
-        return "one value: cannot be told"
+    values = list(values)
+    if len(values) < FEWEST:
+        return f"cannot be told from {len(values)} values"
+    mean, half = mean_interval(values)
     points = f"{100 * mean:+.0f} points" if bound <= 0 else f"{100 * mean:.0f} %"
     return "yes" if mean - half >= bound else "no" if mean + half < bound else f"cannot be told, the mean is {points}"
 
 
 def above_control(values: Iterable[float]) -> str:
     """Whether `full` was shown to be worth its backward passes."""
-    mean, half = mean_interval(list(values))
+    values = list(values)
+    if len(values) < FEWEST:
+        return f"cannot be told from {len(values)} values"
+    mean, half = mean_interval(values)
     return "yes" if mean - half > 0 else "it was not shown to be: use `phrase`, which needs no backward pass"
 
 
@@ -197,7 +205,8 @@ def introduction(records: dict) -> str:
     for picture in records["pictures"]:
         seeds.setdefault(picture["prompt"], set()).add(picture["seed"])
     noises = {frozenset(of) for of in seeds.values()}
-    of_prompts = "the same for every prompt" if len(noises) == 1 else "other ones for every few prompts"
+    each = "prompt" if len(noises) == len(seeds) else "few prompts"
+    of_prompts = "the same for every prompt" if len(noises) == 1 else f"other ones for every {each}"
     commits = sorted({picture.get("commit") or records["commit"] for picture in records["pictures"]})
     return f"""# Binding on the miniature ({arguments["split"]} prompts)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoodip.binding_drawing import read_prompts, scheduler_maker
+from zoodip.binding_drawing import read_prompts, scheduler_maker, seeds_of_each
 from zoodip.binding_losses import Predictor
 from zoodip.binding_settings import CONTROL, FULL, MERGE, PHRASE, PLAIN, PUBLISHED, Settings
 from zoodip.binding_states import Encoder
@@ -21,7 +21,7 @@ NOUN = replace(PHRASE, states="noun")
 FOR_COLOURS = replace(PUBLISHED, ets_step=-1, pose="off", sem_steps=5, map_steps=5, map_iterations=4)
 MOVED = replace(CONTROL, states="noun")  # the losses of the maps do the work of the bias
 
-# The paper's ablation: A is plain, B is merge, and the whole method is full.
+# The ablation of the ToMe paper: A is plain, B is merge, C to F follow, and all of it without pose is "full without pose".
 ROWS: dict[str, Settings] = {
     "plain": PLAIN,
     "phrase": PHRASE,
@@ -110,7 +110,14 @@ def side_prompts(marked: MarkedPrompt) -> list[str]:
 
 @torch.no_grad()
 def ceiling_latents(
-    pipeline, marked_prompts: Sequence[str], *, settings: Settings, seeds: Sequence[int], height: int, width: int, scheduler=None
+    pipeline,
+    marked_prompts: Sequence[str],
+    *,
+    settings: Settings,
+    seeds: Sequence[int] | Sequence[Sequence[int]],
+    height: int,
+    width: int,
+    scheduler=None,
 ) -> Tensor:
     """Latents [N, 4, h, w], prompt by prompt, whose left and right halves are each predicted from the prompt of one group.
 
@@ -120,12 +127,13 @@ def ceiling_latents(
     encode, predict = Encoder(pipeline), Predictor(pipeline.unet)
     null = encode("").states
     prompts = read_prompts(pipeline, marked_prompts, None)
-    sides = [torch.stack([encode(text).states for text in side_prompts(prompt)]) for prompt in prompts for _ in seeds]
+    wanted = [(prompt, seed) for prompt, own in zip(prompts, seeds_of_each(seeds, len(prompts)), strict=True) for seed in own]
+    sides = [torch.stack([encode(text).states for text in side_prompts(prompt)]) for prompt, _ in wanted]
     states = torch.cat([null.expand(2 * len(sides), -1, -1), *sides])  # [4 N, L, d]
     size = (1, pipeline.unet.config.in_channels, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
-    noises = {seed: torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=null.dtype) for seed in seeds}
+    noises = [torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=null.dtype) for _, seed in wanted]
     schedule = scheduler_maker(pipeline, scheduler, settings.steps)()
-    latents = torch.cat([noises[seed] for _ in prompts for seed in seeds]).to(null.device) * schedule.init_noise_sigma
+    latents = torch.cat(noises).to(null.device) * schedule.init_noise_sigma
     for timestep in schedule.timesteps:
         windows = split_windows(schedule.scale_model_input(latents, timestep))
         unguided, noise = predict(torch.cat([windows, windows]), timestep, states).chunk(2)

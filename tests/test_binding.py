@@ -236,6 +236,8 @@ def test_entropy_and_centroid():
     assert math.isclose(entropy(fine.flatten()) - entropy(some.flatten()), math.log(4), abs_tol=6e-3)  # 512e-5 now
     assert math.isclose(entropy(3 * some.flatten() + 7), entropy(some.flatten()), rel_tol=1e-5)
     assert scaled(some).min() == 0 and scaled(some).max() == 1
+    flat = torch.ones(4, 4, requires_grad=True)  # has a gradient, of 0, so that a loss of such maps alone moves nothing
+    assert torch.equal(torch.autograd.grad(entropy(flat), flat)[0], torch.zeros(4, 4))
 
 
 def test_thresholds_are_the_published_ones():
@@ -451,6 +453,15 @@ def test_alone_or_in_a_batch(pipeline):
             assert (one.prompt, one.seed) == (other.prompt, other.seed)
             # other batch sizes round differently, and guidance of 5 amplifies that
             assert torch.allclose(one.latents, other.latents, atol=2e-3)
+
+
+def test_seeds_of_each_prompt(pipeline):
+    """Each prompt's own list gives the pictures that each prompt has by itself."""
+    prompts, how = [TWO, "a [red dog*] and a [white cat*]"], dict(settings=replace(PHRASE, **SHORT), **SIZE)
+    together = draw_bound(pipeline, prompts, seeds=[[3], [4, 5]], **how)
+    alone = draw_bound(pipeline, prompts[:1], seeds=[3], **how) + draw_bound(pipeline, prompts[1:], seeds=[4, 5], **how)
+    assert [(each.prompt, each.seed) for each in together] == [(each.prompt, each.seed) for each in alone]
+    assert all(torch.equal(one.latents, other.latents) for one, other in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize("quantization", sample(["none", "nf4"], "nf4"))

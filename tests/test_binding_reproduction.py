@@ -21,6 +21,7 @@ from reproduction.binding_report import Table, above_control, aims, cost_ratios,
 from reproduction.binding_rows import ROWS, SWEEP, ceiling_latents, join_windows, passes, rows_of, settings_of, split_windows
 from reproduction.binding_sets import SEED, SETS, Task, Wanted, tasks_of
 from reproduction.binding_steps import left_at
+from zoodip.attention import map_layers
 from zoodip.binding_drawing import draw_bound
 from zoodip.binding_settings import METHODS, check_settings
 from zoodip.errors import InputError
@@ -63,6 +64,30 @@ def test_rows_have_settings_that_are_allowed():
     full = settings_of("full", 25, 5.0)
     assert full == replace(METHODS["full"], steps=25, guidance=5.0)
     assert settings_of("full", 15, 5.0).map_steps == 3  # the same share of the steps
+
+
+def test_every_prompt_has_its_own_noises_and_every_row_the_same():
+    """So that breeds and prompts are independent; and the maps that the losses see are of one level in every set."""
+    jobs = binding.jobs_of(binding.parse_args(["--quantization", "none"]), {})
+    noises: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+    for job in jobs:
+        for task, seeds in zip(job.tasks, job.seeds, strict=True):
+            noises.setdefault((job.set_name, task.prompt), {})[job.row] = seeds
+        cells = binding.MAP_CELLS * len(job.tasks[0].creatures) if job.settings.map_steps else 0
+        assert job.settings.map_cells == cells
+    for name in SETS:
+        rows_of_set = [rows for (set_name, _), rows in noises.items() if set_name == name]
+        assert len({rows["plain"] for rows in rows_of_set}) == len(rows_of_set) == 96
+        assert len({seed for rows in rows_of_set for seed in rows["plain"]}) == 192
+        for rows in rows_of_set:
+            assert all(seeds in (rows["plain"], rows["plain"][:1]) for seeds in rows.values())
+
+
+def test_the_maps_level_on_both_canvases():
+    """8 x 8 for one creature and 8 x 16 for two: the same layers of the miniature."""
+    unet = load_pipeline(str(binding.MODEL), "none").unet
+    one, two = (map_layers(unet, torch.zeros(1, 4, 16, 16 * k), binding.MAP_CELLS * k) for k in (1, 2))
+    assert one == two and len(one) == 3
 
 
 @pytest.mark.parametrize("row", ["phrase", "F: merge + semantic", "D: semantic + entropy, not merged"])
@@ -108,6 +133,8 @@ def test_each_side_of_the_ceiling_is_its_own_groups(pipeline):
     left, right = slice(0, 12), slice(20, 32)  # of 32 columns, with an overlap of 8 in the middle
     assert torch.equal(first[..., left], other[..., left]) and not torch.equal(first[..., right], other[..., right])
     assert not torch.equal(first, again)  # another seed
+    own = ceiling_latents(pipeline, prompts, **{**how, "seeds": [[1], [0]]})  # of each prompt its own
+    assert torch.allclose(own, torch.stack([again, other]), atol=1e-4)
     (alone,) = ceiling_latents(pipeline, prompts[:1], **{**how, "seeds": [0]})
     assert torch.allclose(alone, first, atol=1e-4)  # other batch sizes round differently
 
@@ -213,16 +240,18 @@ def test_tables_are_of_the_prompts_that_every_row_has():
 
 
 def test_verdicts_and_aims():
-    assert verdict([1.0, 1.0, 1.0], 0.85) == "yes" and verdict([0.1, 0.1, 0.2], 0.85) == "no"
-    assert verdict([1.0, 0.5, 1.0], 0.85).startswith("cannot be told")
+    assert verdict([1.0] * 12, 0.85) == "yes" and verdict([0.1, 0.1, 0.2] * 4, 0.85) == "no"
+    assert verdict([1.0, 0.5, 1.0] * 4, 0.85).startswith("cannot be told, the mean")
+    assert verdict([1.0] * 11, 0.85) == "cannot be told from 11 values" == above_control([1.0] * 11)  # none differs by chance
     costs = dict(pictures=[dict(row=row, prompt=prompt, seconds=seconds, forwards=50, backwards=0)
                            for row, times in (("plain", (2.0, 4.0)), ("phrase", (2.2, 4.4)))
                            for prompt, seconds in zip("ab", times, strict=True)])  # fmt: skip
     assert cost_ratios(costs)["phrase"] == pytest.approx([1.1, 1.1])
-    found = tables_of(records_of(phrase=[True] * 4, full=[True] * 4, control=[False] * 4))
+    found = tables_of(records_of(phrase=[True] * 12, full=[True] * 12, control=[False] * 12))
     said = {line[0]: line[3] for line in aims(found, costs)}
     assert set(said.values()) == {"yes"} and len(said) == 3
-    assert above_control([0.1, -0.1, 0.0]).startswith("it was not shown to be") and above_control([0.1, 0.1, 0.12]) == "yes"
+    assert above_control([0.1, -0.1, 0.0] * 4).startswith("it was not shown to be")
+    assert above_control([0.1, 0.1, 0.12] * 4) == "yes"
 
 
 def test_what_is_left_of_a_loss():

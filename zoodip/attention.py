@@ -91,9 +91,9 @@ def word_map(maps: torch.Tensor, column: int, end: int) -> torch.Tensor:
 
 
 def scaled(values: torch.Tensor) -> torch.Tensor:
-    """`values` min-max scaled over all places; ones if all are equal."""
+    """`values` min-max scaled over all places; ones, with a gradient of 0, if all are equal or not numbers."""
     low, high = values.min(), values.max()
-    return (values - low) / (high - low) if high > low else torch.ones_like(values)
+    return (values - low) / (high - low) if high > low else values.nan_to_num() * 0 + 1
 
 
 def entropy(values: torch.Tensor) -> torch.Tensor:

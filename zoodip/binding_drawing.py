@@ -126,7 +126,7 @@ def draw_bound(
     *,
     method: str = "phrase",
     settings: Settings | None = None,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | Sequence[Sequence[int]] = (0,),
     height: int | None = None,
     width: int | None = None,
     clean_prompts: Sequence[str] | None = None,
@@ -140,7 +140,8 @@ def draw_bound(
 
     settings: replace those of `method`. intervals: (left, right) of each group's place as fractions of the width; default: equal
     parts from left to right. scheduler: default DDIM with the pipeline's noise schedule. semantic_step: improves a composite in
-    L_sem. A seed gives the same initial noise for every prompt and method. The pipeline stays unchanged. Raises InputError.
+    L_sem. seeds: of every prompt, or a list of each prompt's own; a seed gives the same initial noise for every prompt and
+    method. The pipeline stays unchanged. Raises InputError.
     """
     settings = settings or METHODS[method]
     check_settings(settings)
@@ -154,12 +155,17 @@ def draw_bound(
     null = encode(negative_prompt).states
     size = (height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
     new_scheduler = scheduler_maker(pipeline, scheduler, settings.steps)
-    wanted = [(prompt, seed) for prompt in bound for seed in seeds]
+    wanted = [(prompt, seed) for prompt, own in zip(bound, seeds_of_each(seeds, len(bound)), strict=True) for seed in own]
     pictures = []
     for first in range(0, len(wanted), batch_size):
         batch = wanted[first : first + batch_size]
         pictures += draw_batch(pipeline, batch, null, size, settings, new_scheduler, intervals, semantic_step)
     return pictures
+
+
+def seeds_of_each(seeds: Sequence[int] | Sequence[Sequence[int]], prompts: int) -> Sequence[Sequence[int]]:
+    """The seeds of each of so many prompts, from those of every prompt or from a list for each."""
+    return cast("Sequence[Sequence[int]]", [seeds] * prompts if isinstance(seeds[0], int) else seeds)
 
 
 def read_prompts(pipeline: StableDiffusionPipeline, marked: Sequence[str], clean: Sequence[str] | None) -> list[MarkedPrompt]:
