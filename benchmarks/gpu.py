@@ -63,8 +63,8 @@ SYSTEMS: dict[str, tuple[str, tuple[str, ...], float | None]] = {
     "DreamBooth, fp32": ("trainers.dreambooth", ("--mixed_precision", "fp32"), 19.4),
     "DreamBooth": ("trainers.dreambooth", (), None),
     "QLoRA, NF4": ("trainers.qlora", (), 7.56),
-    "PEQA, INT8": ("trainers.tuneqdm", PEQA, None),
-    "PEQA, INT4": ("trainers.tuneqdm", (*PEQA, "--bits", "4"), 6.31),
+    "PEQA, INT8": ("trainers.tuneqdm", PEQA, 6.31),
+    "PEQA, INT4": ("trainers.tuneqdm", (*PEQA, "--bits", "4"), None),
     "TuneQDM, INT8": ("trainers.tuneqdm", (), 8.96),
     "DiffuseKronA, NF4": ("trainers.diffusekrona", (), None),
 }

@@ -39,7 +39,7 @@ COLUMNS = {
     "momentum_removed": Column("share of the first moment removed"), "v_zero": Column("share of Adam's v that is 0"),
     "step": Column("step", 0, plain=True), "forwards": Column("forwards", 0, plain=True),
     "peak_memory_gb": Column("memory, GB", 2, plain=True),
-    "stored_kb": Column("stored, KB", 1, plain=True), "steps_per_second": Column("steps/s", 2, plain=True),
+    "stored_kb": Column("stored, KB", 1, lower_is_better=True, plain=True), "steps_per_second": Column("steps/s", 2, plain=True),
     "minutes": Column("minutes", 1, plain=True), "load": Column("load before", 2, plain=True),
     "scene": Column("scene right"), "accessory": Column("accessory right"),
     "drift": Column("drift: attributes with the class word alone", lower_is_better=True),

@@ -152,8 +152,10 @@ def collect(experiment: Experiment, settings: Settings) -> dict[str, stats.Recor
         tau, dim = control.size or (settings.world.scaled(128), settings.world.width)
         shown = dict(removed=control.share)
         if control.share is None:
-            removed = stats.control_removed(control.kind, tau, 1e-3, dim, 30, variation=control.variation)
-            shown = stats.derived(dict(removed=removed), tau)
+            refreshes = 30 if control.size else settings.world.steps_of_paper(30_000) // tau  # as many as a run here has
+            how = dict(refreshes=refreshes, variation=control.variation)
+            removed = [stats.control_removed(control.kind, tau, 1e-3, dim, seed=seed, **how) for seed in range(5)]
+            shown = stats.derived(dict(removed=sum(removed, [])), tau)
         found[control.label] = {(stats.NO_SUBJECT, 0): shown}
     return found
 

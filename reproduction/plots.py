@@ -155,22 +155,23 @@ def sd15_memory(label: str, record: Path = ROOT / "benchmarks" / "speed_memory.j
 
 @draw.register
 def pictures(plot: PictureGrid, name: str, collect: Collect, settings: Settings, path: Path) -> bool:
-    """One line for each subject and prompt; nothing if the pictures of the runs are not on this machine."""
-    rows, blocks = collect(name), []
+    """One line for each subject and prompt. A grid that is there stays if pictures of some runs are not on this machine."""
+    rows, blocks, wanted = collect(name), [], 0
     first = {label: {subject: record for (subject, _), record in reversed(rows.get(label, {}).items())}
              for label in plot.columns.values()}  # fmt: skip
     for subject in next(iter(first.values())):
         references = find_images(settings.world.data / subject) if (settings.world.data / subject).is_dir() else []
         for k, prompt in enumerate(plot.prompts[: len(references)]):
+            wanted += 1
             found = [picture_of(records[subject]["spec"], prompt, settings)
                      for records in first.values() if subject in records]  # fmt: skip
             drawn = [open_image(picture) for picture in found if picture is not None]
             if len(drawn) == len(plot.columns):
                 blocks.append(([open_image(references[k]), *drawn], prompt.replace("{}", "<sks>")))
-    if blocks:
+    if blocks and (len(blocks) == wanted or not path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_image(path, picture_sheet(blocks, headings=["a reference", *plot.columns]))
-    return bool(blocks)
+    return path.exists()
 
 
 def picture_of(spec: dict, prompt: str, settings: Settings, kind: str = "scores") -> Path | None:
@@ -183,9 +184,12 @@ ON_SHEETS = 6  # pictures per subject, beside a reference
 
 
 def row_sheet(records: Records, settings: Settings, kind: str, path: Path) -> bool:
-    """Draw pictures of a table row, a line per subject -> whether they are on this machine. `kind`: which pictures."""
-    blocks = []
-    for subject in dict.fromkeys(subject for subject, _ in records):
+    """Draw pictures of a table row, a line per subject -> whether there is a sheet. `kind`: which pictures.
+
+    One that is there stays if pictures of some subjects are not on this machine.
+    """
+    blocks, subjects = [], dict.fromkeys(subject for subject, _ in records)
+    for subject in subjects:
         spec = next(record["spec"] for (of, _), record in records.items() if of == subject)
         if kind == "inter":
             folder = pictures_path(settings.folder(spec), settings, kind)
@@ -198,10 +202,10 @@ def row_sheet(records: Records, settings: Settings, kind: str, path: Path) -> bo
         if found and (settings.world.data / subject).is_dir():
             reference = find_images(settings.world.data / subject)[0]
             blocks.append(([open_image(picture) for picture in (reference, *found)], subject))
-    if blocks:
+    if blocks and (len(blocks) == len(subjects) or not path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_image(path, picture_sheet(blocks, columns=2, cell=64, gap=3))
-    return bool(blocks)
+    return path.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -202,7 +202,8 @@ def claims_table(findings: list[Finding]) -> Table:
     return Table(["claim", "", *[COLUMNS[score].heading for score in shown]], lines)
 
 
-def claims_section(findings: list[Finding]) -> Section:
+def claims_section(findings: list[Finding], unjudged: list[str]) -> Section:
+    """`unjudged`: claims whose runs are not done."""
     rules: dict[str, list[str]] = {}
     for finding in findings:
         rule = finding.claim.rule
@@ -215,6 +216,7 @@ def claims_section(findings: list[Finding]) -> Section:
     sources = dict.fromkeys(claim.source for claim in CLAIMS)  # in the order of their first claims
     lines = [sentence(finding) + ("" if source == next(iter(sources)) else f" [{source}]")
              for source in sources for finding in ranked if finding.claim.source == source]  # fmt: skip
+    lines += [f"**not judged**, for lack of runs: {text}." for text in unjudged]
     note = CLAIMS_NOTE + f" Of the {judged} claims that were judged, about {round(judged / 20)} may have a misleading interval."
     return Section("Verdicts on the claims", [], table=claims_table(findings), bullets=lines,
                    after=[note, "Which score decides, and why:"], after_bullets=decided)  # fmt: skip
@@ -319,7 +321,7 @@ def section_of(experiment: Experiment, collect: plots.Collect, settings: Setting
             kind = "best" if row.at == "best" else experiment.kind
             specs = [record["spec"] for record in records.values()]
             name = f"sheets/{runs.digest(dict(kind=kind, specs=specs))}.jpg"  # tables that share a row share its sheet
-            if plots.row_sheet(records, settings, kind, folder / name) or (folder / name).exists():
+            if plots.row_sheet(records, settings, kind, folder / name):
                 section.sheets.append(Image(row.label, name))
     return section
 
@@ -331,9 +333,11 @@ def write_report(names: list[str], jobs: list[Job], settings: Settings, folder: 
     done = sum(job.done(settings) for job in jobs)
     untrained = collect("1")[CLASS_WORD.label] if any(claim.rule.margin for claim in CLAIMS) else {}
     claims = [claim for claim in CLAIMS if claim.experiment in names]
-    findings = [finding for claim in claims if (finding := judge(claim, collect(claim.experiment), untrained)) is not None]
+    findings = {claim: judge(claim, collect(claim.experiment), untrained) for claim in claims}
     sections = [introduction(names, settings, jobs, done)]
-    sections += [claims_section(findings)] if findings else []
+    if any(findings.values()):
+        unjudged = [claim.text for claim, finding in findings.items() if finding is None]
+        sections.append(claims_section([finding for finding in findings.values() if finding is not None], unjudged))
     if {"2", "S10"} & set(names) and settings.world.name == "miniature":  # the other world measures its own memory
         sections.append(Section("Memory", [MEMORY_NOTE], bullets=memory_claims()))
     sections += [section_of(BY_NAME[name], collect, settings, folder) for name in names]

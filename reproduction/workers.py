@@ -134,12 +134,17 @@ def lacks_what_to_draw(job: Job, settings: Settings) -> bool:
     return not all(path.exists() for path in [runs.learned_path(spec, settings), *needed])
 
 
+def stopped_on_the_way(job: Job, settings: Settings) -> bool:
+    """Whether a run from an archive was being learned again when it was interrupted: its weights are then not the last ones."""
+    return not job.spec.get("cost") and bool(job.to_score(settings) and list_checkpoints(settings.folder(job.spec)))
+
+
 def do(job: Job, settings: Settings) -> None:
     """Do what is still missing of one job."""
     spec, folder = job.spec, settings.folder(job.spec)
     folder.mkdir(parents=True, exist_ok=True)
     judge = cache(lambda: open_judge(spec, settings))
-    if not (folder / "result.json").exists() or lacks_what_to_draw(job, settings):
+    if not (folder / "result.json").exists() or lacks_what_to_draw(job, settings) or stopped_on_the_way(job, settings):
         write_json(folder / "spec.json", spec)
         if spec.get("cost"):
             measure_cost(spec, settings)

@@ -167,6 +167,7 @@ photographs: their level cannot be compared, but the order of rows can. What doe
 - {steps} steps at learning rate {rate} instead of 30,000 at 0.005; GF-TI's and TI's steps are reduced with them;
 - the base is NF4 here and INT8 in the paper (Table S8 has both); activations are fp32, so a small mu is not drowned in rounding;
 - CLIP-I and the loss need not agree: a token of lower loss can draw worse pictures. Look at the sheets;
+- speeds are those of a small model on one CPU thread, the paper's those of a large one on a GPU;
 - 16 x 16 latents lose their layout at earlier timesteps than 64 x 64 ones: PUTS's bounds need not be the best here;
 - a small model has less redundancy to spare for 4 bits than one of 860 M weights."""
 

@@ -831,6 +831,17 @@ def test_a_table_and_its_claims_from_files(tmp_path):
     assert spsa[1] == "4" and spsa[table.header.index("CLIP-T")] == ".300 ± .000 (published .277, +.023)"
     assert "DINO" not in table.header and spsa[table.header.index("forwards")] == "40"
     assert stats.judge(SG_CLAIM, {}, {}) is None
+    report.write_report(["3", "S4"], plan_of(settings, "3", "S4"), settings, tmp_path / "report")
+    lines = (tmp_path / "report" / "RESULTS.md").read_text().splitlines()
+    assert f"- **not judged**, for lack of runs: {SG_CLAIM.text}." in lines
+
+
+@pytest.mark.parametrize("theirs, said", [(22_000.0, "reproduced"), (1.0, "contradicted")])
+def test_a_smaller_file_is_better(theirs, said):
+    (claim,) = [claim for claim in CLAIMS if claim.text == "ZOODiP stores less than DreamBooth"]
+    rows = {label: {("furmix", turn): dict(stored_kb=value) for turn in range(5)}
+            for label, value in ((claim.a, 2.2), (claim.b, theirs))}  # fmt: skip
+    assert stats.judge(claim, rows, {}).verdict == said
 
 
 def test_what_would_have_been_found_stands_beside_nothing_found():
@@ -892,6 +903,43 @@ def test_a_run_of_an_archive_is_done_again_where_something_is_to_be_drawn_that_i
         (settings.folder(job.spec) / f"learned_embeds-steps-{step}.safetensors").write_bytes(b"")
     assert not workers.lacks_what_to_draw(job, settings)
     assert not workers.lacks_what_to_draw(runs.Job(job.spec, set()), settings)
+
+
+def test_a_run_of_an_archive_that_is_stopped_while_it_is_learned_again_is_not_scored_as_it_stands(tmp_path):
+    """Its weights are there under their last name by then, and so is the result that the archive held."""
+    settings = settings_of(tmp_path)
+    job = runs.Job(runs.make_spec(settings, "qlora", "furmix", 0, {}), {"scores", "inter"})
+    fake_run(settings, job.spec, forwards=400, loss=0.02, scores={})
+    runs.learned_path(job.spec, settings).write_bytes(b"half of the way")
+    assert not workers.lacks_what_to_draw(job, settings) and not workers.stopped_on_the_way(job, settings)
+    (settings.folder(job.spec) / "checkpoint-10.safetensors").write_bytes(b"")
+    assert workers.stopped_on_the_way(job, settings)
+    learned = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "open_judge", lambda spec, settings: SimpleNamespace(result=lambda run: {}, score=lambda kind: 0))
+        patch.setattr(workers, "learn", lambda spec, settings: learned.append(spec))
+        patch.setattr(workers, "seen_at_refreshes", lambda folder, tau: {})
+        workers.do(job, settings)
+    assert learned == [job.spec] and not workers.stopped_on_the_way(job, settings)
+
+
+def test_a_sheet_is_not_replaced_by_one_of_fewer_subjects(tmp_path, monkeypatch):
+    """Nor a sheet that is there forgotten, if none of its pictures is on this machine."""
+    settings, drawn = settings_of(tmp_path, "--subjects", "furmix", "meppor"), Image.new("RGB", (8, 8))
+    for subject in settings.subjects:
+        (settings.world.data / subject).mkdir(parents=True)
+        drawn.save(settings.world.data / subject / "00.png")
+    there = {"furmix", "meppor"}
+    monkeypatch.setattr(plots, "picture_of",
+                        lambda spec, *_: settings.world.data / spec / "00.png" if spec in there else None)  # fmt: skip
+    records, sheet = {(subject, 0): dict(spec=subject) for subject in settings.subjects}, tmp_path / "sheet.jpg"
+    assert plots.row_sheet(records, settings, "scores", sheet)
+    whole = sheet.read_bytes()
+    for _ in range(2):
+        there.pop()
+        assert plots.row_sheet(records, settings, "scores", sheet) and sheet.read_bytes() == whole
+    sheet.unlink()
+    assert not plots.row_sheet(records, settings, "scores", sheet)
 
 
 def test_a_report_is_made_again_from_what_it_keeps(tmp_path):
