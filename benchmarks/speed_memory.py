@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,20 +208,24 @@ def in_child(what: str, world: str, precision: str, methods: list[str], args: ar
     return found
 
 
-def measure(world: str, precision: str, args: argparse.Namespace) -> dict:
-    """Time and memory of all methods in one world and precision."""
+def measure(world: str, precision: str, args: argparse.Namespace) -> Iterator[dict]:
+    """Time and memory of all methods in one world and precision: what is known so far, method by method."""
     found = {}
     if not args.skip_time:
         found["time"] = in_child("time", world, precision, args.methods, args)
+        yield found
     if not args.skip_memory:
         counts = ["resident"] if args.device == "cuda" else ["resident", "bytes"]
         with ThreadPoolExecutor(GPU_JOBS if args.device == "cuda" else 1) as pool:
             runs = {(name, what): pool.submit(in_child, what, world, precision, [name], args)
                     for name in args.methods for what in counts}  # fmt: skip
-        found["memory"] = {name: {what: runs[name, what].result() for what in counts} for name in args.methods}
+            found["memory"] = {}
+            for name in args.methods:
+                found["memory"][name] = {what: runs[name, what].result() for what in counts}
+                yield found
         if args.device == "cpu":
             found["byte_floor"] = in_child("floor", world, precision, ["zoodip"], args)
-    return found
+            yield found
 
 
 def main(args: argparse.Namespace) -> None:
@@ -235,9 +240,10 @@ def main(args: argparse.Namespace) -> None:
         results = {}
         for world in args.worlds:
             for precision in args.precisions or (["fp16"] if args.device == "cuda" else WORLDS[world].precisions):
-                results[f"{world} {precision}"] = measure(world, precision, args)
-                name = "speed_memory" if args.device == "cpu" else "speed_memory_cuda"
-                write_report(name, vars(args), results, page(results, args.device), args.device, args.output)
+                for found in measure(world, precision, args):
+                    results[f"{world} {precision}"] = found
+                    name = "speed_memory" if args.device == "cpu" else "speed_memory_cuda"
+                    write_report(name, vars(args), results, page(results, args.device), args.device, args.output)
     print(page(results, args.device))
 
 

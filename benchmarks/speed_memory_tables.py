@@ -23,7 +23,7 @@ def page(results: dict, device: str) -> str:
         if "memory" in found and device == "cuda":
             text.append(cuda_table(found["memory"]))
         elif "memory" in found:
-            text.append(memory_table(found["memory"], found["byte_floor"]))
+            text.append(memory_table(found["memory"], found.get("byte_floor", {})))
             text += [peak_table(name, counts) for name, counts in found["memory"].items()]
     return "\n".join(text)
 
