@@ -92,6 +92,8 @@ def damage(source, target, kind: str, resigned: bool = False) -> None:
         tensors["generator"] = torch.zeros_like(tensors["generator"])
     elif kind == "header":
         metadata = {"format": "pt"}
+    elif kind == "format":
+        metadata["format"] = "qt"
     elif kind == "json":
         metadata["zoodip.checkpoint"] = metadata["zoodip.checkpoint"][:-5]
     else:
@@ -105,7 +107,7 @@ KINDS_OF_STATE = ["nan", "infinite", "shape", "rows", "dtype", "another name", "
                   "zeroed generator", "theta", "adam.step", "adam.exp_avg_sq", "subspace.projection"]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["truncated", "empty", "garbage", "header", "json", *KINDS_OF_STATE])
+@pytest.mark.parametrize("kind", ["truncated", "empty", "garbage", "header", "json", "format", *KINDS_OF_STATE])
 def test_damaged_checkpoint(trained, tmp_path, refused, kind):
     """It is named as such; a run never resumes from half a state."""
     damage(trained / "out" / "checkpoint-6.safetensors", tmp_path / "checkpoint-6.safetensors", kind)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from conftest import seeded
@@ -22,6 +25,15 @@ def test_placeholder_that_is_a_word_ending(tiny_model, refused):
     assert "€</w>" not in vocabulary  # while byte symbols exist in both forms:
     assert "£</w>" in vocabulary
     assert "already a word" in refused(placeholder_token="£")
+
+
+def test_a_tokenizer_that_loads_and_cannot_encode(tiny_model, tmp_path):
+    """A wrong value in its configuration shows only at its first use: that use is at loading."""
+    folder = shutil.copytree(tiny_model / "tokenizer", tmp_path / "tokenizer")
+    configuration = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(configuration | dict(model_max_length="x")))
+    with pytest.raises(InputError, match="tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 def test_initializer(tokenizer, tiny_model):

@@ -201,8 +201,8 @@ def test_layers_that_cannot_be_sliced(monkeypatch):
 @pytest.mark.parametrize(("change", "words"), [
     (lambda p: p.pop("absmax"), "instead of {"), (lambda p: p.update(nf4=p["nf4"][:-1]), "instead of {"),
     (lambda p: p.update(other=torch.zeros(3)), "instead of {"), (lambda p: p.update(nf4=p["nf4"].long()), "torch.int64"),
-    (lambda p: p.update(absmax_offset=torch.tensor(torch.nan)), "NaN or Inf"),
-], ids=["missing", "short", "other", "type", "NaN"])  # fmt: skip
+    (lambda p: p.update(absmax_offset=torch.tensor(torch.nan)), "NaN or Inf"), (lambda p: p.pop("nf4"), "there is only absmax"),
+], ids=["missing", "short", "other", "type", "NaN", "no numbers"])  # fmt: skip
 def test_packed_tensors_that_do_not_fit(change, words):
     """C code reads them by address: anything malformed is refused before that."""
     layer = nn.Linear(128, 40)

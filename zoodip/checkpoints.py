@@ -23,11 +23,14 @@ def state_digest(header: str, tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def metadata_of(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """All metadata of a checkpoint with this header."""
+    return {"format": "pt", "zoodip.checkpoint": text, "zoodip.sha256": state_digest(text, tensors)}
+
+
 def write_checkpoint(path: Path, header: dict, tensors: dict[str, torch.Tensor]) -> None:
     """Write tensors and a JSON header with their checksum, as safetensors. Raises InputError."""
-    text = json.dumps(header, sort_keys=True)
-    metadata = {"format": "pt", "zoodip.checkpoint": text, "zoodip.sha256": state_digest(text, tensors)}
-    write_tensors(path, tensors, metadata)
+    write_tensors(path, tensors, metadata_of(json.dumps(header, sort_keys=True), tensors))
 
 
 def read_checkpoint(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -36,7 +39,7 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
         with safe_open(path, framework="pt") as handle:
             metadata = handle.metadata()
             tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # copied out of the memory map
-        if metadata["zoodip.sha256"] != state_digest(metadata["zoodip.checkpoint"], tensors):
+        if metadata != metadata_of(metadata["zoodip.checkpoint"], tensors):
             raise ValueError("its contents do not match its checksum")
         return json.loads(metadata["zoodip.checkpoint"]), tensors
     except FileNotFoundError:

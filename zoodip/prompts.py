@@ -29,6 +29,7 @@ def load_tokenizer(folder: Path, placeholder_token: str | None = None, num_vecto
 
     with damaged_model(folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        tokenizer("a")  # a wrong value, such as a model_max_length that is no number, shows only when it is used
     if placeholder_token is None:
         return tokenizer
     vocabulary = tokenizer.get_vocab()

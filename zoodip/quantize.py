@@ -89,7 +89,10 @@ def quantized_layer(layer: nn.Module, packed: dict[str, torch.Tensor], dtype: to
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
         raise ValueError(f"{type(layer).__name__} is never packed")
     formats = dict(nf4=NF4Layer, int8=Int8Layer, affine8=Affine8Layer, affine4=Affine4Layer)
-    return formats[next(name for name in formats if name in packed)](layer, packed, dtype)
+    found = [name for name in formats if name in packed]
+    if not found:
+        raise ValueError(f"of a packed weight there is only {', '.join(sorted(packed)) or 'nothing'}")
+    return formats[found[0]](layer, packed, dtype)
 
 
 class RecomputedProduct(torch.autograd.Function):
