@@ -237,12 +237,11 @@ def main(args: argparse.Namespace) -> None:
         args.folder = (args.folder or Path(temporary) / "sd15-shape").resolve()
         if "sd15" in args.worlds and not (args.folder / "model_index.json").exists():
             build_folder(args.folder)
-        results = {}
+        results, name = {}, "speed_memory" if args.device == "cpu" else "speed_memory_cuda"
         for world in args.worlds:
             for precision in args.precisions or (["fp16"] if args.device == "cuda" else WORLDS[world].precisions):
                 for found in measure(world, precision, args):
                     results[f"{world} {precision}"] = found
-                    name = "speed_memory" if args.device == "cpu" else "speed_memory_cuda"
                     write_report(name, vars(args), results, page(results, args.device), args.device, args.output)
     print(page(results, args.device))
 

@@ -213,7 +213,7 @@ def measure_costs(args: argparse.Namespace) -> dict:
 
 def once(output: Path, name: str, depends_on: dict, make: Callable[[], dict]) -> dict:
     """What `make` returns, kept in a file whose name has a digest of what it depends on, with its commit."""
-    path = output / f"{name}-{hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    path = output / f"{name}-{runs.digest(depends_on)}.json"
     if not path.exists():
         write_json(path, make() | dict(commit=git_commit()))
     return json.loads(path.read_text())
@@ -282,9 +282,11 @@ def sheet(jobs: Sequence[Job], output: Path, most: int = 8) -> Image.Image:
     rows = list(dict.fromkeys(job.row for job in jobs))
     lines: dict[str, list[Image.Image]] = {}
     for job in jobs:
-        for (task, seed), image in zip(job.pictures(), images_of(job, output), strict=True):
-            if seed == job.seeds[job.tasks.index(task)][0]:
-                lines.setdefault(task.prompt, []).append(image)
+        firsts: dict[str, Image.Image] = {}
+        for (task, _), image in zip(job.pictures(), images_of(job, output), strict=True):
+            firsts.setdefault(task.prompt, image)
+        for prompt, image in firsts.items():
+            lines.setdefault(prompt, []).append(image)
     whole = [(pictures, prompt) for prompt, pictures in lines.items() if len(pictures) == len(rows)][:most]
     return picture_sheet(whole, cell=96, aspect=len(jobs[0].tasks[0].creatures), headings=[row.split(":")[0] for row in rows])
 

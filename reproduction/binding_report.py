@@ -126,21 +126,24 @@ def tables_of(pictures: Sequence[dict], rows: Sequence[str] | None = None) -> di
 # ------------------------------------------------------------------------------------------------------------------- aims
 
 
-def verdict(values: Iterable[float], bound: float) -> str:
+def too_few(values: Sequence[float]) -> str | None:
+    """What is said of an aim that so few values cannot decide."""
+    return f"cannot be told from {len(values)} values" if len(values) < FEWEST else None
+
+
+def verdict(values: Sequence[float], bound: float) -> str:
     """Whether the mean is at least `bound`, as far as its interval can tell."""
-    values = list(values)
-    if len(values) < FEWEST:
-        return f"cannot be told from {len(values)} values"
+    if few := too_few(values):
+        return few
     mean, half = mean_interval(values)
     points = f"{100 * mean:+.0f} points" if bound <= 0 else f"{100 * mean:.0f} %"
     return "yes" if mean - half >= bound else "no" if mean + half < bound else f"cannot be told, the mean is {points}"
 
 
-def above_control(values: Iterable[float]) -> str:
+def above_control(values: Sequence[float]) -> str:
     """Whether `full` was shown to be worth its backward passes."""
-    values = list(values)
-    if len(values) < FEWEST:
-        return f"cannot be told from {len(values)} values"
+    if few := too_few(values):
+        return few
     mean, half = mean_interval(values)
     return "yes" if mean - half > 0 else "it was not shown to be: use `phrase`, which needs no backward pass"
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoodip.binding_drawing import read_prompts, scheduler_maker, seeds_of_each
+from zoodip.binding_drawing import read_prompts, scheduler_maker, with_seeds
 from zoodip.binding_losses import Predictor
 from zoodip.binding_settings import CONTROL, FULL, MERGE, PHRASE, PLAIN, PUBLISHED, Settings
 from zoodip.binding_states import Encoder
@@ -126,8 +126,7 @@ def ceiling_latents(
     """
     encode, predict = Encoder(pipeline), Predictor(pipeline.unet)
     null = encode("").states
-    prompts = read_prompts(pipeline, marked_prompts, None)
-    wanted = [(prompt, seed) for prompt, own in zip(prompts, seeds_of_each(seeds, len(prompts)), strict=True) for seed in own]
+    wanted = with_seeds(read_prompts(pipeline, marked_prompts, None), seeds)
     sides = [torch.stack([encode(text).states for text in side_prompts(prompt)]) for prompt, _ in wanted]
     states = torch.cat([null.expand(2 * len(sides), -1, -1), *sides])  # [4 N, L, d]
     size = (1, pipeline.unet.config.in_channels, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)

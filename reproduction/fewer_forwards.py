@@ -48,11 +48,11 @@ from reproduction.fewer_forwards_forms import (
     rates_and_schedules,
 )
 from reproduction.fewer_forwards_tables import (
-    best_rivals,
     fill,
     measured_tables,
     read_found,
     search_notes,
+    searched_rivals,
     second_notes,
     third_notes,
     write_found,
@@ -395,12 +395,6 @@ def main(args: argparse.Namespace) -> None:
         write_report(args.report, "THIRD", third_notes(found, rounds), found, third.commits())
     if failures:
         raise InputError(f"{len(failures)} runs failed, the first: {failures[0]}; fix it and start the same command again")
-
-
-def searched_rivals(report: Path) -> dict[int, dict[str, Form]]:
-    """The paper's loop at its best for each budget, as found by the search of this report; none before it is done."""
-    path = report / "search.json"
-    return best_rivals(read_found(path)[0]) if path.exists() else {}
 
 
 def write_sheet(measures: Part, path: Path, budget: int, best: dict[int, dict[str, Form]]) -> bool:

@@ -137,6 +137,12 @@ def best_rivals(found: dict) -> dict[int, dict[str, Form]]:
     return chosen
 
 
+def searched_rivals(report: Path) -> dict[int, dict[str, Form]]:
+    """The paper's loop at its best for each budget, as found by the search of this report; none before it is done."""
+    path = report / "search.json"
+    return best_rivals(read_found(path)[0]) if path.exists() else {}
+
+
 def chosen_form(found: dict, forms: Sequence[Form], budgets: Sequence[int] = CHOSEN_AT) -> Form:
     """The form that goes on to the measures, by a rule that was fixed before the search was done.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from reproduction.binding_report import AIM_HEADER, COST_HEADER, aims, cost_lines, read_records, tables_of
 from reproduction.binding_rows import CORE
 from reproduction.fewer_forwards_forms import DEFAULT
-from reproduction.fewer_forwards_tables import best_rivals, measured_tables, read_found
+from reproduction.fewer_forwards_tables import measured_tables, read_found, searched_rivals
 from reproduction.pages import Image, Section, Table
 from zoodip.records import ROOT
 
@@ -46,7 +46,7 @@ def pictures(folder: Path, paths: list[Path]) -> list[Image]:
 
 def fewer_forwards_sections(folder: Path, fewer: Path) -> list[Section]:
     found, commits = read_found(fewer / "results.json")
-    tables = measured_tables(found, DEFAULT.label, best_rivals(read_found(fewer / "search.json")[0]))
+    tables = measured_tables(found, DEFAULT.label, searched_rivals(fewer))
     note = f"{FEWER_NOTE} Runs of commit {', '.join(commit[:7] for commit in commits)}."
     return [
         Section("Fewer forwards: what was aimed at", [note], table=tables["aims"]),

@@ -162,11 +162,13 @@ def pictures(plot: PictureGrid, name: str, collect: Collect, settings: Settings,
     for subject in next(iter(first.values())):
         references = find_images(settings.world.data / subject) if (settings.world.data / subject).is_dir() else []
         for k, prompt in enumerate(plot.prompts[: len(references)]):
-            wanted += 1
             found = [picture_of(records[subject]["spec"], prompt, settings)
                      for records in first.values() if subject in records]  # fmt: skip
+            if len(found) < len(plot.columns):  # some column has no run yet
+                continue
+            wanted += 1
             drawn = [open_image(picture) for picture in found if picture is not None]
-            if len(drawn) == len(plot.columns):
+            if len(drawn) == len(found):
                 blocks.append(([open_image(references[k]), *drawn], prompt.replace("{}", "<sks>")))
     if blocks and (len(blocks) == wanted or not path.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -21,6 +21,9 @@ from zoodip.marks import MarkedPrompt, parse_marks
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+
+Prompt = TypeVar("Prompt")  # as read, or bound
 
 
 @dataclass
@@ -155,7 +158,7 @@ def draw_bound(
     null = encode(negative_prompt).states
     size = (height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
     new_scheduler = scheduler_maker(pipeline, scheduler, settings.steps)
-    wanted = [(prompt, seed) for prompt, own in zip(bound, seeds_of_each(seeds, len(bound)), strict=True) for seed in own]
+    wanted = with_seeds(bound, seeds)
     pictures = []
     for first in range(0, len(wanted), batch_size):
         batch = wanted[first : first + batch_size]
@@ -163,9 +166,11 @@ def draw_bound(
     return pictures
 
 
-def seeds_of_each(seeds: Sequence[int] | Sequence[Sequence[int]], prompts: int) -> Sequence[Sequence[int]]:
-    """The seeds of each of so many prompts, from those of every prompt or from a list for each."""
-    return cast("Sequence[Sequence[int]]", [seeds] * prompts if isinstance(seeds[0], int) else seeds)
+def with_seeds(prompts: Sequence[Prompt], seeds: Sequence[int] | Sequence[Sequence[int]]) -> list[tuple[Prompt, int]]:
+    """(prompt, seed) of every picture; `seeds` are those of every prompt, or a list for each."""
+    of_each = seeds if any(isinstance(each, Sequence) for each in seeds) else [seeds] * len(prompts)
+    of_each = cast("Sequence[Sequence[int]]", of_each)
+    return [(prompt, seed) for prompt, own in zip(prompts, of_each, strict=True) for seed in own]
 
 
 def read_prompts(pipeline: StableDiffusionPipeline, marked: Sequence[str], clean: Sequence[str] | None) -> list[MarkedPrompt]:
