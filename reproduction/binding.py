@@ -46,7 +46,7 @@ from zoodip.files import write_image, write_json
 from zoodip.folder import model_digest
 from zoodip.model import SCHEDULERS, build_scheduler, load_pipeline
 from zoodip.pictures import picture_sheet
-from zoodip.records import environment, git_commit, plain_arguments
+from zoodip.records import environment, git_commit, hardware, plain_arguments
 
 Tokens = dict[str, str]  # {breed: file of its token}
 SEEDS_APART = 1000  # between prompts; the development prompts' first noises were seeds 0 and 1
@@ -139,17 +139,17 @@ def learn_tokens(settings: runs.Settings, jobs: dict[str, runs.Job], count: int)
 
 
 @lru_cache(maxsize=1)
-def pipeline_of(quantization: str, tokens: tuple[tuple[str, str], ...]):
+def pipeline_of(quantization: str, tokens: tuple[tuple[str, str], ...], device: str):
     """The miniature, with <furmix> for furmix's token and so on."""
-    pipeline = load_pipeline(str(MODEL), quantization)
+    pipeline = load_pipeline(str(MODEL), quantization, device=device)
     for breed, file in tokens:
         pipeline.load_textual_inversion(file, token=f"<{breed}>")
     return pipeline
 
 
-def draw(job: Job, tokens: Tokens) -> tuple[list[Image.Image], dict]:
+def draw(job: Job, tokens: Tokens, device: str) -> tuple[list[Image.Image], dict]:
     """The pictures of a job, and what one picture costs."""
-    pipeline = pipeline_of(job.quantization, tuple(tokens.items()))
+    pipeline = pipeline_of(job.quantization, tuple(tokens.items()), device)
     prompts = [task.prompt for task in job.tasks]
     # a multistep scheduler's history holds latents as they were before a loss moved them
     scheduler = None if job.scheduler == "ddim" else build_scheduler(MODEL, job.scheduler)
@@ -162,22 +162,24 @@ def draw(job: Job, tokens: Tokens) -> tuple[list[Image.Image], dict]:
     return [picture.image for picture in pictures], dict(forwards=pictures[0].forwards, backwards=pictures[0].backwards)
 
 
-def draw_job(job: Job, output: Path, tokens: Tokens) -> None:
+def draw_job(job: Job, output: Path, tokens: Tokens, device: str) -> None:
     """Write STEM.png, the pictures one below the other, then STEM.json, which says that they are done."""
-    images, cost = draw(job, tokens)
+    images, cost = draw(job, tokens, device)
     column = Image.new("RGB", (images[0].width, SIDE * len(images)))
     for k, image in enumerate(images):
         column.paste(image, (0, SIDE * k))
     write_image(output / "pictures" / f"{job.stem()}.png", column)
-    write_json(output / "pictures" / f"{job.stem()}.json", cost | dict(commit=git_commit()))
+    write_json(output / "pictures" / f"{job.stem()}.json", cost | dict(device=hardware(device), commit=git_commit()))
 
 
-def draw_all(jobs: Sequence[Job], output: Path, tokens: Tokens, count: int, hours: float | None) -> None:
+def draw_all(jobs: Sequence[Job], output: Path, tokens: Tokens, device: str, count: int, hours: float | None) -> None:
     """Draw what is missing, in `count` one-thread processes, for at most `hours`. Raises InputError if a process is killed."""
     last = time.monotonic() + 3600 * (float("inf") if hours is None else hours)
     waiting = [job for job in jobs if not job.done(output)]
     with tqdm(total=sum(len(job.pictures()) for job in waiting), unit="picture", smoothing=0.02) as bar:
-        for job, _ in workers.in_processes(partial(draw_job, output=output, tokens=tokens), waiting, count, threads=1):
+        for job, _ in workers.in_processes(
+            partial(draw_job, output=output, tokens=tokens, device=device), waiting, count, threads=1
+        ):
             bar.update(len(job.pictures()))
             if time.monotonic() > last:
                 break
@@ -205,7 +207,7 @@ def measure_costs(args: argparse.Namespace) -> dict:
         for row, settings in measured_rows(args).items():
             job = Job("S1", row, "none", (task,), ((0,),), settings, args.scheduler, "")
             started = time.process_time()
-            _, cost = draw(job, {})
+            _, cost = draw(job, {}, "cpu")
             if warm:
                 found.append(dict(row=row, prompt=task.prompt, seconds=round(time.process_time() - started, 3), **cost))
     return dict(pictures=found)
@@ -222,7 +224,7 @@ def once(output: Path, name: str, depends_on: dict, make: Callable[[], dict]) ->
 def seconds_of_passes() -> tuple[float, float]:
     """Seconds, now and here, per sample of a forward in a batch of 16, and of one forward and backward."""
     torch.set_num_threads(1)
-    unet = pipeline_of("none", ()).unet
+    unet = pipeline_of("none", (), "cpu").unet
     latents = torch.randn(16, 4, 16, 32, generator=torch.Generator().manual_seed(0))
     states = torch.zeros(16, 32, unet.config.cross_attention_dim)
     taken = []
@@ -324,6 +326,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=25, help="denoising steps")
     add("--guidance", type=float, default=5.0, help="classifier-free guidance scale")
     add("--batch_size", type=int, default=8, help="pictures drawn together")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, choices=["cpu", "cuda"], help="where pictures are drawn; costs are always those of a CPU")
     add("--counter_pictures", type=int, default=3000, help="renders that the counter of creatures learns from")
     add("--forwards", type=int, default=96, help="forwards that each step without backpropagation may use per composite")
     add("--jobs", type=int, default=os.cpu_count(), help="processes, with one thread each")
@@ -363,7 +367,7 @@ def main(args: argparse.Namespace) -> None:
     if not (output / "counter.json").exists() or load_counter(output)[1]["pictures"] != args.counter_pictures:
         train_counter(output, args.counter_pictures)
     jobs = jobs_of(args, tokens)
-    draw_all(jobs, output, tokens, args.jobs, args.hours)
+    draw_all(jobs, output, tokens, args.device, args.jobs, args.hours)
     prompts = [task.prompt for task in tasks_of("S1", "development")[: min(8, args.prompts)]]
     how = dict(height=SIDE, width=2 * SIDE, budget=args.forwards)
     of_all = dict(weights=model_digest(MODEL, None), prompts=prompts)
@@ -374,7 +378,7 @@ def main(args: argparse.Namespace) -> None:
     records = dict(
         arguments=plain_arguments(vars(args)), **environment(), counter=load_counter(output)[1],
         costs=once(output, "costs", of_costs, lambda: measure_costs(args)),
-        steps=once(output, "steps", of_steps, lambda: compare_steps(pipeline_of("none", ()), prompts, **how)),
+        steps=once(output, "steps", of_steps, lambda: compare_steps(pipeline_of("none", (), "cpu"), prompts, **how)),
         pictures=read_pictures(jobs, output),
     )  # fmt: skip
     write_records(report / "records.json.xz", records)

@@ -210,13 +210,16 @@ def introduction(records: dict) -> str:
     noises = {frozenset(of) for of in seeds.values()}
     each = "prompt" if len(noises) == len(seeds) else "few prompts"
     of_prompts = "the same for every prompt" if len(noises) == 1 else f"other ones for every {each}"
-    commits = sorted({picture.get("commit") or records["commit"] for picture in records["pictures"]})
+    commits, devices = (
+        ", ".join(sorted({picture.get(name) or records[name] for picture in records["pictures"]}))
+        for name in ("commit", "device")
+    )
     return f"""# Binding on the miniature ({arguments["split"]} prompts)
 
 {arguments["steps"]} steps of {arguments["scheduler"].upper()}, guidance {arguments["guidance"]:g}, 64 pixels per creature,
 {len(arguments["seeds"])} first noises per prompt, {of_prompts}, the same in every row; tables with every row use only the first.
 The breeds' tokens were learned in 4 bits.
-{records["device"]}; pictures of commit {", ".join(commits)}, read at {records["commit"]}.
+Pictures: {devices}, commit {commits}; read, and costs measured: {records["device"]}, commit {records["commit"]}.
 
 The judges: the creature counter is right on {right} ({counter["fresh"]} halves of unseen renders, passed through the
 VAE). On halves of drawn pictures that were counted by eye it is right on {drawn}: its columns may be off by as much.

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from reproduction.plots import new_plot, save_plot
 from train_zoodip import ESTIMATORS, zeroth_order_gradient
@@ -26,36 +27,43 @@ from zoodip.records import mean_interval, table
 SEED = 14  # of first noises and directions
 
 
-def coefficient_gradient(row: Tensor, losses: Losses, directions: Tensor, mu: float = 0.1) -> tuple[Tensor, float]:
-    """(projection of the gradient [d], mean loss) by central differences along orthonormal `directions` [m, d]: 2 m forwards."""
-    plus, minus = losses(torch.cat([row + mu * directions, row - mu * directions])).chunk(2)
-    return ((plus - minus) / (2 * mu)) @ directions, torch.cat([plus, minus]).mean().item()
+def coefficient_gradient(rows: Tensor, losses: Losses, directions: Tensor, mu: float = 0.1) -> tuple[Tensor, Tensor]:
+    """(projections of the gradients [M, d], mean losses [M]) by central differences: 2 m forwards for each of M rows [M, d].
+
+    directions: [m, M, d], orthonormal for each row. Zeros stand for directions that a row has not, and contribute nothing.
+    """
+    values = losses(torch.cat([rows + mu * directions, rows - mu * directions]))  # [2 m, M]
+    plus, minus = values.chunk(2)
+    return (((plus - minus) / (2 * mu))[..., None] * directions).sum(0), values.mean(0)
 
 
 def coefficient_step(
-    row: Tensor, losses: Losses, group: BoundGroup, predict: Predictor, settings: Settings
-) -> tuple[Tensor, float]:
+    rows: Tensor, losses: Losses, groups: Sequence[BoundGroup], predict: Predictor, settings: Settings
+) -> tuple[Tensor, Tensor]:
     """F1: a step down the gradient's projection on directions to the states of the group and of its noun in the phrase alone.
 
     These are the two to six numbers w of c = mu + sum_j w_j (u_j - mu): the composite lies in their span, and stays there.
     """
-    states = torch.cat([group.within, group.anchor[group.anchor_row][None]])
-    _, lengths, directions = torch.linalg.svd((states - row).float(), full_matrices=False)
-    # a phrase at the start of the prompt has the same states alone, because the text encoder is causal
-    directions = directions[lengths > 1e-3 * lengths[0]].to(row)  # [m, d]
-    gradient, loss = coefficient_gradient(row, losses, directions)
-    return moved(row, gradient, settings), loss
+    spans = []
+    for row, group in zip(rows, groups, strict=True):
+        states = torch.cat([group.within, group.anchor[group.anchor_row][None]])
+        _, lengths, directions = torch.linalg.svd((states - row).float(), full_matrices=False)
+        # a phrase at the start of the prompt has the same states alone, because the text encoder is causal
+        spans.append(directions[lengths > 1e-3 * lengths[0]].to(row))  # [m, d]
+    gradients, before = coefficient_gradient(rows, losses, pad_sequence(spans))
+    return moved(rows, gradients, settings), before
 
 
-def estimated_step(row: Tensor, losses: Losses, group: BoundGroup, predict: Predictor, settings: Settings, *, n: int = 8,
-                   mu: float = 1e-3, generator: torch.Generator | None = None) -> tuple[Tensor, float]:  # fmt: skip
+def estimated_step(rows: Tensor, losses: Losses, groups: Sequence[BoundGroup], predict: Predictor, settings: Settings, *,
+                   n: int = 8, mu: float = 1e-3, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """F2: a step down ZOODiP's own estimate (Eq. 3) in all d numbers: n + 1 forwards on the same latents and timestep."""
-    directions = torch.randn(n, 1, len(row), generator=generator).to(row)
+    directions = torch.randn(n, *rows.shape, generator=generator).to(rows)
     rge = ESTIMATORS["rge"]
-    values = losses(row + mu * rge.candidate_offsets(directions)[:, 0])
-    # unscaled, because the step is normalised
-    gradient = zeroth_order_gradient(rge.slopes(values, mu), directions, effective_dim=1)[0]
-    return moved(row, gradient, settings), values[0].item()
+    values = losses(rows + mu * rge.candidate_offsets(directions))  # [n + 1, M]
+    # each composite has losses of its own; the estimates are not scaled, because the step is normalised
+    each = zip(values.T, directions.split(1, dim=1), strict=True)
+    gradients = torch.cat([zeroth_order_gradient(rge.slopes(own, mu), ways, effective_dim=1) for own, ways in each])
+    return moved(rows, gradients, settings), values[0]
 
 
 # -------------------------------------------------------------------------------------------------------------- experiment
@@ -70,11 +78,11 @@ def steps_to_compare() -> dict[str, Callable]:
 
 
 def descend(group: BoundGroup, row: Tensor, losses: Losses, predict: Predictor, step: Callable, budget: int) -> Curve:
-    """L_sem of a composite [d] over the updates until the budget of forwards is used up; a backward counts as two."""
+    """L_sem of a composite [1, d] over the updates until the budget of forwards is used up; a backward counts as two."""
     first, used, curve = losses(row[None]).item(), 0, [[0, 1.0]]
     while True:
         predict.forwards = predict.backwards = 0
-        row, _ = step(row, losses, group, predict, FULL)
+        row, _ = step(row, losses, [group], predict, FULL)
         used += predict.forwards + 2 * predict.backwards
         if used > budget:
             return curve
@@ -101,10 +109,10 @@ def compare_steps(pipeline, marked_prompts: Sequence[str], *, height: int, width
             target = predict(latents, timestep, group.anchor[None])
 
             def losses(rows: Tensor, group=group, latents=latents, target=target) -> Tensor:
-                return binding_losses(predict, latents, timestep, contexts(rows, group, "framed"), target)
+                return binding_losses(predict, latents, timestep, contexts(rows, [group], "framed"), target)
 
-            row = merged.states[group.row]
-            found["phrase"].append((losses(group.anchor[group.anchor_row][None]) / losses(row[None])).item())
+            row = merged.states[[group.row]]
+            found["phrase"].append((losses(group.anchor[[group.anchor_row]][None]) / losses(row[None])).item())
             for name, step in steps.items():
                 found["curves"][name].append(descend(group, row, losses, predict, step, budget))
     return found

@@ -29,11 +29,11 @@ from zoodip.attention import (
     location_bias,
     map_layers,
     scaled,
-    word_map,
+    word_maps,
 )  # fmt: skip
 from zoodip.binding import build_parser
-from zoodip.binding_drawing import Painting, draw_bound, scheduler_maker
-from zoodip.binding_losses import THRESHOLDS, Predictor, binding_losses, contexts, gradient_step, moved, pose_loss
+from zoodip.binding_drawing import Paintings, draw_bound, scheduler_maker
+from zoodip.binding_losses import THRESHOLDS, Predictor, binding_losses, contexts, gradient_step, moved, pose_losses
 from zoodip.binding_settings import CONTROL, FULL, MERGE, METHODS, PHRASE, PLAIN
 from zoodip.binding_states import Encoder, bind_prompt, composite, merge_groups, substitute_end_tokens, tokens_of
 from zoodip.errors import InputError
@@ -235,9 +235,21 @@ def test_entropy_and_centroid():
     fine = some.repeat_interleave(2, 0).repeat_interleave(2, 1)
     assert math.isclose(entropy(fine.flatten()) - entropy(some.flatten()), math.log(4), abs_tol=6e-3)  # 512e-5 now
     assert math.isclose(entropy(3 * some.flatten() + 7), entropy(some.flatten()), rel_tol=1e-5)
-    assert scaled(some).min() == 0 and scaled(some).max() == 1
-    flat = torch.ones(4, 4, requires_grad=True)  # has a gradient, of 0, so that a loss of such maps alone moves nothing
-    assert torch.equal(torch.autograd.grad(entropy(flat), flat)[0], torch.zeros(4, 4))
+    assert scaled(some.flatten()).min() == 0 and scaled(some.flatten()).max() == 1
+    # each map by itself: a flat one has a gradient, of 0, so that a loss of such maps alone moves nothing, and harms no other
+    maps = torch.stack([torch.ones(128), some.flatten(), one.flatten()]).requires_grad_()
+    assert torch.equal(entropy(maps), torch.stack([entropy(each) for each in maps]))
+    slopes = torch.autograd.grad(entropy(maps).sum() + centroid(maps.view(3, 8, 16)).sum(), maps)[0]
+    assert torch.equal(slopes[0], torch.zeros(128)) and slopes[1].any() and slopes.isfinite().all()
+    assert torch.equal(centroid(maps.view(3, 8, 16)), torch.stack([centroid(each.view(8, 16)) for each in maps]))
+
+
+def test_maps_of_words():
+    """Each prompt's words compete among themselves, whatever its length, and the start and end tokens do not."""
+    maps = torch.rand(2, 5, 9, generator=seeded())
+    found = word_maps(maps, torch.tensor([3, 1]), torch.tensor([7, 4]))
+    for own, whole, column, end in zip(found, maps, (3, 1), (7, 4), strict=True):
+        assert torch.allclose(own, (2 * whole[:, 1:end]).softmax(-1)[:, column - 1])
 
 
 def test_thresholds_are_the_published_ones():
@@ -301,23 +313,29 @@ def test_the_semantic_loss_and_its_contexts(pipeline, folder):
     group = bound.groups[1]
     row = encode("an orange cat").rows((10, 13))[0]
     own = SimpleNamespace(frame=group.anchor, frame_row=row)
+    composite = group.anchor[[row]][None]  # [1 candidate, 1 group, d]
     with torch.no_grad():
         target = Predictor(pipeline.unet)(noise(), 500, group.anchor[None])
-        loss = binding_losses(Predictor(pipeline.unet), noise(), 500, contexts(own.frame[[own.frame_row]], own, "framed"), target)
-        assert loss.item() == 0
+        loss = binding_losses(Predictor(pipeline.unet), noise(), 500, contexts(composite, [own], "framed"), target)
+        assert loss.shape == (1, 1) and loss.item() == 0
         tripled = load(folder, "unet")
         for layer in cross_attentions(tripled).values():
             layer.to_k.weight.mul_(3)
-        row = bound.states[[group.row]]
+        row = bound.states[[group.row]][None]
         values = {
             sem: [
-                binding_losses(Predictor(unet), noise(), 500, contexts(row, group, sem), target)
+                binding_losses(Predictor(unet), noise(), 500, contexts(row, [group], sem), target)
                 for unet in (pipeline.unet, tripled)
             ]
             for sem in ("alone", "framed")
         }
     assert torch.equal(*values["alone"]) and not torch.isclose(*values["framed"], rtol=1e-4)
-    assert contexts(torch.cat([row, row + 1]), group, "framed").shape == (2, 77, 32)
+    several = contexts(torch.cat([row, row + 1]).expand(2, 2, 32), bound.groups, "framed")  # candidate by candidate
+    assert several.shape == (4, 77, 32)
+    for k, (candidate, of) in enumerate([(row, 0), (row, 1), (row + 1, 0), (row + 1, 1)]):
+        expected = bound.groups[of].frame.clone()
+        expected[bound.groups[of].frame_row] = candidate.flatten()
+        assert torch.equal(several[k], expected)
 
 
 def central_differences(function, point: torch.Tensor, directions: list[torch.Tensor], step: float) -> list[float]:
@@ -331,12 +349,12 @@ def test_gradient_of_the_semantic_loss(pipeline, sem):
     group, predict = bound.groups[0], Predictor(pipeline.unet)
     with torch.no_grad():
         target = predict(noise(), 500, group.anchor[None])
-    losses = lambda rows: binding_losses(predict, noise(), 500, contexts(rows, group, sem), target)  # noqa: E731
+    losses = lambda rows: binding_losses(predict, noise(), 500, contexts(rows, [group], sem), target)  # noqa: E731
     row, settings = bound.states[group.row], replace(FULL, sem_rule="plain", sem_rate=1.0)
-    after, value = gradient_step(row, losses, group, predict, settings)
-    assert predict.backwards == 1 and value == losses(row[None]).item()
+    (after,), value = gradient_step(row[None], losses, [group], predict, settings)
+    assert predict.backwards == 1 and value.item() == losses(row[None, None]).item()
     directions = [torch.randn(32, generator=seeded(k)) for k in range(4)]
-    estimates = central_differences(lambda point: losses(point[None])[0].double(), row, directions, 1e-2)
+    estimates = central_differences(lambda point: losses(point[None, None]).double(), row, directions, 1e-2)
     # fp32 losses of about 1e-3 over 2e-2: their rounding, 1e-10, is 1e-8 of slope; the third derivative adds parts in a thousand
     assert np.allclose(estimates, [((row - after) @ u).item() for u in directions], rtol=2e-2, atol=1e-6)
     normalised = moved(row, row - after, replace(FULL, sem_rate=0.05))
@@ -349,30 +367,33 @@ def test_gradient_of_the_maps_loss(pipeline):
     settings = replace(FULL, map_rule="plain", map_rate=2.0, map_iterations=1, update_rows="composite", steps=3)
     make = scheduler_maker(pipeline, None, 3)
     layers = map_layers(pipeline.unet, noise())
-    painting, predict = Painting(bound, noise(), make), Predictor(pipeline.unet)
+    paintings, predict = Paintings([bound], noise(), make), Predictor(pipeline.unet)
     with torch.no_grad():
-        record = painting.refine_latents(0, 500, predict, settings, layers, make())
+        (record,) = paintings.refine_latents(0, 500, predict, settings, layers, make())
 
     def loss(latents, states):
         with attention_maps(layers, 1) as maps:
             pipeline.unet(latents, 500, encoder_hidden_states=states[None])
-        words = [word_map(torch.stack(maps).mean(0)[0], group.row, bound.end) for group in bound.groups]
-        return 2 * sum(entropy(word) for word in words) + pose_loss([word.view(8, 16) for word in words])
+        shares = (2 * torch.stack(maps).mean(0)[0, :, 1 : bound.end]).softmax(-1)
+        words = torch.stack([shares[:, group.row - 1] for group in bound.groups])
+        return 2 * entropy(words).sum() + pose_losses(words.view(-1, 8, 16), torch.tensor([0, 1])).sum()
 
     assert math.isclose(record["maps"][0]["loss"], loss(noise(), bound.states).item(), rel_tol=1e-5)
     directions = [torch.randn(1, 4, 8, 16, generator=seeded(k)) for k in range(3)]
     estimates = central_differences(lambda point: loss(point, bound.states), noise(), directions, 1e-3)
-    slopes = [((noise() - painting.latents) * u).sum().item() for u in directions]  # 0.5 times rate 2 is 1
+    slopes = [((noise() - paintings.latents) * u).sum().item() for u in directions]  # 0.5 times rate 2 is 1
     # the loss, about 20, rounds at 1e-6: 1e-3 of slope; minima and maxima that change places bend it
     assert np.allclose(estimates, slopes, rtol=5e-2, atol=5e-3) and max(map(abs, slopes)) > 0.02
     rows = [group.row for group in bound.groups]
-    changed = (painting.states != bound.states).any(1).nonzero().flatten().tolist()
+    changed = (paintings.states[0] != bound.states).any(1).nonzero().flatten().tolist()
     assert changed == sorted(rows)  # the composites and nothing else
     along = [torch.zeros_like(bound.states) for _ in rows]
     for u, row in zip(along, rows, strict=True):
         u[row] = torch.randn(32, generator=seeded(row))
     estimates = central_differences(lambda point: loss(noise(), point), bound.states, along, 1e-3)
-    assert np.allclose(estimates, [((bound.states - painting.states) * u).sum().item() / 2 for u in along], rtol=5e-2, atol=5e-3)
+    assert np.allclose(
+        estimates, [((bound.states - paintings.states[0]) * u).sum().item() / 2 for u in along], rtol=5e-2, atol=5e-3
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- pictures
@@ -444,15 +465,40 @@ def test_every_switch_changes_the_picture(pipeline, change):
     assert not torch.equal(latents_of(pipeline, replace(FULL, **change)), latents_of(pipeline, FULL))
 
 
+def shape_of(steps: list[dict]) -> list:
+    """Which updates there were in each step, without their values."""
+    return [
+        (
+            record["step"],
+            [len(values) for values in record.get("semantic", [])],
+            [len(m["entropy"]) for m in record.get("maps", [])],
+        )
+        for record in steps
+    ]
+
+
 def test_alone_or_in_a_batch(pipeline):
-    prompts = [TWO, "a [red dog*] and a [white cat*]"]
-    for settings in (PHRASE, FULL):
+    """Prompts of one to three groups."""
+    prompts = [TWO, "a [red dog*]", "a [red dog*] and a [white cat*] and a [blue bird*]"]
+    for settings in (PHRASE, FULL, replace(FULL, sem_steps=2, update_rows="composite")):
         how = dict(settings=replace(settings, **SHORT), seeds=[0, 1], **SIZE)
-        together, alone = draw_bound(pipeline, prompts, batch_size=4, **how), draw_bound(pipeline, prompts, **how)
+        together, alone = draw_bound(pipeline, prompts, batch_size=6, **how), draw_bound(pipeline, prompts, **how)
         for one, other in zip(together, alone, strict=True):
-            assert (one.prompt, one.seed) == (other.prompt, other.seed)
+            assert (one.prompt, one.seed, shape_of(one.steps)) == (other.prompt, other.seed, shape_of(other.steps))
             # other batch sizes round differently, and guidance of 5 amplifies that
             assert torch.allclose(one.latents, other.latents, atol=2e-3)
+
+
+def test_a_picture_with_narrow_maps_stops_while_others_go_on(pipeline, monkeypatch):
+    settings = replace(CONTROL, map_steps=2, map_iterations=6, map_rate=0.01, pose="off", **SHORT)
+    how = dict(settings=settings, seeds=[0, 1, 2], **SIZE)
+    first = [np.mean(picture.steps[0]["maps"][0]["entropy"]) for picture in draw_bound(pipeline, [TWO], **how)]
+    between = float(np.mean(sorted(first)[:2]))  # the narrowest maps' entropy is below it, the others' above
+    monkeypatch.setattr("zoodip.binding_drawing.THRESHOLDS", (math.log(128) - between,))
+    together, alone = draw_bound(pipeline, [TWO], batch_size=3, **how), draw_bound(pipeline, [TWO], **how)
+    assert len({len(picture.steps[0]["maps"]) for picture in together}) > 1
+    for one, other in zip(together, alone, strict=True):
+        assert shape_of(one.steps) == shape_of(other.steps) and torch.allclose(one.latents, other.latents, atol=2e-3)
 
 
 def test_seeds_of_each_prompt(pipeline):
@@ -564,22 +610,23 @@ def test_steps_without_backpropagation(pipeline):
     group, predict = bound.groups[0], Predictor(pipeline.unet)
     with torch.no_grad():
         target = predict(noise(), 500, group.anchor[None])
-    losses = lambda rows: binding_losses(predict, noise(), 500, contexts(rows, group, "framed"), target)  # noqa: E731
-    row, plain = bound.states[group.row], replace(FULL, sem_rule="plain", sem_rate=1.0)
-    gradient = row - gradient_step(row, losses, group, predict, plain)[0]
+    losses = lambda rows: binding_losses(predict, noise(), 500, contexts(rows, [group], "framed"), target)  # noqa: E731
+    row, plain = bound.states[[group.row]], replace(FULL, sem_rule="plain", sem_rate=1.0)
+    gradient = (row - gradient_step(row, losses, [group], predict, plain)[0])[0]
     directions = torch.linalg.qr(torch.randn(32, 4, generator=seeded())).Q.T
     with torch.no_grad():
-        projected, _ = coefficient_gradient(row, losses, directions, mu=1e-2)
-        assert torch.allclose(projected, directions.T @ (directions @ gradient), rtol=5e-2, atol=1e-6)  # as for gradient_step
+        padded = torch.cat([directions, torch.zeros(2, 32)])[:, None]  # another row may have more directions
+        projected, _ = coefficient_gradient(row, losses, padded, mu=1e-2)
+        assert torch.allclose(projected[0], directions.T @ (directions @ gradient), rtol=5e-2, atol=1e-6)  # as for gradient_step
         estimates = []
         for k in range(20):
-            after, value = estimated_step(row, losses, group, predict, plain, n=32, mu=1e-2, generator=seeded(k))
-            estimates.append(row - after)
-        assert value == pytest.approx(losses(row[None]).item(), rel=1e-4)
+            after, value = estimated_step(row, losses, [group], predict, plain, n=32, mu=1e-2, generator=seeded(k))
+            estimates.append((row - after)[0])
+        assert value.item() == pytest.approx(losses(row[None]).item(), rel=1e-4)
         # of 640 directions in 32 dimensions: an expected error of sqrt(33 / 640) = 23 % of the length, a cosine of .97
         assert torch.cosine_similarity(torch.stack(estimates).mean(0), gradient, dim=0) > 0.9
         predict.forwards = 0
-        coefficient_step(row, losses, group, predict, FULL)
+        coefficient_step(row, losses, [group], predict, FULL)
         states = torch.cat([group.within, group.anchor[group.anchor_row][None]])
         rank = int(torch.linalg.matrix_rank(states - row, rtol=1e-3))
         assert predict.forwards == 2 * rank and rank <= len(states) and predict.backwards == 1

@@ -85,30 +85,40 @@ def grid(cells: int, height: int, width: int) -> tuple[int, int]:
     return height // factor, width // factor
 
 
-def word_map(maps: torch.Tensor, column: int, end: int) -> torch.Tensor:
-    """How much each place attends to the word at `column`, relative to the other words 1 .. end - 1. [h w, L] -> [h w]."""
-    return (maps[:, 1:end] / 0.5).softmax(-1)[:, column - 1]
+def word_maps(maps: torch.Tensor, columns: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """How much each place attends to one word of its prompt, relative to the prompt's other words. [N, h w, L] -> [N, h w].
+
+    The words of prompt i are its columns 1 .. ends[i] - 1; columns[i] is the one to read.
+    """
+    places = torch.arange(maps.shape[2], device=maps.device)
+    words = (places >= 1) & (places < ends[:, None])  # [N, L]
+    shares = (maps / 0.5).masked_fill(~words[:, None], -torch.inf).softmax(-1)
+    return shares[torch.arange(len(maps), device=maps.device), :, columns]
 
 
 def scaled(values: torch.Tensor) -> torch.Tensor:
-    """`values` min-max scaled over all places; ones, with a gradient of 0, if all are equal or not numbers."""
-    low, high = values.min(), values.max()
-    return (values - low) / (high - low) if high > low else values.nan_to_num() * 0 + 1
+    """`values` [..., P] min-max scaled over their P places; ones, with a gradient of 0, if all are equal or not numbers."""
+    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    varied = high > low
+    # the branch that is not taken must be finite, too: its gradient is multiplied by 0
+    return torch.where(varied, (values - low) / torch.where(varied, high - low, 1.0), values.nan_to_num() * 0 + 1)
 
 
 def entropy(values: torch.Tensor) -> torch.Tensor:
-    """-sum p log(p + 1e-5) in nats, where p is `values` min-max scaled, divided by its sum: log of how many places it fills."""
-    share = scaled(values) / scaled(values).sum()
-    return -(share * (share + EPSILON).log()).sum()
+    """-sum p log(p + 1e-5) in nats, where p is `values` [..., P] min-max scaled, divided by its sum: log of how many places it
+    fills."""
+    share = scaled(values) / scaled(values).sum(-1, keepdim=True)
+    return -(share * (share + EPSILON).log()).sum(-1)
 
 
 def centroid(values: torch.Tensor) -> torch.Tensor:
-    """(x, y) in [0, 1] of a map [rows, columns], min-max scaled; for one place, its centre. (Self-guidance, arXiv 2306.00986.)"""
-    weights = scaled(values)
-    rows, columns = weights.shape
-    x = ((torch.arange(columns, device=weights.device) + 0.5) / columns * weights.sum(0)).sum()
-    y = ((torch.arange(rows, device=weights.device) + 0.5) / rows * weights.sum(1)).sum()
-    return torch.stack([x, y]) / weights.sum()
+    """(x, y) in [0, 1] of maps [..., rows, columns], min-max scaled; for one place, its centre. (Self-guidance, arXiv
+    2306.00986.)"""
+    weights = scaled(values.flatten(-2)).view(values.shape)
+    rows, columns = values.shape[-2:]
+    x = ((torch.arange(columns, device=weights.device) + 0.5) / columns * weights.sum(-2)).sum(-1)
+    y = ((torch.arange(rows, device=weights.device) + 0.5) / rows * weights.sum(-1)).sum(-1)
+    return torch.stack([x, y], dim=-1) / weights.sum((-2, -1))[..., None]
 
 
 # ------------------------------------------------------------------------------------------------------------------ bias

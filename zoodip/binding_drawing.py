@@ -12,10 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zoodip.attention import attention_maps, biased_attention, entropy, equal_intervals, grid, location_bias, map_layers, word_map
-from zoodip.binding_losses import THRESHOLDS, Predictor, binding_losses, contexts, gradient_step, pose_loss
+from zoodip.attention import (
+    attention_maps,
+    biased_attention,
+    entropy,
+    equal_intervals,
+    grid,
+    location_bias,
+    map_layers,
+    word_maps,
+)
+from zoodip.binding_losses import THRESHOLDS, Predictor, binding_losses, contexts, gradient_step, pose_losses
 from zoodip.binding_settings import METHODS, Settings, check_settings
-from zoodip.binding_states import BoundPrompt, Encoder, bind_prompt, substitute_end_tokens
+from zoodip.binding_states import BoundGroup, BoundPrompt, Encoder, bind_prompt, substitute_end_tokens
 from zoodip.errors import InputError
 from zoodip.marks import MarkedPrompt, parse_marks
 
@@ -38,68 +47,129 @@ class Picture:
     latents: Tensor  # [4, h, w], final
 
 
-class Painting:
-    """One picture in progress: latents, states, and the anchors' own trajectories."""
+@dataclass
+class Anchors:
+    """The k-th groups of all pictures that have as many, and the trajectories on which their phrases are drawn alone."""
 
-    def __init__(self, bound: BoundPrompt, latents: Tensor, new_scheduler: Callable[[], Any]):
-        self.bound, self.latents, self.states = bound, latents, bound.states
-        self.anchors = [(latents.clone(), new_scheduler()) for _ in bound.groups]
-        self.records: list[dict] = []
+    owners: list[int]  # pictures
+    groups: list[BoundGroup]
+    latents: Tensor  # [M, 4, h, w]
+    scheduler: Any
 
-    def improve_composites(self, timestep, null: Tensor, predict: Predictor, settings: Settings, step: Callable) -> dict:
+    @property
+    def rows(self) -> tuple[list[int], list[int]]:
+        """Where the groups' composites are in the states of all pictures."""
+        return self.owners, [group.row for group in self.groups]
+
+
+class Paintings:
+    """Pictures in progress: latents [N, 4, h, w], states [N, L, d], and the anchors' own trajectories.
+
+    Pictures are optimised together, but none affects another. The groups of a picture take turns, which needs less memory.
+    """
+
+    def __init__(self, bounds: Sequence[BoundPrompt], latents: Tensor, new_scheduler: Callable[[], Any]):
+        self.bounds, self.latents, self.states = bounds, latents, torch.stack([bound.states for bound in bounds])
+        self.records: list[list[dict]] = [[] for _ in bounds]
+        self.anchors = []
+        for k in range(max(len(bound.groups) for bound in bounds)):
+            owners = [i for i, bound in enumerate(bounds) if len(bound.groups) > k]
+            groups = [bounds[i].groups[k] for i in owners]
+            self.anchors.append(Anchors(owners, groups, latents[owners], new_scheduler()))
+
+    def substitute_end_tokens(self) -> None:
+        pairs = zip(self.states, self.bounds, strict=True)
+        self.states = torch.stack([substitute_end_tokens(states, bound.clean, bound.end) for states, bound in pairs])
+
+    def improve_composites(self, timestep, null: Tensor, predict: Predictor, settings: Settings, step: Callable) -> list[dict]:
         """L_sem: move each group's composite toward what its phrase alone predicts, on that phrase's own trajectory."""
-        states, record = self.states.clone(), []
-        for k, (group, (latents, scheduler)) in enumerate(zip(self.bound.groups, self.anchors, strict=True)):
-            scaled_latents = scheduler.scale_model_input(latents, timestep)
-            unguided, target = predict(scaled_latents.repeat(2, 1, 1, 1), timestep, torch.stack([null, group.anchor])).split(1)
+        states = self.states.clone()
+        found: list[list] = [[] for _ in self.bounds]
+        for own in self.anchors:
+            latents = own.scheduler.scale_model_input(own.latents, timestep)
+            alone = torch.stack([group.anchor for group in own.groups])
+            both = torch.cat([null.expand(len(alone), -1, -1), alone])
+            unguided, targets = predict(latents.repeat(2, 1, 1, 1), timestep, both).chunk(2)
 
-            def losses(rows: Tensor, group=group, latents=scaled_latents, target=target) -> Tensor:
-                return binding_losses(predict, latents, timestep, contexts(rows, group, settings.sem), target)
+            def losses(rows: Tensor, own=own, latents=latents, targets=targets) -> Tensor:
+                return binding_losses(predict, latents, timestep, contexts(rows, own.groups, settings.sem), targets)
 
-            values = []
+            rows, values = states[own.rows], [[] for _ in own.groups]
             for _ in range(settings.sem_iterations):
-                states[group.row], value = step(states[group.row], losses, group, predict, settings)
-                values.append(value)
+                rows, before = step(rows, losses, own.groups, predict, settings)
+                for each, value in zip(values, before.tolist(), strict=True):
+                    each.append(value)
+            states[own.rows] = rows
+            for i, each in zip(own.owners, values, strict=True):
+                found[i].append(each)
             sign = 1 if settings.anchor_guidance == "toward" else -1
-            noise = unguided + sign * settings.guidance * (target - unguided)
-            self.anchors[k] = (scheduler.step(noise, timestep, latents, return_dict=False)[0], scheduler)
-            record.append(values)
+            noise = unguided + sign * settings.guidance * (targets - unguided)
+            own.latents = own.scheduler.step(noise, timestep, own.latents, return_dict=False)[0]
         self.states = states
-        return dict(semantic=record)
+        return [dict(semantic=values) for values in found]
 
-    def refine_latents(self, i: int, timestep, predict: Predictor, settings: Settings, layers: list, scheduler) -> dict:
-        """L_ent and L_pose: move latents, and optionally states, toward attention maps that are narrow and in their places."""
-        rows, record = [group.row for group in self.bound.groups], []
-        pose = settings.pose == "on" or (settings.pose == "auto" and len(rows) == 2)
+    def refine_latents(self, i: int, timestep, predict: Predictor, settings: Settings, layers: list, scheduler) -> list[dict]:
+        """L_ent and L_pose: move latents, and optionally states, toward attention maps that are narrow and in their places.
+
+        A picture whose maps are narrow enough is left as it is, while the others go on.
+        """
+        going, found = list(range(len(self.bounds))), [[] for _ in self.bounds]
         for _ in range(settings.map_iterations):
+            bounds = [self.bounds[k] for k in going]
             with torch.enable_grad():
-                latents, states = self.latents.detach().requires_grad_(), self.states.detach().requires_grad_()
-                with attention_maps(layers, 1) as captured:
-                    predict(scheduler.scale_model_input(latents, timestep), timestep, states[None])
-                maps = torch.stack(captured).mean(0)[0]  # [h w, L]
-                entropies, loss = map_loss(maps, rows, self.bound.end, self.latents.shape[2:], pose)
-                to_latents, to_states = predict.gradients(loss, [latents, states])
-            self.latents = latents.detach() - latents_step(to_latents, i, settings)
+                latents, states = self.latents[going].requires_grad_(), self.states[going].requires_grad_()
+                with attention_maps(layers, len(going)) as captured:
+                    predict(scheduler.scale_model_input(latents, timestep), timestep, states)
+                maps = torch.stack(captured).mean(0)  # [pictures, h w, L]
+                entropies, losses = map_losses(maps, bounds, latents.shape[2:], settings.pose)
+                to_latents, to_states = predict.gradients(losses.sum(), [latents, states])
+            self.latents = self.latents.clone()
+            self.latents[going] -= latents_step(to_latents, i, settings)
             if settings.update_rows != "none":
-                chosen = rows if settings.update_rows == "composite" else list(range(len(states)))
-                self.states = states.detach().clone()
-                self.states[chosen] -= states_step(self.states, to_states, i, settings)[chosen]
-            record.append(dict(entropy=entropies.tolist(), loss=loss.item()))
-            limit = math.log(len(maps)) - THRESHOLDS[min(i, len(THRESHOLDS) - 1)]
-            stop_at = entropies.mean().item() if settings.threshold_on == "entropy" else loss.item() / (2 * len(rows))
-            if stop_at < limit:
+                change = states_step(states.detach(), to_states, i, settings)
+                if settings.update_rows == "composite":
+                    change = only_composites(change, bounds)
+                self.states = self.states.clone()
+                self.states[going] -= change
+            limit = math.log(maps.shape[1]) - THRESHOLDS[min(i, len(THRESHOLDS) - 1)]
+            wide = []
+            for k, own, loss in zip(going, entropies, losses.tolist(), strict=True):
+                found[k].append(dict(entropy=own.tolist(), loss=loss))
+                if (own.mean().item() if settings.threshold_on == "entropy" else loss / (2 * len(own))) >= limit:
+                    wide.append(k)
+            if not wide:
                 break
-        return dict(maps=record)
+            going = wide
+        return [dict(maps=record) for record in found]
 
 
-def map_loss(maps: Tensor, rows: list[int], end: int, size: Sequence[int], pose: bool) -> tuple[Tensor, Tensor]:
-    """(entropies [K] of the maps of the words at `rows`, L_ent plus, with `pose`, L_pose). `maps` [h w, L], latents of `size`."""
-    words = [word_map(maps, row, end) for row in rows]
-    entropies = torch.stack([entropy(word) for word in words])
-    loss = 2 * entropies.sum()
-    if pose:
-        loss = loss + pose_loss([word.view(grid(len(word), *size)) for word in words])
-    return entropies, loss
+def only_composites(change: Tensor, bounds: Sequence[BoundPrompt]) -> Tensor:
+    """`change` [N, L, d] at the rows of the composites, and zero elsewhere."""
+    kept = torch.zeros_like(change)
+    for k, bound in enumerate(bounds):
+        rows = [group.row for group in bound.groups]
+        kept[k, rows] = change[k, rows]
+    return kept
+
+
+def map_losses(maps: Tensor, bounds: Sequence[BoundPrompt], size: Sequence[int], pose: str) -> tuple[Sequence[Tensor], Tensor]:
+    """(entropies of the maps of each picture's groups, L_ent plus, depending on `pose`, L_pose of each picture [N]).
+
+    maps: [N, h w, L], of latents of `size`.
+    """
+    owners = [k for k, bound in enumerate(bounds) for _ in bound.groups]
+    groups = [(side, group, bound) for bound in bounds for side, group in enumerate(bound.groups)]
+    columns, ends = (torch.tensor(each, device=maps.device) for each in zip(*((g.row, b.end) for _, g, b in groups), strict=True))
+    words = word_maps(maps[owners], columns, ends)  # [groups, h w]
+    entropies = entropy(words)
+    losses = 2 * entropies
+    posed = [j for j, (_, _, bound) in enumerate(groups) if pose == "on" or (pose == "auto" and len(bound.groups) == 2)]
+    if posed:
+        sides = torch.tensor([groups[j][0] for j in posed], device=maps.device)
+        squares = words[posed].view(-1, *grid(words.shape[1], *size))
+        losses = losses.index_add(0, torch.tensor(posed, device=maps.device), pose_losses(squares, sides))
+    of_pictures = losses.new_zeros(len(bounds)).index_add(0, torch.tensor(owners, device=maps.device), losses)
+    return entropies.split([len(bound.groups) for bound in bounds]), of_pictures
 
 
 def falling_rate(i: int, settings: Settings) -> float:
@@ -108,17 +178,17 @@ def falling_rate(i: int, settings: Settings) -> float:
 
 
 def latents_step(gradient: Tensor, i: int, settings: Settings) -> Tensor:
-    """What the map loss subtracts from the latents: a step of given rms, or the published gradient step."""
+    """What the map losses subtract from latents [N, 4, h, w]: a step of given rms, or the published gradient step."""
     if settings.map_rule == "plain":
         return 0.5 * falling_rate(i, settings) * gradient
-    return settings.map_rate * gradient / gradient.square().mean().sqrt().clamp_min(1e-12)
+    return settings.map_rate * gradient / gradient.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
 
 
 def states_step(states: Tensor, gradients: Tensor, i: int, settings: Settings) -> Tensor:
-    """What the map loss subtracts from the states [L, d]: a share of each row's length, or the published gradient step."""
+    """What the map losses subtract from states [N, L, d]: a share of each row's length, or the published gradient step."""
     if settings.map_rule == "plain":
         return falling_rate(i, settings) * gradients
-    lengths, slopes = (rows.norm(dim=1, keepdim=True) for rows in (states, gradients))
+    lengths, slopes = (rows.norm(dim=-1, keepdim=True) for rows in (states, gradients))
     return settings.sem_rate * lengths * gradients / slopes.clamp_min(1e-12)
 
 
@@ -137,7 +207,7 @@ def draw_bound(
     intervals: Sequence[tuple[float, float]] | None = None,
     scheduler=None,
     batch_size: int = 1,
-    semantic_step: Callable[..., tuple[Tensor, float]] = gradient_step,
+    semantic_step: Callable[..., tuple[Tensor, Tensor]] = gradient_step,
 ) -> list[Picture]:
     """A picture of every prompt for each seed, ordered by prompt.
 
@@ -192,44 +262,37 @@ def draw_batch(
 ) -> list[Picture]:  # fmt: skip
     """Pictures of (prompt, seed) pairs, with latents of `size`, denoised together."""
     started, predict, scheduler = time.perf_counter(), Predictor(pipeline.unet), new_scheduler()
-    paintings = []
-    for bound, seed in batch:
-        noise = torch.randn(
-            (1, pipeline.unet.config.in_channels, *size), generator=torch.Generator().manual_seed(seed), dtype=null.dtype
-        )
-        paintings.append(Painting(bound, noise.to(null.device) * scheduler.init_noise_sigma, new_scheduler))
+    bounds, shape = [bound for bound, _ in batch], (1, pipeline.unet.config.in_channels, *size)
+    noises = [torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=null.dtype) for _, seed in batch]
+    paintings = Paintings(bounds, torch.cat(noises).to(null.device) * scheduler.init_noise_sigma, new_scheduler)
     paint(paintings, null, predict, settings, scheduler, intervals, semantic_step)
-    latents = torch.cat([painting.latents for painting in paintings])
-    images = decode(pipeline, latents)
+    images = decode(pipeline, paintings.latents)
     seconds = (time.perf_counter() - started) / len(batch)
     forwards, backwards = predict.forwards // len(batch), predict.backwards // len(batch)
     return [
-        Picture(image, bound.marked, seed, forwards, backwards, seconds, painting.records, last)
-        for (bound, seed), painting, image, last in zip(batch, paintings, images, latents, strict=True)
+        Picture(image, bound.marked, seed, forwards, backwards, seconds, record, last)
+        for (bound, seed), record, image, last in zip(batch, paintings.records, images, paintings.latents, strict=True)
     ]
 
 
 def paint(
-    paintings: list[Painting], null: Tensor, predict: Predictor, settings: Settings, scheduler, intervals, semantic_step
+    paintings: Paintings, null: Tensor, predict: Predictor, settings: Settings, scheduler, intervals, semantic_step
 ) -> None:
-    """All denoising steps of a batch. Optimisation goes picture by picture; only the guided forward is shared."""
-    layers = map_layers(predict.unet, paintings[0].latents, settings.map_cells or None) if settings.map_steps else []
-    bias_of = bias_of_batch([painting.bound for painting in paintings], paintings[0].latents.shape[2:], settings, intervals)
-    nulls = null.expand(len(paintings), -1, -1)
+    """All denoising steps of a batch."""
+    layers = map_layers(predict.unet, paintings.latents[:1], settings.map_cells or None) if settings.map_steps else []
+    bias_of = bias_of_batch(paintings.bounds, paintings.latents.shape[2:], settings, intervals)
+    nulls = null.expand(len(paintings.bounds), -1, -1)
     for i, timestep in enumerate(scheduler.timesteps):
-        old = torch.cat([painting.latents for painting in paintings])
-        for painting in paintings:
-            bound, record = painting.bound, {}
-            if i == settings.ets_step:
-                painting.states = substitute_end_tokens(painting.states, bound.clean, bound.end)
-            if i < settings.sem_steps:
-                record |= painting.improve_composites(timestep, null, predict, settings, semantic_step)
-            if i < settings.map_steps:
-                record |= painting.refine_latents(i, timestep, predict, settings, layers, scheduler)
-            if record:
-                painting.records.append(dict(step=i, **record))
-        latents = torch.cat([painting.latents for painting in paintings])
-        states = torch.stack([painting.states for painting in paintings])
+        old, found = paintings.latents, []
+        if i == settings.ets_step:
+            paintings.substitute_end_tokens()
+        if i < settings.sem_steps:
+            found.append(paintings.improve_composites(timestep, null, predict, settings, semantic_step))
+        if i < settings.map_steps:
+            found.append(paintings.refine_latents(i, timestep, predict, settings, layers, scheduler))
+        for history, *parts in zip(paintings.records, *found, strict=True) if found else ():
+            history.append(dict(step=i) | {name: value for part in parts for name, value in part.items()})
+        latents, states = paintings.latents, paintings.states
         with biased_attention(predict.unet, bias_of):
             if settings.guidance > 1:
                 both = scheduler.scale_model_input(torch.cat([latents] * 2), timestep)
@@ -238,12 +301,11 @@ def paint(
             else:
                 noise = predict(scheduler.scale_model_input(latents, timestep), timestep, states)
         start = latents if settings.step_from == "refined" else old
-        for painting, after in zip(paintings, scheduler.step(noise, timestep, start, return_dict=False)[0].split(1), strict=True):
-            painting.latents = after
+        paintings.latents = scheduler.step(noise, timestep, start, return_dict=False)[0]
 
 
 def bias_of_batch(
-    bounds: list[BoundPrompt], size: Sequence[int], settings: Settings, intervals
+    bounds: Sequence[BoundPrompt], size: Sequence[int], settings: Settings, intervals
 ) -> Callable[[int], Tensor] | None:
     """The function cells -> [N, cells, L] that `biased_attention` takes; None if nothing is biased."""
     if settings.bias == 0 and not any(bound.erased for bound in bounds):

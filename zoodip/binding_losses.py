@@ -17,7 +17,7 @@ POSE_TARGETS = ((10 / 32, 16 / 32), (25 / 32, 16 / 32))
 
 
 class Predictor:
-    """A UNet's noise prediction, counting the samples that pass through it and the backward passes."""
+    """A UNet's noise prediction, counting the samples that pass through it, forward and backward."""
 
     def __init__(self, unet):
         self.unet, self.forwards, self.backwards = unet, 0, 0
@@ -28,49 +28,64 @@ class Predictor:
         return self.unet(latents, timestep, encoder_hidden_states=states, return_dict=False)[0]
 
     def gradients(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-        """d loss / d inputs, with the loss scaled up in the backward pass for fp16, where gradients would underflow."""
-        self.backwards += 1
+        """d loss / d inputs, with the loss scaled up in the backward pass for fp16, where gradients would underflow.
+
+        Inputs hold one row per sample, and each sample's loss depends on its own row alone.
+        """
+        self.backwards += len(inputs[0])
         scale = 1024.0 if inputs[0].dtype == torch.float16 else 1.0
         return [gradient / scale for gradient in torch.autograd.grad(scale * loss, inputs)]
 
 
-def contexts(rows: Tensor, group: BoundGroup, sem: str) -> Tensor:
-    """Candidate composites [C, d] as the UNet's context: alone [C, 1, d], as published, or within the noun's frame [C, L, d]."""
+def contexts(rows: Tensor, groups: Sequence[BoundGroup], sem: str) -> Tensor:
+    """C candidate composites for each of M groups [C, M, d] as the UNet's contexts.
+
+    Alone [C M, 1, d], as published, or within the frame of the group's noun [C M, L, d].
+    """
+    own = rows.flatten(0, 1)
     if sem == "alone":
-        return rows[:, None]
-    before, after = (
-        part.expand(len(rows), -1, -1) for part in (group.frame[: group.frame_row], group.frame[group.frame_row + 1 :])
-    )
-    return torch.cat([before, rows[:, None], after], dim=1)
+        return own[:, None]
+    frames = torch.stack([group.frame for group in groups]).repeat(len(rows), 1, 1)
+    frames[torch.arange(len(own)), [group.frame_row for group in groups] * len(rows)] = own
+    return frames
 
 
-def binding_losses(predict: Predictor, latents: Tensor, timestep, states: Tensor, target: Tensor) -> Tensor:
-    """L_sem of C contexts [C, L, d]: mean squared distance of their predictions from the anchor's [1, 4, h, w] -> [C]."""
-    predictions = predict(latents.expand(len(states), -1, -1, -1), timestep, states)
-    return (predictions - target).float().square().flatten(1).mean(1)
+def binding_losses(predict: Predictor, latents: Tensor, timestep, states: Tensor, targets: Tensor) -> Tensor:
+    """L_sem of the contexts [C M, L, d] of M groups -> [C, M].
+
+    The mean squared distance of the predictions from those of the groups' anchors, both for `latents` [M, 4, h, w].
+    """
+    count = len(states) // len(latents)
+    predictions = predict(latents.repeat(count, 1, 1, 1), timestep, states)
+    return (predictions - targets.repeat(count, 1, 1, 1)).float().square().flatten(1).mean(1).view(count, -1)
 
 
-Losses = Callable[[Tensor], Tensor]  # candidate composites [C, d] -> their L_sem [C]
+Losses = Callable[[Tensor], Tensor]  # candidate composites [C, M, d] of M groups -> their L_sem [C, M]
 
 
-def moved(row: Tensor, gradient: Tensor, settings: Settings) -> Tensor:
-    """A row [d] after one step down its gradient."""
+def moved(rows: Tensor, gradients: Tensor, settings: Settings) -> Tensor:
+    """Rows [..., d] after one step down their gradients."""
     if settings.sem_rule == "plain":
-        return row - settings.sem_rate * gradient
-    return row - settings.sem_rate * row.norm() * gradient / gradient.norm().clamp_min(1e-12)
+        return rows - settings.sem_rate * gradients
+    lengths, slopes = (each.norm(dim=-1, keepdim=True) for each in (rows, gradients))
+    return rows - settings.sem_rate * lengths * gradients / slopes.clamp_min(1e-12)
 
 
-def gradient_step(row: Tensor, losses: Losses, group: BoundGroup, predict: Predictor, settings: Settings) -> tuple[Tensor, float]:
-    """(the composite [d] after one step by backpropagation, its L_sem before the step)."""
+def gradient_step(
+    rows: Tensor, losses: Losses, groups: Sequence[BoundGroup], predict: Predictor, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """(the composites [M, d] after one step by backpropagation, their L_sem [M] before the step)."""
     with torch.enable_grad():
-        row = row.detach().requires_grad_()
-        (loss,) = losses(row[None])
-        (gradient,) = predict.gradients(loss, [row])
-    return moved(row.detach(), gradient, settings), loss.item()
+        rows = rows.detach().requires_grad_()
+        (before,) = losses(rows[None])
+        (gradients,) = predict.gradients(before.sum(), [rows])
+    return moved(rows.detach(), gradients, settings), before.detach()
 
 
-def pose_loss(maps: Sequence[Tensor]) -> Tensor:
-    """L_pose of two groups' maps [rows, columns]: squared distances of their centroids from targets left and right, in 32nds."""
-    targets = torch.tensor(POSE_TARGETS, device=maps[0].device)
-    return sum((0.2 * (32 * (centroid(each) - target)).square().mean() for each, target in zip(maps, targets, strict=True)),
-               start=torch.zeros((), device=maps[0].device))  # fmt: skip
+def pose_losses(maps: Tensor, sides: Tensor) -> Tensor:
+    """L_pose of each map [N, rows, columns] -> [N]: squared distance of its centroid from its side's target, in 32nds.
+
+    sides: int64 [N], 0 for the left group, 1 for the right one.
+    """
+    targets = torch.tensor(POSE_TARGETS, device=maps.device)[sides]
+    return 0.2 * (32 * (centroid(maps) - targets)).square().mean(-1)
