@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -46,7 +46,7 @@ from zoodip.files import write_image, write_json
 from zoodip.folder import model_digest
 from zoodip.model import SCHEDULERS, build_scheduler, load_pipeline
 from zoodip.pictures import picture_sheet
-from zoodip.records import environment, git_commit, hardware, plain_arguments
+from zoodip.records import ROOT, environment, git_commit, hardware, plain_arguments
 
 Tokens = dict[str, str]  # {breed: file of its token}
 SEEDS_APART = 1000  # between prompts; the development prompts' first noises were seeds 0 and 1
@@ -267,15 +267,33 @@ def print_plan(args: argparse.Namespace, jobs: Sequence[Job], learners: tuple[ru
 # ------------------------------------------------------------------------------------------------------------------ records
 
 
-def read_pictures(jobs: Iterable[Job], output: Path) -> list[dict]:
-    """What is read off each drawn picture: one record per picture."""
+def read_job(job: Job, output: Path, judges: str) -> None:
+    """Write what is read off the halves of each of a job's pictures. `judges`: digest of the judges' weights."""
     counter, _ = load_counter(output)
+    write_json(readings(job, output, judges), [read_halves(image, counter) for image in images_of(job, output)])
+
+
+def readings(job: Job, output: Path, judges: str) -> Path:
+    return output / "readings" / f"{job.stem()}-{judges}.json"
+
+
+def read_pictures(jobs: Sequence[Job], output: Path, count: int) -> list[dict]:
+    """What is read off each drawn picture: one record per picture. Those not read yet are read in `count` processes."""
+    weights = (output / "counter.safetensors", ROOT / "miniature" / "classifier" / "model.safetensors")
+    judges = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()[:12]
+    (output / "readings").mkdir(exist_ok=True)
+    drawn = [job for job in jobs if job.done(output)]
+    waiting = [job for job in drawn if not readings(job, output, judges).exists()]
+    reading = workers.in_processes(partial(read_job, output=output, judges=judges), waiting, count, threads=1)
+    for _ in tqdm(reading, total=len(waiting), desc="judging", leave=False):
+        pass
     found = []
-    for job in tqdm([job for job in jobs if job.done(output)], desc="judging", leave=False):
+    for job in drawn:
         cost = json.loads((output / "pictures" / f"{job.stem()}.json").read_text())
-        for (task, seed), image in zip(job.pictures(), images_of(job, output), strict=True):
+        of_each = json.loads(readings(job, output, judges).read_text())
+        for (task, seed), halves in zip(job.pictures(), of_each, strict=True):
             about = dict(set=job.set_name, quantization=job.quantization, row=job.row, prompt=task.prompt, seed=seed)
-            found.append(dict(about, **cost, halves=read_halves(image, counter)))
+            found.append(dict(about, **cost, halves=halves))
     return found
 
 
@@ -379,7 +397,7 @@ def main(args: argparse.Namespace) -> None:
         arguments=plain_arguments(vars(args)), **environment(), counter=load_counter(output)[1],
         costs=once(output, "costs", of_costs, lambda: measure_costs(args)),
         steps=once(output, "steps", of_steps, lambda: compare_steps(pipeline_of("none", (), "cpu"), prompts, **how)),
-        pictures=read_pictures(jobs, output),
+        pictures=read_pictures(jobs, output, args.jobs),
     )  # fmt: skip
     write_records(report / "records.json.xz", records)
     write_sheets(jobs, output, report)
