@@ -204,12 +204,12 @@ def introduction(records: dict) -> str:
     right = ", ".join(f"{100 * share:.0f} % of those with {count}" for count, share in counter["right"].items())
     drawn = ", ".join(f"{good} of {of} with {count}" for count, (good, of) in counter["drawn"].items())
     judged = ", ".join(f"{name} {100 * share:.0f} %" for name, share in counter["classifier"].items())
-    seeds: dict[str, set[int]] = {}
+    seeds: dict[tuple[str, str], set[int]] = {}
     for picture in records["pictures"]:
-        seeds.setdefault(picture["prompt"], set()).add(picture["seed"])
-    noises = {frozenset(of) for of in seeds.values()}
-    each = "prompt" if len(noises) == len(seeds) else "few prompts"
-    of_prompts = "the same for every prompt" if len(noises) == 1 else f"other ones for every {each}"
+        seeds.setdefault((picture["set"], picture["prompt"]), set()).add(picture["seed"])
+    noises = {(set_name, frozenset(own)) for (set_name, _), own in seeds.items()}
+    each = "prompt of a set" if len(noises) == len(seeds) else "few prompts"
+    of_prompts = "the same for every prompt" if len({own for _, own in noises}) == 1 else f"other ones for every {each}"
     commits, devices = (
         ", ".join(sorted({picture.get(name) or records[name] for picture in records["pictures"]}))
         for name in ("commit", "device")
