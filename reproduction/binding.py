@@ -163,7 +163,9 @@ def draw(job: Job, tokens: Tokens, device: str) -> tuple[list[Image.Image], dict
 
 
 def draw_job(job: Job, output: Path, tokens: Tokens, device: str) -> None:
-    """Write STEM.png, the pictures one below the other, then STEM.json, which says that they are done."""
+    """Write STEM.png, the pictures one below the other, then STEM.json, which says that they are done; remove old readings."""
+    for old in (output / "readings").glob(f"{job.stem()}-*"):
+        old.unlink()
     images, cost = draw(job, tokens, device)
     column = Image.new("RGB", (images[0].width, SIDE * len(images)))
     for k, image in enumerate(images):
@@ -214,21 +216,21 @@ def measure_costs(args: argparse.Namespace) -> dict:
 
 
 def once(output: Path, name: str, depends_on: dict, make: Callable[[], dict]) -> dict:
-    """What `make` returns, kept in a file whose name has a digest of what it depends on, with its commit."""
+    """What `make` returns, kept in a file whose name has a digest of what it depends on, with its device and commit."""
     path = output / f"{name}-{runs.digest(depends_on)}.json"
     if not path.exists():
-        write_json(path, make() | dict(commit=git_commit()))
+        write_json(path, make() | dict(device=hardware(), commit=git_commit()))
     return json.loads(path.read_text())
 
 
 def seconds_of_passes() -> tuple[float, float]:
-    """Seconds, now and here, per sample of a forward in a batch of 16, and of one forward and backward."""
+    """Seconds on a CPU, now and here, per sample of a forward, and of a forward and backward, in batches."""
     torch.set_num_threads(1)
     unet = pipeline_of("none", (), "cpu").unet
     latents = torch.randn(16, 4, 16, 32, generator=torch.Generator().manual_seed(0))
     states = torch.zeros(16, 32, unet.config.cross_attention_dim)
     taken = []
-    for count, gradient in ((16, False), (16, False), (1, True)):  # the first warms up
+    for count, gradient in ((16, False), (16, False), (8, True)):  # the first warms up
         started = time.perf_counter()
         with torch.set_grad_enabled(gradient):
             wanted = latents[:count].clone().requires_grad_(gradient)
@@ -236,7 +238,7 @@ def seconds_of_passes() -> tuple[float, float]:
             if gradient:
                 torch.autograd.grad(noise.square().mean(), wanted)
         taken.append(time.perf_counter() - started)
-    return taken[1] / 16, taken[2]
+    return taken[1] / 16, taken[2] / 8
 
 
 def print_plan(args: argparse.Namespace, jobs: Sequence[Job], learners: tuple[runs.Settings, dict[str, runs.Job]]) -> None:
@@ -260,7 +262,7 @@ def print_plan(args: argparse.Namespace, jobs: Sequence[Job], learners: tuple[ru
     tokens = sum(plans.estimated_seconds(job, settings) for job in learning.values() if not job.done(settings)) / 3600
     total = tokens + sum(entry[2] for entry in hours.values())
     pictures = sum(int(entry[0]) for entry in hours.values())
-    print(f"tokens: {tokens:.2f} hours; in all {pictures} pictures, {total:.1f} hours of one process at this moment's speed, "
+    print(f"tokens: {tokens:.2f} hours; in all {pictures} pictures, {total:.1f} hours of one CPU process at this moment's speed, "
           f"{total / args.jobs:.1f} with --jobs {args.jobs} if there is room for them")  # fmt: skip
 
 

@@ -238,7 +238,9 @@ def score(task: Task, halves: Sequence[dict]) -> dict[str, float]:
             for k, each in enumerate(asked) if each]  # fmt: skip
     if logs:  # the judge has one label per creature, so each accessory is compared between the halves; a tie counts half
         own, other = np.array(logs).T
-        scores |= dict(owner=np.mean((own > other) + 0.5 * (own == other)), margin=np.mean(np.exp(own) - np.exp(other)))
+        worn = [[halves[side]["accessory"] == each for side in (k, 1 - k)] for k, each in enumerate(asked) if each]
+        scores |= dict(owner=np.mean((own > other) + 0.5 * (own == other)), margin=np.mean(np.exp(own) - np.exp(other)),
+                       alone=np.mean([on_own and not on_other for on_own, on_other in worn]))  # fmt: skip
     first = task.creatures[0]
     if first.looks:
         scores["looks"] = np.mean([halves[0][name] == value for name, value in first.looks])
@@ -252,5 +254,5 @@ def score(task: Task, halves: Sequence[dict]) -> dict[str, float]:
                    empty=np.mean([count == 0 for count in counts]), one_each=counts == [1] * len(counts),
                    several=np.mean([count == 2 for count in counts]))  # fmt: skip
     if "right" in scores:
-        scores["right_one_each"] = scores["right"] and scores["one_each"]
+        scores |= dict(right_one_each=scores["right"] and scores["one_each"], empty_left=counts[0] == 0)
     return {name: float(value) for name, value in scores.items()}

@@ -22,12 +22,13 @@ LEGEND = """Per cent; mean ± half width of a 95 % interval over prompts (S2, S4
 pictures. Differences are paired by prompt or breed. **right**: the two halves are read as the two colours, in either order;
 **in_order**: the same, from left to right; **first**, **second**: that colour is read in at least one half; **leak**: both
 halves are read as one colour; **owner**: an accessory is more likely on its own half than on the other (a tie counts
-half), **margin**: by how much; **looks**: the attributes of the breed on its half (S2, S4) or of the description (S5);
-**other**: the other creature's colour on its half; **pattern_leak**: the other creature has the breed's pattern (for breeds that
-have one); **scene**: the scene is read in every half; **uninvited**: halves with an accessory that nobody asked for; **empty**,
-**several**: halves without a creature, with two; **one_each**: one creature in every half; **right_one_each**: **right** and
-**one_each**. Passes: samples through the UNet per picture. The second table of a set shows what a method may harm. The rows C to
-F are without the pose loss, as in the ToMe paper: compare them with "full without pose"."""
+half), **margin**: by how much, **alone**: it is read on its own half and not on the other; **looks**: the attributes of the
+breed on its half (S2, S4) or of the description (S5); **other**: the other creature's colour on its half; **pattern_leak**: the
+other creature has the breed's pattern (for breeds that have one); **scene**: the scene is read in every half; **uninvited**:
+halves with an accessory that nobody asked for; **empty**, **several**: halves without a creature, with two; **empty_left**: left
+halves without; **one_each**: one creature in every half; **right_one_each**: **right** and **one_each**. Passes: samples through
+the UNet per picture. The second table of a set shows what a method may harm. The rows C to F are without the pose loss, as in the
+ToMe paper: compare them with "full without pose"."""
 HARMED = ("right_one_each", "one_each", "several", "empty", "uninvited", "scene")
 FEWEST = 12  # values that decide an aim; a few equal ones would have an interval of width 0
 AIM_HEADER = ["aim", "weights", "figure", "reached"]
@@ -159,8 +160,8 @@ def aims(found: dict[tuple[str, str], Table], costs: dict) -> list[list[str]]:
             values = made.difference(row, other, main) if other else list(made.means(row, main).values())
             said = above_control(values) if other == "control" else verdict(values, bound)
             if name == "S5":
-                alike, pictures = made.alike(row, str(other))
-                said += f"; one group has no other to be kept apart from: {alike} of {pictures} pictures are read alike"
+                alike, of = made.alike(row, str(other))
+                said += f"; a phrase that begins the prompt stays as it is: {alike} of {of} pictures are read alike"
             lines.append([text, quantization, interval(values, "+" if other else ""), said])
     if ratio := cost_ratios(costs).get("phrase"):
         mean, half = mean_interval(ratio)
@@ -201,6 +202,7 @@ def cost_lines(costs: dict) -> list[list[str]]:
 
 def introduction(records: dict) -> str:
     arguments, counter = records["arguments"], records["counter"]
+    measured = {name: records["costs"].get(name, records[name]) for name in ("device", "commit")}
     right = ", ".join(f"{100 * share:.0f} % of those with {count}" for count, share in counter["right"].items())
     drawn = ", ".join(f"{good} of {of} with {count}" for count, (good, of) in counter["drawn"].items())
     judged = ", ".join(f"{name} {100 * share:.0f} %" for name, share in counter["classifier"].items())
@@ -219,7 +221,8 @@ def introduction(records: dict) -> str:
 {arguments["steps"]} steps of {arguments["scheduler"].upper()}, guidance {arguments["guidance"]:g}, 64 pixels per creature,
 {len(arguments["seeds"])} first noises per prompt, {of_prompts}, the same in every row; tables with every row use only the first.
 The breeds' tokens were learned in 4 bits.
-Pictures: {devices}, commit {commits}; read, and costs measured: {records["device"]}, commit {records["commit"]}.
+Pictures: {devices}, commit {commits}; read at commit {records["commit"]}.
+Costs: {measured["device"]}, commit {measured["commit"]}.
 
 The judges: the creature counter is right on {right} ({counter["fresh"]} halves of unseen renders, passed through the
 VAE). On halves of drawn pictures that were counted by eye it is right on {drawn}: its columns may be off by as much.

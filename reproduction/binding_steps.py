@@ -30,11 +30,13 @@ SEED = 14  # of first noises and directions
 def coefficient_gradient(rows: Tensor, losses: Losses, directions: Tensor, mu: float = 0.1) -> tuple[Tensor, Tensor]:
     """(projections of the gradients [M, d], mean losses [M]) by central differences: 2 m forwards for each of M rows [M, d].
 
-    directions: [m, M, d], orthonormal for each row. Zeros stand for directions that a row has not, and contribute nothing.
+    directions: [m, M, d], orthonormal for each row. Zeros stand for directions that a row lacks; they cost forwards but
+    contribute nothing.
     """
-    values = losses(torch.cat([rows + mu * directions, rows - mu * directions]))  # [2 m, M]
-    plus, minus = values.chunk(2)
-    return (((plus - minus) / (2 * mu))[..., None] * directions).sum(0), values.mean(0)
+    plus, minus = losses(torch.cat([rows + mu * directions, rows - mu * directions])).chunk(2)  # [m, M] each
+    real = directions.any(2)
+    means = ((plus + minus) / 2 * real).sum(0) / real.sum(0)
+    return (((plus - minus) / (2 * mu))[..., None] * directions).sum(0), means
 
 
 def coefficient_step(

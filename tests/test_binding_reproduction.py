@@ -185,9 +185,12 @@ def test_scores_by_hand():
     leaked = score(task, halves("red", "red", accessory=("red hat", "nothing"), count=(2, 0)))
     assert leaked["right"] == 0 and leaked["leak"] == 1 and (leaked["first"], leaked["second"]) == (1, 0)
     assert (leaked["uninvited"], leaked["several"], leaked["empty"], leaked["one_each"]) == (0.5, 0.5, 0.5, 0)
+    assert leaked["empty_left"] == 0 and score(task, halves("red", "red", count=(0, 1)))["empty_left"] == 1
     worn = Task("", (Wanted("red"), Wanted("blue", "red hat")), "beach")
     scores = score(worn, halves("red", "blue", accessory=("red hat", "nothing"), chances=(0.75, 0.5)))
     assert scores["owner"] == 0 and scores["margin"] == pytest.approx(-0.25) and scores["uninvited"] == scores["scene"] == 0
+    both, own = (score(worn, halves("red", "blue", accessory=(other, "red hat"))) for other in ("red hat", "nothing"))
+    assert (scores["alone"], both["alone"], own["alone"]) == (0, 0, 1)
     assert score(worn, halves("red", "blue", chances=(1e-6, 2e-6)))["owner"] == 1  # small on both, and still more likely on one
     assert score(worn, halves("red", "blue"))["owner"] == 0.5  # a tie
     looks = (("colour", "red"), ("pattern", "spotted"), ("ears", "long"), ("shape", "tall"))

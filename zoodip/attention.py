@@ -98,10 +98,11 @@ def word_maps(maps: torch.Tensor, columns: torch.Tensor, ends: torch.Tensor) -> 
 
 def scaled(values: torch.Tensor) -> torch.Tensor:
     """`values` [..., P] min-max scaled over their P places; ones, with a gradient of 0, if all are equal or not numbers."""
+    values = values.nan_to_num()
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     varied = high > low
     # the branch that is not taken must be finite, too: its gradient is multiplied by 0
-    return torch.where(varied, (values - low) / torch.where(varied, high - low, 1.0), values.nan_to_num() * 0 + 1)
+    return torch.where(varied, (values - low) / torch.where(varied, high - low, 1.0), values * 0 + 1)
 
 
 def entropy(values: torch.Tensor) -> torch.Tensor:

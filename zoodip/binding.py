@@ -5,8 +5,8 @@
         --width 128 --height 64 --seeds 0 1 --output results/binding
 
 `phrase` is our own and needs forward passes only. `merge` and `full` are token merging, ToMe (Hu et al., NeurIPS 2024, arXiv
-2411.07132), made for SDXL and adapted here; `published` follows its code as it stands, and `control` uses its losses without
-merging. docs/binding.md describes each method and what has been measured. (Unrelated: ToMe by Bolya et al., for speed.)
+2411.07132), made for SDXL and adapted here; `published` follows its code as it stands, and `control` uses only its losses on
+the latents. docs/binding.md describes each method and what has been measured. (Unrelated: ToMe by Bolya et al., for speed.)
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--width", type=int, default=None, help="width of the picture in pixels; default: the model's own")
     add("--height", type=int, default=None, help="height of the picture in pixels; default: the model's own")
     add("--seeds", type=int, nargs="+", default=[0], help="one picture of every prompt is drawn for each seed")
-    add("--batch_size", type=int, default=1, help="pictures drawn at once; changes only rounding")
+    add("--batch_size", type=int, default=1, help="pictures drawn at once; changes rounding and memory")
     add("--output", type=Path, default=Path("results/binding"), help="folder for pictures, sheet.png and binding.json")
     add("--sheet", type=Path, default=None, help="file for the sheet; default: sheet.png in --output")
     group = parser.add_argument_group("the method's settings (default: what --method sets)").add_argument

@@ -65,7 +65,8 @@ class Anchors:
 class Paintings:
     """Pictures in progress: latents [N, 4, h, w], states [N, L, d], and the anchors' own trajectories.
 
-    Pictures are optimised together, but none affects another. The groups of a picture take turns, which needs less memory.
+    Pictures are optimised together, but their gradients do not depend on each other. The groups of a picture take turns, which
+    needs less memory.
     """
 
     def __init__(self, bounds: Sequence[BoundPrompt], latents: Tensor, new_scheduler: Callable[[], Any]):
@@ -212,9 +213,9 @@ def draw_bound(
     """A picture of every prompt for each seed, ordered by prompt.
 
     settings: replace those of `method`. intervals: (left, right) of each group's place as fractions of the width; default: equal
-    parts from left to right. scheduler: default DDIM with the pipeline's noise schedule. semantic_step: improves a composite in
-    L_sem. seeds: of every prompt, or a list of each prompt's own; a seed gives the same initial noise for every prompt and
-    method. The pipeline stays unchanged. Raises InputError.
+    parts from left to right. scheduler: default DDIM with the pipeline's noise schedule. semantic_step: improves composites in
+    L_sem, as `gradient_step` does. seeds: of every prompt, or a list of each prompt's own; a seed gives the same initial noise
+    for every prompt and method. The pipeline stays unchanged. Raises InputError.
     """
     settings = settings or METHODS[method]
     check_settings(settings)
