@@ -175,7 +175,7 @@ def cell(records: Records, score: str) -> str:
 
 def search_notes(found: dict, forms: Sequence[Form], count: int) -> str:
     """SEARCH.md: the figures of each form, what stopping by a signal would have given, and the rivals."""
-    text = [f"# Forms of the Gauss-Newton trainer\n\nMeans over {count} spare breeds, which no other report uses.\n"]
+    text = [f"# Forms of the Gauss-Newton trainer\n\nMeans over {count} spare breeds, none of them among the twelve.\n"]
     text += scores_by_budget("The trainer", found, forms) + scores_by_budget("The paper's loop", found, RIVALS)
     text += [smallest_gaps(found, forms), differences_from_default(found, forms), the_choice(found, forms)]
     text.append(stopping_notes([found[form.label] for form in forms]))

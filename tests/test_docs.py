@@ -15,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 
 import train_zoodip
+from reproduction.binding_report import cost_ratios, interval, read_records, tables_of
+from reproduction.binding_rows import CORE
 from zoodip.records import ROOT, mean_interval
 
 TRAINERS = sorted(path.stem for path in (ROOT / "trainers").glob("*.py") if path.stem != "__init__")
@@ -155,9 +157,23 @@ def test_results_in_the_readme_are_those_of_the_record():
     seconds = {name: float(np.median(times)) for name, times in sd15["time"].items()}
     gigabytes = {name: max(sd15["memory"][name]["bytes"]["peaks"].values()) / 1e9 for name in ("zoodip", "authors")}
     text = " ".join(readme.split())
-    assert f"a step takes {seconds['zoodip']:.1f} seconds and the whole run needs {gigabytes['zoodip']:.2f} GB" in text
+    assert f"a step takes {seconds['zoodip']:.1f} seconds, and loading and training need {gigabytes['zoodip']:.2f} GB" in text
     assert f"INT8 weights takes {seconds['authors']:.1f} seconds and {gigabytes['authors']:.1f} GB" in text
     assert f"on the same 4-bit model {seconds['ti']:.1f} seconds" in text
+
+
+def test_binding_in_the_readme_is_that_of_the_record():
+    records = read_records(ROOT / "reproduction/binding/records.json.xz")
+    table = tables_of(records["pictures"], CORE)["S1", "none"]
+    right = {row: interval(table.means(row, "right").values()) for row in ("phrase", "plain", "full")}
+    ratio = np.mean(cost_ratios(records["costs"])["phrase"])
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"at {ratio:.2f} times the cost of a plain picture" in text
+    assert (
+        f"both colours right in {right['phrase']} % of the miniature's test pictures, where a plain prompt has {right['plain']}"
+        in text
+    )
+    assert f"token merging (ToMe) with its losses {right['full']} " in text
 
 
 # (table, row, other row, score): differences that reproduction/README.md and docs/measurements.md both quote of twelve breeds
