@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--lr_scheduler",
         default="constant",
-        choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
+        choices=["constant", "constant_with_warmup", "linear", "cosine"],
         help="learning rate schedule, as in diffusers; all but the constant ones end at 0 after --max_train_steps",
     )
     add("--lr_warmup_steps", type=int, default=0, help="updates over which the learning rate rises from 0; not for constant")

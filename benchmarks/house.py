@@ -35,6 +35,12 @@ RUN_FLAGS = ("--cpu", "--eval_steps", "0", "--checkpointing_steps", "0")
 TURN = 1.0  # seconds
 
 
+def without_pictures(tree: Path) -> list[str]:
+    """The flag that keeps a version from drawing, where it has one: the forwards of pictures are no steps."""
+    sources = [tree / "train_zoodip.py", *(tree / "zoodip").glob("*.py")]
+    return ["--no-final_picture"] if any('"--final_picture"' in path.read_text() for path in sources) else []
+
+
 @dataclass(frozen=True)
 class Case:
     """A workload that both versions run."""
@@ -86,7 +92,7 @@ class Versions:
         """{version: what `watch_script.py` measures over a run of `steps` steps}, with both versions alternating."""
         processes = {}
         for version, tree in self.trees.items():
-            flags = [*model, *CASES[case].flags, *RUN_FLAGS, "--max_train_steps", str(steps)]
+            flags = [*model, *CASES[case].flags, *RUN_FLAGS, "--max_train_steps", str(steps), *without_pictures(tree)]
             flags += ["--train_data_dir", str(self.folder / "photographs"), "--output_dir", str(self.folder / version)]
             watcher, found = str(ROOT / "benchmarks" / "watch_script.py"), str(self.folder / f"{version}.json")
             processes[version] = self.start(version, watcher, mode, found, str(tree / "train_zoodip.py"), *flags)

@@ -11,7 +11,7 @@ from torch import nn
 from miniature.drawing import render
 from miniature.words import CLASS_NOUN
 from miniature.world import SceneSpec
-from zoodip.diffusion import Batch, FrozenModel, encode_images, load_scheduler, noise_batch
+from zoodip.diffusion import Batch, FrozenModel, encode_images, forbid_tf32, load_scheduler, noise_batch
 from zoodip.folder import native_resolution
 from zoodip.model import load_text_encoder, load_unet, load_vae_encoder
 from zoodip.prompts import Prompts, build_prompts, initial_token, initializer_ids, read_embedding_rows
@@ -59,6 +59,7 @@ class Modules:
     """UNets and text encoders by quantisation and precision, each loaded once."""
 
     def __init__(self, folder: Path, rows: torch.Tensor, device: str):
+        forbid_tf32()  # as in training
         self.folder, self.rows, self.device = folder, rows.to(device), device
         self.loaded: dict[tuple, nn.Module] = {}
 

@@ -44,7 +44,7 @@ from reproduction.scores import (
 )
 from reproduction.worlds import CLIP, DINO
 from zoodip.arguments import OneLineArgumentParser, flags_for, settings_of
-from zoodip.diffusion import FrozenModel, settle_flags
+from zoodip.diffusion import FrozenModel, forbid_tf32, settle_flags
 from zoodip.errors import InputError, run_script
 from zoodip.files import write_atomically, write_image, write_json
 from zoodip.folder import find_model_folder, hub_variant
@@ -141,6 +141,7 @@ def load_drawer(
     folder = find_model_folder(name, revision, variant, flags.model_config)
     vars(flags).update(settle_flags(folder, variant, device, **flags_for(settle_flags, vars(flags))))
     dtype = DTYPES[flags.mixed_precision]
+    forbid_tf32()  # as in training
     if tuned is None:
         options = (flags.variant, flags.quantization, dtype, device)
         model = FrozenModel(load_unet(folder, *options), load_text_encoder(folder, *options), torch.zeros(0, device=device))

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, sample, seeded
+from conftest import ROOT, run_cli, sample, seeded
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import load, rewrite
@@ -575,6 +575,17 @@ def test_the_command(folder, tmp_path):
     for each in record["pictures"]:
         assert Image.open(output / each["file"]).size == (32, 16) and each["forwards"] == 4 and each["seconds"] > 0
     assert Image.open(tmp_path / "row.png").size[0] > 2 * 256  # two pictures twice as wide as high
+
+
+def test_a_packed_folder_needs_no_flag(folder, tmp_path):
+    """Weights that --save_quantized packed are used as they are; the record says how that was."""
+    packed = tmp_path / "packed"
+    assert run_cli(["--pretrained_model_name_or_path", str(folder), "--save_quantized", str(packed), "--cpu"]) == 0
+    done = command(
+        "--model", packed, "--prompt", "a [dog*]", "--steps", 1, "--width", 16, "--height", 16, "--output", tmp_path / "o"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "o" / "binding.json").read_text())["arguments"]["quantization"] == "nf4"
 
 
 @pytest.mark.parametrize(("argv", "said"), [

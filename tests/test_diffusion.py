@@ -13,7 +13,17 @@ from conftest import seeded
 from PIL import Image
 from tiny import alphas_cumprod, from_pretrained, scheduler_of
 
-from zoodip.diffusion import Data, draw_batch, encode_images, evaluation_batches, merge_batches, noise_batch, uniform_timesteps
+from zoodip.diffusion import (
+    Data,
+    draw_batch,
+    encode_images,
+    evaluation_batches,
+    load_model,
+    merge_batches,
+    noise_batch,
+    read_inputs,
+    uniform_timesteps,
+)
 from zoodip.model import load_vae_encoder
 from zoodip.prompts import Prompts
 from zoodip.subject import to_square
@@ -106,3 +116,18 @@ def test_encode_images(tiny_model, tmp_path, center_crop):
             # the same sums in another order, in fp32: values of size 0.1 to 1
             torch.testing.assert_close(latents[i, flip, 0], distribution.mean[0] * 0.18215, rtol=0, atol=2e-6)
             torch.testing.assert_close(latents[i, flip, 1], distribution.std[0] * 0.18215, rtol=0, atol=2e-6)
+
+
+def test_a_fault_of_the_compiler_is_not_blamed_on_the_folder(tiny_model, subject, monkeypatch):
+    """The first loss, which finds a damaged folder, is computed before the UNet is compiled."""
+
+    def fault(*args, **named):
+        raise RuntimeError("the compiler is broken")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda unet, dynamic: setattr(unet, "_compiled_call_impl", fault))
+    folders = dict(train_data_dir=subject, pretrained_model_name_or_path=str(tiny_model))
+    inputs = read_inputs(**folders, placeholder_token="<sks>", initializer_token="dog")
+    how = dict(quantization="none", mixed_precision="fp32", device=torch.device("cpu"), resolution=16)
+    model, data = load_model(inputs, **how, compile=True)
+    with pytest.raises(RuntimeError, match="the compiler is broken"):
+        model.mean_loss(evaluation_batches(data, 1, 500, 900), inputs.initial_token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -293,6 +294,32 @@ def lines_of_flags(model: Path, flags: dict) -> list[str]:
 def test_flags_that_do_nothing_say_so(tiny_model, flags, said):
     (line,) = lines_of_flags(tiny_model, flags)
     assert line.startswith(said)
+
+
+@pytest.mark.parametrize(("script", "given", "said"), [
+    ("dreambooth", ["--num_class_images", "9"], "--num_class_images 9 has no effect without --prior_preservation"),
+    ("qlora", ["--class_data_dir", "x"], "--class_data_dir x has no effect without --prior_preservation"),
+    ("tuneqdm", ["--apply", "everywhere"], "--apply everywhere has no effect without --train_interval"),
+    ("gauss_newton", ["--start_steps", "9"], "--start_steps 9 has no effect with --starts 1"),
+    ("gf_ti", ["--candidates_per_forward", "2"], "--candidates_per_forward 2 has no effect without --mode fair"),
+])  # fmt: skip
+def test_flags_of_other_trainers_that_do_nothing_say_so(script, given, said):
+    from importlib import import_module
+
+    from zoodip.arguments import without_effect
+
+    trainer = import_module(f"trainers.{script}")
+    parser = trainer.build_parser()
+    word = "--class_word" if "--class_word" in parser.format_help() else "--initializer_token"
+    args = trainer.parse_args(["--train_data_dir", "x", word, "dog", *given])
+    assert said in list(without_effect(vars(args), parser))
+
+
+def test_help_shows_a_default_of_0():
+    import train_zoodip
+
+    text = " ".join(train_zoodip.build_parser().format_help().split())
+    assert re.search(r"--seed SEED [^-]*\(default: 0\)", text), text
 
 
 @pytest.mark.parametrize("flags", [

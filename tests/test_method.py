@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import seeded
+from conftest import arguments, run_cli, seeded
 from tiny import alphas_cumprod, scheduler_of
 
 from train_zoodip import (
@@ -25,6 +25,7 @@ from train_zoodip import (
 )
 from zoodip.checkpoints import read_checkpoint, write_checkpoint
 from zoodip.diffusion import Batch, Data, FrozenModel, timestep_sampler
+from zoodip.errors import InputError
 
 NAMES = ["rge", "spsa", "one_point"]
 MU = 1e-2
@@ -69,6 +70,17 @@ def test_timestep_distribution(kind, t_min, t_max):
         assert (np.diff(weights) > 0).all()
     # 5 standard deviations: one seed in a million fails by chance, and the seed is fixed
     assert chi_square(draws, weights / weights.sum()) < 5
+
+
+@pytest.mark.parametrize("kind", ["snr", "puts", "uniform"])
+def test_snr_needs_signal_at_every_timestep(tiny_model, kind):
+    """With zero terminal SNR the last logarithm is infinite, which used to end the first step in a traceback."""
+    data = SimpleNamespace(scheduler=scheduler_of(tiny_model, rescale_betas_zero_snr=True))
+    if kind == "snr":
+        with pytest.raises(InputError, match="--timestep_sampling snr: .*zero terminal SNR.* puts or uniform"):
+            timestep_sampler(data, timestep_sampling=kind, t_min=500, t_max=900)
+    else:
+        timestep_sampler(data, timestep_sampling=kind, t_min=500, t_max=900)(4, seeded())
 
 
 def test_timestep_puts_of_one_value():
@@ -419,10 +431,10 @@ def test_candidates_per_forward_changes_only_rounding(tiny, chunk):
     assert (whole.diff().abs() > 3e-6 * whole.mean()).all()  # so that a wrong order would be seen
 
 
-def test_fp32_of_a_gpu_is_not_rounded_to_tf32(tiny):
+def test_fp32_of_a_gpu_is_not_rounded_to_tf32(tiny_model, subject, tmp_path):
     """Ten bits are too few for differences between candidates; PyTorch's default gives convolutions no more."""
     torch.backends.cudnn.allow_tf32 = True
-    FrozenModel(tiny.unet, tiny.text_encoder, tiny.prompts.rows)
+    assert run_cli(arguments(tiny_model, subject, tmp_path, max_train_steps=1, eval_steps=0)) == 0
     assert not torch.backends.cudnn.allow_tf32
     assert torch.get_float32_matmul_precision() == "highest"  # PyTorch's default, which nothing here may change
 

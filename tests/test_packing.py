@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -88,4 +91,22 @@ def test_save_quantized_leaves_nothing_behind_when_it_fails(tiny_model, tmp_path
     monkeypatch.setattr(zoodip.packing, "write_atomically", full)
     assert run_cli(["--pretrained_model_name_or_path", str(tiny_model), "--save_quantized", str(tmp_path / "packed")]) == 2
     assert "free some space" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "free some space"), (errno.EIO, "choose another folder")])
+def test_what_stops_the_copy_of_a_folder_is_named(tiny_model, tmp_path, monkeypatch, capsys, number, remedy):
+    """shutil collects the errors of a folder in one that has no text of its own: it used to be reported as None."""
+
+    def fail(source, target, **named):
+        raise OSError(number, os.strerror(number), str(target))
+
+    def copy(source, target, **named):  # only the tokenizer's folder does not fit
+        return (fail if "tokenizer" in str(source) else copyfile)(source, target, **named)
+
+    copyfile = shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    assert run_cli(["--pretrained_model_name_or_path", str(tiny_model), "--save_quantized", str(tmp_path / "packed")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"packed: cannot be written ([Errno {number}] {os.strerror(number)}" in error and error.endswith(remedy)
     assert list(tmp_path.iterdir()) == []

@@ -166,6 +166,26 @@ def test_latest_without_a_checkpoint_overwrites_nothing(train):
     assert (out / "previous-1" / "learned_embeds.safetensors").read_bytes() == first
 
 
+def test_a_checkpoint_from_another_folder_overwrites_nothing(train):
+    first = train("first", max_train_steps=12, checkpointing_steps=6)
+    second = train("second", max_train_steps=12, checkpointing_steps=6, seed=1, checkpoints_total_limit=1)
+    kept = {path.name: path.read_bytes() for path in second.iterdir() if path.name != ".lock"}
+    train("second", max_train_steps=12, checkpointing_steps=6, resume_from_checkpoint=first / "checkpoint-6.safetensors",
+          checkpoints_total_limit=1)  # fmt: skip
+    assert {path.name: path.read_bytes() for path in (second / "previous-1").iterdir()} == kept
+    assert torch.equal(theta(second), theta(first))
+
+
+def test_drawing_what_is_missing_keeps_the_record(train):
+    """A run that is resumed after its last step trains nothing; how fast it was, and in how much memory, is known already."""
+    out = train(max_train_steps=6, checkpointing_steps=3)
+    record = (out / "run.json").read_bytes()
+    train(max_train_steps=6, checkpointing_steps=3, resume_from_checkpoint="latest", final_picture=True)
+    assert (out / "run.json").read_bytes() == record and (out / "before_after.png").exists()
+    train(max_train_steps=9, checkpointing_steps=3, resume_from_checkpoint="latest")
+    assert json.loads((out / "run.json").read_text())["steps_this_time"] == 3
+
+
 def test_without_checkpoints(train):
     """--checkpointing_steps 0: none, unless interrupted, as its help says."""
     assert not [name for name in names(train(checkpointing_steps=0)) if name.startswith("checkpoint")]
@@ -332,6 +352,15 @@ def test_tensorboard(train):
     assert [event.step for event in events.Scalars(tag)] == [int(row["step"]) for row in rows]
     for event, row in zip(events.Scalars(tag), rows, strict=True):
         assert event.value == pytest.approx(float(row["eval_loss"]), rel=1e-6)  # stored in fp32
+
+
+def test_settings_that_are_lists_arrive_in_tensorboard(train, tiny_model, subject, tmp_path):
+    from trainers import gauss_newton
+
+    flags = dict(max_train_steps=None, max_forwards=40, report_to="tensorboard", tau=None, nu=None, mu=None, basis_size=3,
+                 directions=3)  # fmt: skip
+    assert run_cli(arguments(tiny_model, subject, tmp_path / "out", **flags), gauss_newton) == 0
+    assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
 
 # --- numbers that run away ---

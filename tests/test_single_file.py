@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -283,3 +285,17 @@ def test_without_network_the_error_says_what_is_needed(tiny_file):
     with pytest.raises(InputError, match="neither configuration nor tokenizer.*--model_config") as error:
         find_model_folder(str(tiny_file))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("call", ["copyfile", "mkdir"])
+def test_a_full_temporary_folder_is_reported(tiny_model, tiny_file, tmp_path, monkeypatch, call):
+    """It used to pass for a model without a tokenizer."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    owner = shutil if call == "copyfile" else Path
+
+    def full(path, *args, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(owner, call, full)
+    with pytest.raises(InputError, match="zoodip-.*: cannot be written .*No space left on device.*; free some space"):
+        find_model_folder(str(tiny_file), model_config=str(tiny_model))

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -395,3 +396,22 @@ def test_defaults():
     assert (published.mode, published.subspace, published.intrinsic_dim, published.population) == ("published", "random", 256, 20)
     assert (published.sigma, published.max_train_steps, published.timestep_sampling) == (1, 13000, "uniform")
     assert (published.alpha, fair.alpha) == (1, 0.2)
+
+
+def test_gf_ti_takes_variant_and_vectors_from_what_it_starts_from(train, tiny_model, subject, tmp_path):
+    """A folder that has only fp16 files, as it comes from the hub, and an embedding file of two vectors."""
+    start = train(textual_inversion, "start", num_vectors=2, max_train_steps=1) / "learned_embeds.safetensors"
+    out = train(gf_ti, "two", population=4, intrinsic_dim=5, max_train_steps=1, initializer_token=start)
+    assert theta(out).shape[0] == 2
+    train(gf_ti, "pca", code=2, population=4, intrinsic_dim=5, subspace="pca", max_train_steps=1, initializer_token=start)
+
+
+def test_gf_ti_reads_the_variant_that_was_found(tiny_model, subject, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    for component in ("unet", "text_encoder", "vae"):
+        for path in (model / component).glob("*.safetensors"):
+            path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
+    monkeypatch.setattr("zoodip.diffusion.hub_variant", lambda name, revision=None: "fp16")
+    flags = dict(population=4, intrinsic_dim=5, max_train_steps=1, **NOT_THEIRS)
+    assert run_cli(arguments(model, subject, tmp_path / "out", **flags), gf_ti) == 0

@@ -164,14 +164,6 @@ def test_no_dequantised_weight_is_kept(layer_and_input, quantization):
     assert layer.weight.shape not in kept and layer.weight.numel() not in [shape.numel() for shape in kept]
 
 
-def test_forward_mode_goes_through(layer_and_input):
-    layer, inputs = layer_and_input
-    packed = packed_layer(layer, "int8")
-    tangent = torch.randn(inputs.shape, generator=seeded(6))
-    _, ours = torch.func.jvp(packed, (inputs,), (tangent,))
-    torch.testing.assert_close(ours, packed.product(tangent, None))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Scales
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from zoodip.checkpoints import read_checkpoint
 from zoodip.diffusion import Batch, noise_batch
 from zoodip.errors import InputError
 from zoodip.model import assemble_pipeline, build_model, load_pipeline
+from zoodip.prior import PriorPictures
 from zoodip.prompts import load_tokenizer
 from zoodip.quantize import frozen_format
 from zoodip.tuned_files import load_tuned_pipeline, merged_unet, read_tuned, save_other_folders, save_unet
@@ -476,6 +477,12 @@ def test_only_the_expert_of_the_timestep_moves(tiny_model, subject, tmp_path):
         assert tuning.tuner.optimizer.state[parameter]["step"] == (1 if name.endswith(".1") else 0)
 
 
+def test_fp32_of_a_gpu_is_not_rounded_to_tf32(tiny_model, subject, tmp_path):
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
+    prepared("qlora", tiny_model, subject, tmp_path).run.lock.release()
+    assert not torch.backends.cudnn.allow_tf32
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 def test_the_step_is_adamw_on_two_means(tiny_model, subject, tmp_path, checkpointing):
     """A batch over two experts and the class's loss: gradients of one plain loss, clipped, then AdamW in its textbook form."""
@@ -493,7 +500,7 @@ def test_the_step_is_adamw_on_two_means(tiny_model, subject, tmp_path, checkpoin
     losses = []
     for part in (photographs, pictures):
         for i in range(2):
-            one = Batch(*(getattr(part, name)[i : i + 1] for name in Batch.__dataclass_fields__))
+            one = Batch(*(tensor[i : i + 1] for tensor in part))
             prediction = unet(
                 one.noisy_latents.to(memory_format=torch.channels_last), one.timesteps, tuning.model.states[one.prompt_ids[:, 0]]
             )
@@ -540,6 +547,14 @@ def test_class_pictures_are_drawn_once(tiny_model, subject, tmp_path, capsys):
     assert "--class_data_dir" in (error := capsys.readouterr().err) and "a photo of dog" in error and error.count("\n") == 1
     assert run_cli(command(tiny_model, subject, tmp_path / "d", bits=4, **prior), trainers.tuneqdm) == 2  # NF4 is not int4
     assert "quantization was 'nf4', is 'affine4'" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"prompt": "a photo'], ids=["empty", "list", "cut off"])
+def test_a_damaged_record_of_class_pictures_is_no_damaged_download(content, tmp_path):
+    (tmp_path / "class_pictures.json").write_text(content)
+    with pytest.raises(InputError, match="class_pictures.json: is damaged.*remove it and.*--class_data_dir") as error:
+        PriorPictures(tmp_path, 2, {})
+    assert "download" not in str(error.value)
 
 
 def test_a_class_picture_is_the_untuned_model_s(tiny_model, subject, tmp_path):

@@ -2,10 +2,11 @@
 """Gauss-Newton with forward passes: learn a token from whole predictions, not from their losses alone.
 
 Every forward in train_zoodip.py returns a whole prediction, of which its estimator keeps one number, the loss. This trainer
-keeps the prediction: the difference of two predictions is a column of the Jacobian, and m columns give the gradient and the
-Gauss-Newton matrix in m directions, both exactly. They are accumulated (recursive least squares with a fading memory) in a
-small basis that depends on the text encoder alone: the directions of token space in which its states move most. There is no
-backward pass, and no UNet forward besides those of the candidates. docs/gauss_newton.md says where the formulas come from.
+keeps the prediction: the difference of two predictions, divided by rho, is a column of the Jacobian up to an error of order
+rho, and m columns give the gradient and the Gauss-Newton matrix in m directions. They are accumulated (recursive least squares
+with a fading memory) in a small basis that depends on the text encoder alone: the directions of token space in which its states
+move most. There is no backward pass, and no UNet forward besides those of the candidates. docs/gauss_newton.md says where the
+formulas come from.
 
     sample one batch; C = m orthonormal mixtures of the k basis vectors
     candidates theta and theta + rho B c_j  ->  predictions  ->  Y_j = (eps_j - eps_0) / rho,  r = eps_0 - target

@@ -72,6 +72,11 @@ def check_flags(flags: dict) -> None:
         require_positive(flags, "alpha", "0.2")
     if flags["candidates_per_forward"] is not None:
         require_at_least_one(flags, "candidates_per_forward")
+    check_subspace(flags)
+
+
+def check_subspace(flags: dict) -> None:
+    """Raises InputError. Called again once an embedding file has said how many vectors it has."""
     require(flags, "num_vectors", flags["subspace"] != "pca" or flags["num_vectors"] == 1, "must be 1 with --subspace pca")
 
 
@@ -292,10 +297,11 @@ def main(args: argparse.Namespace) -> int:
     if find_spec("cma") is None:
         raise InputError("GF-TI needs the package cma, which is not installed; run pip install cma")
     inputs = read_inputs(**flags_for(read_inputs, flags))
-    basis = make_basis(vocabulary(inputs.folder, args.variant), **flags_for(make_basis, flags))
     accelerator = make_accelerator(1, **flags_for(make_accelerator, flags))
     flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))
     args.num_vectors = len(inputs.initial_token)  # an embedding file has its own number
+    check_subspace(flags)
+    basis = make_basis(vocabulary(inputs.folder, inputs.variant), **flags_for(make_basis, flags))
 
     generator = torch.Generator().manual_seed(args.seed)
     evolution = GFTI(inputs.initial_token, basis, **flags_for(GFTI, flags))

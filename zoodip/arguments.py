@@ -58,7 +58,8 @@ class OneLineArgumentParser(argparse.ArgumentParser):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        without = action.default is None or action.default is False  # 0 is a default to be shown, and equals False
+        return action.help if without else super()._get_help_string(action)
 
 
 def new_parser(description: str) -> argparse.ArgumentParser:
@@ -263,13 +264,24 @@ def parse(parser: argparse.ArgumentParser, check, argv: list[str] | None = None)
     return flags
 
 
+NEEDED = dict(  # {flag: the flag without which it does nothing}
+    cc_file="use_cc", prior_loss_weight="prior_preservation", num_class_images="prior_preservation",
+    class_data_dir="prior_preservation", apply="train_interval",
+)  # fmt: skip
+
+
 def without_effect(flags: dict, parser: argparse.ArgumentParser) -> Iterator[str]:
     """A line for each flag that differs from the parser's default but has no effect in this combination."""
     given = {name: value for name, value in flags.items() if value != parser.get_default(name)}
     if flags.get("train_data_dir") is None:
         return
-    if "cc_file" in given and not flags["use_cc"]:
-        yield f"--cc_file {given['cc_file']} has no effect without --use_cc"
+    for name, needed in NEEDED.items():
+        if name in given and not flags[needed]:
+            yield f"--{name} {given[name]} has no effect without --{needed}"
+    if "candidates_per_forward" in given and flags.get("mode") == "published":
+        yield f"--candidates_per_forward {given['candidates_per_forward']} has no effect without --mode fair"
+    if "start_steps" in given and flags["starts"] == 1:
+        yield f"--start_steps {given['start_steps']} has no effect with --starts 1"
     if "learnable_property" in given and flags["use_cc"]:
         yield f"--learnable_property {given['learnable_property']} has no effect with --use_cc, which replaces the templates"
     sampling = flags.get("timestep_sampling", "puts")

@@ -36,7 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--clean_prompt", nargs="+", default=None, help="for each prompt, text for its end tokens; default: groups' nouns only")
     add("--negative_prompt", default="", help="text that guidance steers away from")
     add("--method", nargs="+", default=["phrase"], choices=list(METHODS), help="one or more, to compare; see docs/binding.md")
-    add("--quantization", default="none", choices=["nf4", "int8", "none"], help="storage of the model's weights")
+    add("--quantization", default=None, choices=["nf4", "int8", "none"],
+        help="storage of the model's weights; default: none, or as --save_quantized packed them")  # fmt: skip
     add("--width", type=int, default=None, help="width of the picture in pixels; default: the model's own")
     add("--height", type=int, default=None, help="height of the picture in pixels; default: the model's own")
     add("--seeds", type=int, nargs="+", default=[0], help="one picture of every prompt is drawn for each seed")
@@ -71,7 +72,7 @@ def settings_of_flags(flags: dict) -> dict[str, Settings]:
 
 if __name__ == "__main__":
     ARGS = parse(build_parser(), check_flags)
-    prepare_process()
+    prepare_process(resumable=False)
 
 import torch
 
@@ -106,9 +107,9 @@ def read_words(paths: Sequence[Path]) -> dict[str, int]:
 
 def read_prompts(folder: Path, words: dict[str, int], flags: dict, methods: Iterable[Settings]) -> list[MarkedPrompt]:
     """The prompts, with their marks and lengths checked before a model is loaded. Raises InputError."""
-    from transformers import CLIPTokenizer
+    from zoodip.prompts import load_tokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder)
     pieces = {word: [word, *(f"{word}_{i}" for i in range(1, count))] for word, count in words.items()}
     tokenizer.add_tokens([piece for names in pieces.values() for piece in names])
 
@@ -134,11 +135,13 @@ def read_prompts(folder: Path, words: dict[str, int], flags: dict, methods: Iter
 
 def main(flags: dict) -> None:
     """Write pictures PROMPT-METHOD-SEED.png, a sheet and binding.json to --output. Raises InputError."""
-    from zoodip.folder import find_model_folder
+    from zoodip.folder import find_model_folder, hub_variant, packed_as
     from zoodip.model import load_pipeline
 
     methods, output = settings_of_flags(flags), flags["output"]
-    folder = find_model_folder(flags["model"])
+    variant = hub_variant(flags["model"])
+    folder = find_model_folder(flags["model"], variant=variant)
+    flags["quantization"] = flags["quantization"] or packed_as(folder, variant) or "none"
     vae_levels = len(read_json(folder / "vae" / "config.json").get("block_out_channels", [0] * 4))
     canvas(read_json(folder / "unet" / "config.json"), 2 ** (vae_levels - 1), flags["height"], flags["width"])
     prompts = read_prompts(folder, read_words(flags["embedding"]), flags, methods.values())
@@ -148,7 +151,7 @@ def main(flags: dict) -> None:
         except OSError as error:
             raise InputError(f"--{what} {str(path)!r} cannot be created ({error.strerror}); choose another") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = load_pipeline(flags["model"], flags["quantization"], device=device)
+    pipeline = load_pipeline(flags["model"], flags["quantization"], device=device, variant=variant)
     for path in flags["embedding"]:
         pipeline.load_textual_inversion(str(path))
     pictures: dict[tuple[int, str], list[Picture]] = {}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -187,8 +187,7 @@ class Data:
     scheduler: DDPMScheduler  # the noise schedule
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """What the candidates of one step share: common random numbers."""
 
     noisy_latents: torch.Tensor  # [B, 4, h, w]
@@ -197,7 +196,7 @@ class Batch:
     prompt_ids: torch.Tensor  # [B, L]
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return Batch(*(tensor.to(device) for tensor in self))
 
 
 def noise_batch(
@@ -230,8 +229,13 @@ def timestep_sampler(data: Data, *, timestep_sampling: str, t_min: int, t_max: i
     """The sampler that --timestep_sampling names.
 
     "puts" is Partial Uniform Timestep Sampling (Eq. 9): uniform over [t_min, t_max). Its alternatives (Table 5) are "uniform",
-    over all timesteps, and TextBoost's "snr".
+    over all timesteps, and TextBoost's "snr". Raises InputError if that is infinite for the model's schedule.
     """
+    if timestep_sampling == "snr" and (data.scheduler.alphas_cumprod == 0).any():
+        raise InputError(
+            "--timestep_sampling snr: this model's noise schedule ends in pure noise (zero terminal SNR), and the logarithm of a "
+            "signal-to-noise ratio of 0 is infinite; choose puts or uniform"
+        )
     return {
         "puts": partial(uniform_timesteps, low=t_min, high=t_max),
         "uniform": uniform_timesteps,
@@ -273,12 +277,18 @@ def evaluation_batches(data: Data, count: int, t_min: int, t_max: int) -> list[B
 
 def merge_batches(batches: list[Batch], size: int) -> list[Batch]:
     """Join batches of one into batches of `size`, so that evaluating a fixed set takes fewer forwards."""
-    names = list(Batch.__dataclass_fields__)
     groups = [batches[first : first + size] for first in range(0, len(batches), size)]
-    return [Batch(*(torch.cat([getattr(batch, name) for batch in group]) for name in names)) for group in groups]
+    return [Batch(*(torch.cat(parts) for parts in zip(*group, strict=True))) for group in groups]
 
 
 # ----------------------------------------------------------------------------------------------------- the model
+
+
+def forbid_tf32() -> None:
+    """Let a GPU's fp32 convolutions compute in fp32."""
+    # By default PyTorch lets a GPU's convolutions round fp32 to TF32, which has only fp16's ten mantissa bits: differences
+    # between candidates were then no more precise in fp32 than in fp16 (benchmarks/gpu.md)
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @dataclass
@@ -289,11 +299,6 @@ class FrozenModel:
     text_encoder: CLIPTextModel
     rows: torch.Tensor  # [R, d], from `Prompts`, on the device
     candidates_per_forward: int | None = None  # None: all at once
-
-    def __post_init__(self):
-        # By default PyTorch lets a GPU's convolutions round fp32 to TF32, which has only fp16's ten mantissa bits: differences
-        # between candidates were then no more precise in fp32 than in fp16 (benchmarks/gpu.md)
-        torch.backends.cudnn.allow_tf32 = False
 
     def predict(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
         """The UNet's prediction for C candidate tokens [C, V, d] on one batch of B -> [C, B, 4, h, w], fp32, on the device.
@@ -341,6 +346,7 @@ def load_model(
     Raises InputError if the folder is damaged, even if its weights fit the configuration but the model does not compute.
     """
     folder, variant = inputs.folder, inputs.variant
+    forbid_tf32()
     tune_malloc(1 << 20, 1 << 17)
     scheduler = load_scheduler(folder)
     vae = load_vae_encoder(folder, variant, device)
@@ -354,10 +360,10 @@ def load_model(
     unet = load_unet(folder, variant, quantization, dtype, device)
     tune_malloc(32 << 20, 256 << 20)  # while stepping, freed activations are better kept for reuse
     split_feed_forward(unet)
-    if compile:
-        unet.compile(dynamic=False)
     model = FrozenModel(unet, text_encoder, inputs.prompts.rows.to(device), candidates_per_forward)
     data = Data(latents, inputs.choices, inputs.prompts, scheduler)
     with damaged_model(folder):  # a configuration can fit its weights and still not compute (a wrong number of groups)
         model.mean_loss(evaluation_batches(data, 1, 0, NUM_TRAIN_TIMESTEPS), inputs.initial_token)
+    if compile:  # only now: a fault of the compiler would be reported as one of the folder
+        unet.compile(dynamic=False)
     return model, data

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,6 +51,15 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
+def of_gpu_or_compiler(error: Exception) -> bool:
+    """Whether an error comes from a GPU, its driver or a compiler, and says nothing about a file."""
+    import torch
+
+    if isinstance(error, torch.AcceleratorError) or type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return True
+    return re.search("CUDA|cuDNN|triton", str(error), re.IGNORECASE) is not None
+
+
 @contextmanager
 def damaged_model(path: Path) -> Iterator[None]:
     """Context manager: turns whatever a library raises on a damaged folder into a DamagedModel that names `path`."""
@@ -58,7 +68,7 @@ def damaged_model(path: Path) -> Iterator[None]:
     except (InputError, Interrupted):
         raise
     except Exception as error:  # every class of every library raises its own
-        if out_of_memory(error):
+        if out_of_memory(error) or of_gpu_or_compiler(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DamagedModel(path, f"cannot be loaded ({reason})") from error
@@ -96,36 +106,39 @@ def run_script(main: Callable[..., int | None], flags) -> int:
     except Exception as error:
         if not out_of_memory(error):
             raise
-        savers = {
-            "candidates_per_forward": "--candidates_per_forward 1, then ",
-            "gradient_checkpointing": "--gradient_checkpointing, then ",
-        }
-        first = "".join(advice for flag, advice in savers.items() if hasattr(flags, flag))
+        names = flags if isinstance(flags, dict) else vars(flags)
+        advice = ", ".join(what for flag, what in MEMORY_SAVERS.items() if flag in names) or "closing other programs"
+        resume = ". --resume_from_checkpoint latest continues a run from its last checkpoint"
         print(
-            f"error: out of memory; try {first}a smaller --train_batch_size or --resolution, or "
-            "--mixed_precision bf16. --resume_from_checkpoint latest continues a run from its last checkpoint "
+            f"error: out of memory; try, in this order, {advice}{resume if 'resume_from_checkpoint' in names else ''} "
             f"({printable(str(error))[:200]})",
             file=sys.stderr,
         )
         return 2
 
 
+MEMORY_SAVERS = dict(  # {flag: what to try, where a script has it}
+    candidates_per_forward="--candidates_per_forward 1", gradient_checkpointing="--gradient_checkpointing",
+    train_batch_size="a smaller --train_batch_size", batch_size="a smaller --batch_size",
+    mixed_precision="--mixed_precision bf16", resolution="a smaller --resolution", width="a smaller --width and --height",
+)  # fmt: skip
+
+
 UNFINISHED: list[Path] = []  # folders that are useless until they are complete
 
 
-def stop_at_once(number: int, frame) -> None:
+def stop_at_once(number: int, frame, resumable: bool = True) -> None:
     """Handle SIGINT or SIGTERM outside the steps: what is to be saved has been saved, so say how to continue, and exit.
 
     This does not unwind: an exception raised in the middle of an import may be swallowed or printed with a traceback.
     """
     for folder in UNFINISHED:
         shutil.rmtree(folder, ignore_errors=True)
-    print(
-        "interrupted outside the training steps; the same command with --resume_from_checkpoint latest continues from the last "
-        "checkpoint, or starts over if there is none",
-        file=sys.stderr,
-        flush=True,
+    how = (
+        "interrupted outside the training steps; the same command with --resume_from_checkpoint latest continues from the "
+        "last checkpoint, or starts over if there is none"
     )
+    print(how if resumable else "interrupted", file=sys.stderr, flush=True)
     os._exit(128 + number)
 
 
@@ -135,8 +148,8 @@ def prepare_environment() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def prepare_process() -> None:
-    """Set up environment and signals, as scripts do before they import torch."""
+def prepare_process(resumable: bool = True) -> None:
+    """Set up environment and signals, as scripts do before they import torch. `resumable`: the script has checkpoints."""
     prepare_environment()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_at_once)
+        signal.signal(number, partial(stop_at_once, resumable=resumable))

@@ -25,8 +25,12 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another folder"
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); {remedy}") from error
+        reason = error.strerror or str(error)
+        if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
+            reason = error.args[0][0][2]  # copytree's: of every file (source, target, reason), without an errno
+        full = any(os.strerror(number) in reason for number in (errno.ENOSPC, errno.EDQUOT))
+        remedy = "free some space" if full else "choose another folder"
+        raise InputError(f"{path}: cannot be written ({reason}); {remedy}") from error
 
 
 def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:

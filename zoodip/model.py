@@ -215,8 +215,10 @@ def load_pipeline(
 ) -> StableDiffusionPipeline:
     """A pipeline whose UNet, text encoder and VAE are quantised exactly as in training, with the same default.
 
-    `load_textual_inversion` works on it as on any other. With `tuned_scales`, a file from trainers/tuneqdm.py, it is the tuned
-    model, in the file's bits whatever `quantization` is. Raises InputError if `name` or the file cannot be loaded.
+    `load_textual_inversion` works on it as on any other. With `tuned_scales`, it is a tuned model, in the bits in which it was
+    tuned, whatever `quantization` is. Despite its name, `tuned_scales` is what any weight-tuning trainer leaves: a file of
+    scales, LoRA (diffusers' names) or Kronecker factors, or DreamBooth's folder with unet/. Raises InputError if the model or the
+    tuning cannot be loaded.
     """
     if tuned_scales is not None:
         from zoodip.tuned_files import load_tuned_pipeline

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from zoodip.errors import UNFINISHED, InputError
-from zoodip.files import read_json, serialize, write_atomically, write_json
+from zoodip.files import read_json, serialize, write_atomically, write_json, writing
 from zoodip.folder import PACKED_NAME, WEIGHT_NAMES, choose_quantization, component_tensors, find_model_folder, hub_variant
 from zoodip.model import VAE_ENCODER, build_model, check_parameter, is_quantized, modern_name, module_of
 from zoodip.quantize import pack_weight
@@ -47,18 +47,18 @@ def save_quantized(
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     UNFINISHED.append(unfinished)
     try:
-        for component in WEIGHT_NAMES:
-            (unfinished / component).mkdir(parents=True)
-            shutil.copy(folder / component / "config.json", unfinished / component)
-            tensors = packed_tensors(folder, component, variant, quantization)
-            write_shards(unfinished / component, PACKED_NAME, tqdm(tensors, desc=f"packing {component}", unit="tensor"))
-        marker = dict(_zoodip_packed=quantization, _zoodip_note="packed weights: load the folder with zoodip.model.load_pipeline")
-        write_json(unfinished / "model_index.json", {**read_json(folder / "model_index.json"), **marker}, indent=2)
-        for other in ("tokenizer", "scheduler"):
-            shutil.copytree(folder / other, unfinished / other)
-        unfinished.rename(target)
-    except OSError as error:
-        raise InputError(f"--save_quantized {str(target)!r}: cannot be written ({error.strerror}); choose another") from error
+        with writing(target):
+            for component in WEIGHT_NAMES:
+                (unfinished / component).mkdir(parents=True)
+                shutil.copy(folder / component / "config.json", unfinished / component)
+                tensors = packed_tensors(folder, component, variant, quantization)
+                write_shards(unfinished / component, PACKED_NAME, tqdm(tensors, desc=f"packing {component}", unit="tensor"))
+            note = "packed weights: load the folder with zoodip.model.load_pipeline"
+            marker = dict(_zoodip_packed=quantization, _zoodip_note=note)
+            write_json(unfinished / "model_index.json", {**read_json(folder / "model_index.json"), **marker}, indent=2)
+            for other in ("tokenizer", "scheduler"):
+                shutil.copytree(folder / other, unfinished / other)
+            unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         UNFINISHED.remove(unfinished)

@@ -71,9 +71,7 @@ def subjects(words: Sequence[Word]) -> list[int]:
         else:
             found.add(i)
     # "a dog with a hat and a cat with spots": a parser may join the cat to the hat, but a noun that has something is a subject
-    found |= {
-        i for i, word in enumerate(words) if word.dep == "conj" and word.pos in ("NOUN", "PROPN") and has_something(words, i)
-    }
+    found |= {i for i, word in enumerate(words) if word.dep == "conj" and word.pos in NOUNS and has_something(words, i)}
     return sorted(found)
 
 

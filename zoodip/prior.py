@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from zoodip.errors import InputError
+from zoodip.errors import DamagedModel, InputError
 from zoodip.files import read_json, serialize, write_atomically, write_image, write_json
 from zoodip.pictures import Drawer
 from zoodip.subject import is_image_name
@@ -32,7 +32,13 @@ class PriorPictures:
         self.made_by = made_by | dict(steps=str(STEPS), guidance=str(GUIDANCE), scheduler=SCHEDULER)
         self.record, self.encoded = folder / "class_pictures.json", folder / "class_latents.safetensors"
         if self.record.is_file():
-            record = read_json(self.record)
+            try:
+                record = read_json(self.record)
+            except DamagedModel as error:  # which advises a download
+                raise InputError(
+                    f"{self.record}: is damaged, so that it is unknown how the pictures beside it were drawn; remove it and the "
+                    "folder's pictures, or choose another --class_data_dir"
+                ) from error
             different = [f"{name} was {record[name]!r}, is {value!r}" if name in record else f"{name} is not recorded"
                          for name, value in self.made_by.items() if record.get(name) != value]  # fmt: skip
             if different:

@@ -114,10 +114,6 @@ class RecomputedProduct(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return ctx.layer.transposed_product(gradient, ctx.input_shape), None, None
 
-    @staticmethod
-    def jvp(ctx, tangent: torch.Tensor, *others) -> torch.Tensor:
-        return ctx.layer.product(tangent, None)
-
 
 class QuantizedLayer(nn.Module):
     """A frozen Linear or Conv2d that holds its weight packed and dequantises it on use.

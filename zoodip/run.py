@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import shutil
 import signal
@@ -46,7 +47,7 @@ class Progress:
     step: int = 0
     forwards: int = 0  # UNet forwards of one batch, evaluation not counted
     skipped: int = 0  # steps whose loss was not finite
-    smoothed_loss: float | None = None  # exponential mean of the unperturbed loss, horizon about 100 steps
+    smoothed_loss: float | None = None  # exponential mean of the steps' reported losses, horizon about 100 steps
     curve: list[dict] = field(default_factory=list)  # rows of training_log.csv
     skipped_in_a_row: int = 0
 
@@ -85,7 +86,7 @@ class Run:
         self.checkpointing_steps, self.checkpoints_total_limit = checkpointing_steps, checkpoints_total_limit
         self.validation_steps, self.unit = validation_steps, unit
         self.progress, self.seconds, self.stop, self.lock, self.bar = Progress(), 0.0, StopSignal(), None, None
-        self.first_step, self.outputs = 0, None
+        self.first_step, self.outputs, self.resumed_from = 0, None, None
         self.produced = {}  # {name: description} of the other files written at the end
 
     @property
@@ -141,7 +142,7 @@ class Run:
         except RuntimeError as error:
             raise BrokenCheckpoint(path, f"its generator: {error}") from error
         self.trainer.load_state_dict({**tensors, **header.get("state", {})})
-        self.progress, self.first_step = progress, progress.step
+        self.progress, self.first_step, self.resumed_from = progress, progress.step, path
 
     def state(self) -> tuple[dict, dict[str, torch.Tensor]]:
         """What a checkpoint holds: (header, tensors). Non-tensor parts of the trainer's state go into the header."""
@@ -194,14 +195,16 @@ class Run:
         """Yield the number of each step, from the current one to the last or to a signal; in between, and at the end, write all
         that the run leaves. The caller trains one step and calls `note`. Raises InputError if the run cannot continue."""
         progress, stopped, self.outputs = self.progress, False, outputs
-        if self.is_main and progress.step == 0:
+        elsewhere = self.resumed_from is not None and self.resumed_from.resolve().parent != self.folder.resolve()
+        if self.is_main and (progress.step == 0 or elsewhere):
             set_aside(self.folder, outputs.files)  # before a tracker opens its folder, which is moved too
-        self.accelerator.init_trackers(TRACKER, {name: value for name, value in self.settings.items() if value is not None})
+        plain = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in self.settings.items()}
+        self.accelerator.init_trackers(TRACKER, {name: plain[name] for name in plain if self.settings[name] is not None})
         self.limit_checkpoints()  # a run killed between writing and removing leaves one too many
         if self.eval_steps and not progress.curve:
             self.evaluate(outputs)
-        if progress.step and not (self.folder / f"validation-{progress.step}.png").exists():  # stopped before it was drawn
-            stopped = self.draw_if_due(outputs)
+        if progress.step:  # it may have stopped before it was drawn
+            stopped = self.draw_if_due(outputs, unless_drawn=True)
         if outputs.draws_before and progress.step == 0 and self.is_main:
             self.draw(outputs, final=False)
         self.bar = tqdm(
@@ -295,12 +298,12 @@ class Run:
         logged = {f"eval/{name}": value for name, value in row.items() if name != "step" and value is not None}
         self.accelerator.log(logged, step=row["step"])
 
-    def draw_if_due(self, outputs) -> bool:
+    def draw_if_due(self, outputs, unless_drawn: bool = False) -> bool:
         """Draw the pictures due at this step, if any -> whether the run is to stop. A run that is told to stop draws none, and
-        begins with them when it is resumed."""
+        begins with them when it is resumed. All processes call this, because they agree on stopping."""
         if not due(self.progress.step, self.validation_steps) or self.progress.step == self.max_train_steps:
             return False
-        if self.is_main:
+        if self.is_main and not (unless_drawn and (self.folder / f"validation-{self.progress.step}.png").exists()):
             self.draw(outputs, final=False)
         return self.stop_requested()
 
@@ -334,8 +337,15 @@ class Run:
         return self.progress.step < self.max_train_steps
 
     def write_record(self) -> None:
-        """Write run.json: what was run, on what, how fast (without evaluation and pictures) and in how much memory."""
+        """Write run.json: what was run, on what, how fast (without evaluation and pictures) and in how much memory.
+
+        If this process only drew what was missing, the record of the one that trained is kept.
+        """
         progress, steps = self.progress, self.progress.step - self.first_step
+        if steps == 0:
+            with suppress(OSError, ValueError, LookupError):
+                if json.loads((self.folder / "run.json").read_text())["step"] == progress.step:
+                    return
         write_json(
             self.folder / "run.json",
             dict(

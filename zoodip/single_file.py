@@ -9,7 +9,6 @@ is a small temporary folder with configurations, tokenizer, and a table of names
 from __future__ import annotations
 
 import atexit
-import contextlib
 import math
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from zoodip.errors import UNFINISHED, InputError, damaged_model
-from zoodip.files import is_pickle, not_safetensors, read_json, write_json
+from zoodip.files import is_pickle, not_safetensors, read_json, write_json, writing
 
 TABLE = "single_file.json"  # in a component's folder: {"file": path, "parameters": {name: [name in the file, rows, shape]}}
 KINDS = {"v1": "Stable Diffusion 1.x", "v2": "Stable Diffusion 2.x"}  # keys are diffusers' names
@@ -104,7 +103,7 @@ def folder_of_single_file(file: Path, tensors: dict[str, StandIn], configuration
     folder = Path(tempfile.mkdtemp(prefix="zoodip-"))
     UNFINISHED.append(folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
+    with writing(folder):
         shutil.copy(configuration / "model_index.json", folder)
         for name in ("tokenizer", "scheduler"):
             shutil.copytree(configuration / name, folder / name)
@@ -112,7 +111,8 @@ def folder_of_single_file(file: Path, tensors: dict[str, StandIn], configuration
         config = read_json(configuration / component / "config.json")
         with damaged_model(file):
             parameters = converted(component, tensors, config)
-        (folder / component).mkdir()
+        with writing(folder):
+            (folder / component).mkdir()
         write_json(folder / component / "config.json", config)
         table = {name: [part.name, part.rows, part.shape] for name, part in parameters.items()}
         write_json(folder / component / TABLE, dict(file=str(file.resolve()), parameters=table))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from zoodip.arguments import NUM_TRAIN_TIMESTEPS
-from zoodip.diffusion import Batch, Data, encode_images, evaluation_batches, load_scheduler
+from zoodip.diffusion import Batch, Data, encode_images, evaluation_batches, forbid_tf32, load_scheduler
 from zoodip.errors import DamagedModel, damaged_model
 from zoodip.folder import find_model_folder, hub_variant, model_digest
 from zoodip.model import load_text_encoder, load_unet, load_vae_encoder
@@ -143,6 +143,7 @@ def load_tuned_model(
     fewer bits. Text encoder and VAE are freed. Raises InputError if the folder is damaged.
     """
     folder, variant = inputs.folder, inputs.variant
+    forbid_tf32()
     tune_malloc(1 << 20, 1 << 17)
     dtype, others = DTYPES[mixed_precision], frozen_format(quantization)
     data = load_tuning_data(inputs, others, dtype, device, resolution, center_crop)

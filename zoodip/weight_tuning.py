@@ -130,17 +130,17 @@ class WeightTuner:
             groups.setdefault(self.system.group(timestep), []).append(i)
         total = 0.0
         for rows in groups.values():  # each backward before the next forward: less memory
-            some = Batch(*(getattr(whole, name)[rows] for name in Batch.__dataclass_fields__))
+            some = Batch(*(tensor[rows] for tensor in whole))
             prediction = model.predict(some)
             errors = (prediction - some.target.to(prediction.device)).square().flatten(1).mean(1)
             loss = (errors * weights[rows].to(errors.device)).sum()
-            if loss.requires_grad:  # outside S1's interval nothing is trained
-                (loss * self.scale).backward()
+            (loss * self.scale).backward()
             total += loss.item()
-        trained = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         if self.scale != 1.0:
-            torch.ops.aten._foreach_div_.Scalar([parameter.grad for parameter in trained], self.scale)
-        if not torch.isfinite(torch.nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)):
+            for gradient in gradients:
+                gradient.div_(self.scale)
+        if not torch.isfinite(torch.nn.utils.clip_grad_norm_(self.parameters.values(), MAX_GRADIENT_NORM)):
             return None, len(groups)
         self.optimizer.step()
         return total, len(groups)
