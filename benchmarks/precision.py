@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Which mu suits which precision: how well (L(theta + mu u) - L(theta)) / mu tracks the true derivative, and what NF4 costs.
 
-    python -m benchmarks.precision                        # miniature/model, about 4 minutes on 2 CPU cores
+    python -m benchmarks.precision                        # miniature/model, about 25 minutes on a CPU
     python -m benchmarks.precision --device cuda
 
 For each precision, mu and token size: the correlation over (sample, direction) pairs between the finite difference in that

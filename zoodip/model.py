@@ -41,7 +41,7 @@ def load_frozen(
 
     Tensors are read, quantised and dropped one by one, so that the 16-bit model never exists as a whole. A parameter whose
     name begins with an entry of `skip` is left empty. The UNet's conv_in and conv_out (0.003 % of SD v1.5's weights) stay in
-    `dtype`: quantising them increases the loss as much as quantising all the rest
+    `dtype`: quantising them increases the loss more than quantising all the rest
     (benchmarks/README.md). Raises InputError if file and configuration do not match.
     """
     model, where = build_model(folder, component), folder / component
