@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoodip.binding_drawing import read_prompts, scheduler_maker, with_seeds
+from zoodip.binding_drawing import first_noises, read_prompts, scheduler_maker, with_seeds
 from zoodip.binding_losses import Predictor
 from zoodip.binding_settings import CONTROL, FULL, MERGE, PHRASE, PLAIN, PUBLISHED, Settings
 from zoodip.binding_states import Encoder
@@ -129,10 +129,9 @@ def ceiling_latents(
     wanted = with_seeds(read_prompts(pipeline, marked_prompts, None), seeds)
     sides = [torch.stack([encode(text).states for text in side_prompts(prompt)]) for prompt, _ in wanted]
     states = torch.cat([null.expand(2 * len(sides), -1, -1), *sides])  # [4 N, L, d]
-    size = (1, pipeline.unet.config.in_channels, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
-    noises = [torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=null.dtype) for _, seed in wanted]
+    size = (height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
     schedule = scheduler_maker(pipeline, scheduler, settings.steps)()
-    latents = torch.cat(noises).to(null.device) * schedule.init_noise_sigma
+    latents = first_noises(pipeline, [seed for _, seed in wanted], size, null) * schedule.init_noise_sigma
     for timestep in schedule.timesteps:
         windows = split_windows(schedule.scale_model_input(latents, timestep))
         unguided, noise = predict(torch.cat([windows, windows]), timestep, states).chunk(2)

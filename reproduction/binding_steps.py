@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from reproduction.plots import new_plot, save_plot
 from train_zoodip import ESTIMATORS, zeroth_order_gradient
-from zoodip.binding_drawing import read_prompts, scheduler_maker
+from zoodip.binding_drawing import first_noises, read_prompts, scheduler_maker
 from zoodip.binding_losses import Losses, Predictor, binding_losses, contexts, gradient_step, moved
 from zoodip.binding_settings import FULL, Settings
 from zoodip.binding_states import BoundGroup, Encoder, bind_prompt
@@ -101,11 +101,11 @@ def compare_steps(pipeline, marked_prompts: Sequence[str], *, height: int, width
     encode, predict = Encoder(pipeline), Predictor(pipeline.unet)
     schedule = scheduler_maker(pipeline, None, 25)()
     timestep, scale = schedule.timesteps[0], pipeline.vae_scale_factor
-    size = (1, pipeline.unet.config.in_channels, height // scale, width // scale)
+    size, null = (height // scale, width // scale), encode("").states
     steps = steps_to_compare()
     found: dict = dict(budget=budget, curves={name: [] for name in steps}, phrase=[])
     for k, marked in enumerate(read_prompts(pipeline, marked_prompts, None)):
-        latents = torch.randn(size, generator=torch.Generator().manual_seed(k)).to(pipeline.unet.device)
+        latents = first_noises(pipeline, [k], size, null)
         merged = bind_prompt(marked, encode, FULL, encode.mean())
         for group in merged.groups:
             target = predict(latents, timestep, group.anchor[None])

@@ -398,8 +398,8 @@ def test_defaults():
     assert (published.alpha, fair.alpha) == (1, 0.2)
 
 
-def test_gf_ti_takes_variant_and_vectors_from_what_it_starts_from(train, tiny_model, subject, tmp_path):
-    """A folder that has only fp16 files, as it comes from the hub, and an embedding file of two vectors."""
+def test_gf_ti_takes_the_number_of_vectors_from_what_it_starts_from(train, tiny_model, subject, tmp_path):
+    """An embedding file has its own number of vectors, which --subspace pca may not allow."""
     start = train(textual_inversion, "start", num_vectors=2, max_train_steps=1) / "learned_embeds.safetensors"
     out = train(gf_ti, "two", population=4, intrinsic_dim=5, max_train_steps=1, initializer_token=start)
     assert theta(out).shape[0] == 2
@@ -407,6 +407,7 @@ def test_gf_ti_takes_variant_and_vectors_from_what_it_starts_from(train, tiny_mo
 
 
 def test_gf_ti_reads_the_variant_that_was_found(tiny_model, subject, tmp_path, monkeypatch):
+    """A folder that has only fp16 files, as it comes from the hub."""
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     for component in ("unet", "text_encoder", "vae"):

@@ -108,7 +108,8 @@ def scaled(values: torch.Tensor) -> torch.Tensor:
 def entropy(values: torch.Tensor) -> torch.Tensor:
     """-sum p log(p + 1e-5) in nats, where p is `values` [..., P] min-max scaled, divided by its sum: log of how many places it
     fills."""
-    share = scaled(values) / scaled(values).sum(-1, keepdim=True)
+    weights = scaled(values)
+    share = weights / weights.sum(-1, keepdim=True)
     return -(share * (share + EPSILON).log()).sum(-1)
 
 

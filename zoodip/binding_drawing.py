@@ -257,15 +257,21 @@ def read_prompts(pipeline: StableDiffusionPipeline, marked: Sequence[str], clean
     return [replace(prompt, clean=expand(text)) for prompt, text in zip(prompts, clean, strict=True)]
 
 
+def first_noises(pipeline: StableDiffusionPipeline, seeds: Sequence[int], size: Sequence[int], like: Tensor) -> Tensor:
+    """The noise [N, 4, h, w] of each seed for latents of `size`, drawn on the CPU, in the dtype and on the device of `like`."""
+    shape = (1, pipeline.unet.config.in_channels, *size)
+    noises = [torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype) for seed in seeds]
+    return torch.cat(noises).to(like.device)
+
+
 def draw_batch(
     pipeline: StableDiffusionPipeline, batch: Sequence[tuple[BoundPrompt, int]], null: Tensor, size: tuple[int, int],
     settings: Settings, new_scheduler: Callable[[], Any], intervals, semantic_step,
 ) -> list[Picture]:  # fmt: skip
     """Pictures of (prompt, seed) pairs, with latents of `size`, denoised together."""
     started, predict, scheduler = time.perf_counter(), Predictor(pipeline.unet), new_scheduler()
-    bounds, shape = [bound for bound, _ in batch], (1, pipeline.unet.config.in_channels, *size)
-    noises = [torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=null.dtype) for _, seed in batch]
-    paintings = Paintings(bounds, torch.cat(noises).to(null.device) * scheduler.init_noise_sigma, new_scheduler)
+    noises = first_noises(pipeline, [seed for _, seed in batch], size, null)
+    paintings = Paintings([bound for bound, _ in batch], noises * scheduler.init_noise_sigma, new_scheduler)
     paint(paintings, null, predict, settings, scheduler, intervals, semantic_step)
     images = decode(pipeline, paintings.latents)
     seconds = (time.perf_counter() - started) / len(batch)

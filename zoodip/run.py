@@ -198,8 +198,9 @@ class Run:
         elsewhere = self.resumed_from is not None and self.resumed_from.resolve().parent != self.folder.resolve()
         if self.is_main and (progress.step == 0 or elsewhere):
             set_aside(self.folder, outputs.files)  # before a tracker opens its folder, which is moved too
-        plain = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in self.settings.items()}
-        self.accelerator.init_trackers(TRACKER, {name: plain[name] for name in plain if self.settings[name] is not None})
+        given = {name: value for name, value in self.settings.items() if value is not None}
+        plain = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in given.items()}
+        self.accelerator.init_trackers(TRACKER, plain)
         self.limit_checkpoints()  # a run killed between writing and removing leaves one too many
         if self.eval_steps and not progress.curve:
             self.evaluate(outputs)
