@@ -38,6 +38,7 @@ class Section:
     table: Table | None = None
     after: list[str] = field(default_factory=list)
     after_bullets: list[str] = field(default_factory=list)
+    after_table: Table | None = None
     images: list[Image] = field(default_factory=list)
     sheets: list[Image] = field(default_factory=list)  # shown on request
 

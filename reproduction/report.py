@@ -122,19 +122,21 @@ def seeds_note(experiment: Experiment, rows: dict[str, Records]) -> str:
             ) if parts else ""  # fmt: skip
 
 
-def differences_from(label: str, experiment: Experiment, rows: dict[str, Records]) -> list[str]:
-    """One line for each other row: its paired differences from row `label`, as `difference_of` gives them."""
-    lines = []
-    for other in (row.label for row in declared_rows(experiment) if row.label != label):
-        found = {score: paired_differences(rows.get(other, {}), rows.get(label, {}), score)
-                 for score in experiment.columns if not COLUMNS[score].plain}  # fmt: skip
-        told = [f"{COLUMNS[score].heading} {difference_of(values, score)}" for score, values in found.items() if values]
-        lines += [f"{other}: {', '.join(told)}"] if told else []
-    return lines
+def differences_from(label: str, experiment: Experiment, rows: dict[str, Records]) -> Table | None:
+    """Every other row's paired differences from row `label`, as `difference_of` gives them; None if no runs can be paired."""
+    scores = [score for score in experiment.columns if not COLUMNS[score].plain]
+    found = {(other.label, score): paired_differences(rows.get(other.label, {}), rows.get(label, {}), score)
+             for other in declared_rows(experiment) if other.label != label for score in scores}  # fmt: skip
+    shown = [score for score in scores if any(values for (_, of), values in found.items() if of == score)]
+    others = dict.fromkeys(other for (other, _), values in found.items() if values)  # in the order of the rows
+    lines = [[other, *[difference_of(found[other, score], score) for score in shown]] for other in others]
+    return Table(["", *[COLUMNS[score].heading for score in shown]], lines) if lines else None
 
 
 def difference_of(values: list[float], score: str) -> str:
     """The interval of paired differences and, if it contains 0, the smallest true difference that would have been seen."""
+    if not values:
+        return "-"
     mean, half_width = mean_interval(values)
     text = interval(mean, half_width, score, sign=True)
     if np.isfinite(half_width) and abs(mean) <= half_width:
@@ -310,9 +312,9 @@ def section_of(experiment: Experiment, collect: plots.Collect, settings: Setting
     subjects = plans.subjects_of(experiment, settings)
     if len(subjects) < len(settings.subjects or settings.world.subjects):
         section.after.append(f"This table uses only {', '.join(subjects)}.")
-    if experiment.against:
+    if experiment.against and (differences := differences_from(experiment.against, experiment, rows)):
         section.after.append(f"Differences from {experiment.against}, paired by subject:")
-        section.after_bullets = differences_from(experiment.against, experiment, rows)
+        section.after_table = differences
     plot = experiment.plot
     if plot and plots.draw(plot, experiment.name, collect, settings, folder / "plots" / plot.file):
         section.images.append(Image(experiment.name, f"plots/{plot.file}"))

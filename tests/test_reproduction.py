@@ -519,12 +519,15 @@ def test_a_table_prints_differences_from_the_row_it_names(tmp_path):
                 settings, job.spec, forwards=30, loss=0.02, loss_all=0.1, commit="0123456789-dirty", scores={"CLIP-I": level}
             )
     rows = plans.collect(demo, settings)
-    (line,) = report.differences_from(demo.against, demo, rows)
-    assert line.startswith(f"{demo.rows[2].label}: CLIP-I +.030 ± .127 (.141 would be seen), ")  # 12.706 and 1.376 x .01, of two
+    differences = report.differences_from(demo.against, demo, rows)
+    assert differences is not None
+    ((label, *cells),) = differences.lines
+    seen = "+.030 ± .127 (.141 would be seen)"  # 12.706 and 1.376 x .01, of two subjects
+    assert label == demo.rows[2].label and cells[differences.header.index("CLIP-I") - 1] == seen
     jobs = plan_of(settings, "Demo")
     report.write_report(["Demo"], jobs, settings, tmp_path / "report")
     text = (tmp_path / "report" / "RESULTS.md").read_text()
-    assert f"- {line}" in text and "commit 0123456-dirty;" in text
+    assert differences.markdown() in text and "commit 0123456-dirty;" in text
 
 
 def test_rates_are_chosen_by_pictures_and_read_from_their_file(tmp_path, capsys):
@@ -996,11 +999,11 @@ def test_both_pages_say_the_same(tmp_path):
     """The HTML page is whole, its pictures are there, markup in a text is text, and every cell of the Markdown is on it."""
     section = pages.Section(
         "Table <1> & 2", ["a **bold** `x < y` <script>"], ["one", "two"], pages.Table(["", "b"], [["c", "d*"]]), ["after"],
-        ["three"], [pages.Image("plot", "plots/a.png")], [pages.Image("row", "sheets/b.jpg")],
+        ["three"], pages.Table(["e"], [["f"]]), [pages.Image("plot", "plots/a.png")], [pages.Image("row", "sheets/b.jpg")],
     )  # fmt: skip
     text = pages.render("results.md", "Results: x", [pages.Section("", ["first"]), section]).decode()
     paragraphs = ["# Results: x", "first", "## Table <1> & 2", "a **bold** `x < y` <script>", "- one\n- two",
-                  "|  | b |\n|---|---|\n| c | d* |", "after", "- three", "![plot](plots/a.png)",
+                  "|  | b |\n|---|---|\n| c | d* |", "after", "- three", "| e |\n|---|\n| f |", "![plot](plots/a.png)",
                   "Pictures: [row](sheets/b.jpg)"]  # fmt: skip
     assert text == "\n\n".join(paragraphs) + "\n"
     page = pages.render("results.html", "Results: x", [pages.Section("", ["first"]), section]).decode()
@@ -1008,7 +1011,7 @@ def test_both_pages_say_the_same(tmp_path):
     reader.feed(page)
     assert reader.open == [] and reader.pictures == ["plots/a.png", "sheets/b.jpg"]
     words = " ".join(" ".join(reader.words).split())
-    for part in ("first", "Table <1> & 2", "bold x < y <script>", "one", "two", "c d*", "after", "three", "Pictures: row"):
+    for part in ("first", "Table <1> & 2", "bold x < y <script>", "one", "two", "c d*", "after", "three", "e f", "Pictures: row"):
         assert part in words
     assert "<strong>bold</strong> <code>x &lt; y</code> &lt;script&gt;" in page
 
