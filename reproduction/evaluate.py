@@ -47,7 +47,7 @@ from zoodip.arguments import OneLineArgumentParser, flags_for, settings_of
 from zoodip.diffusion import FrozenModel, forbid_tf32, settle_flags
 from zoodip.errors import InputError, run_script
 from zoodip.files import write_atomically, write_image, write_json
-from zoodip.folder import find_model_folder, hub_variant
+from zoodip.folder import resolve_model
 from zoodip.model import SCHEDULERS, load_text_encoder, load_unet
 from zoodip.pictures import Drawer
 from zoodip.process import make_accelerator
@@ -137,8 +137,7 @@ def load_drawer(
 ) -> Drawer:
     """A drawer with the model given by train_zoodip.py's `flags`, whose open defaults are filled in. Raises InputError."""
     name, revision = flags.pretrained_model_name_or_path, flags.revision
-    variant = flags.variant or hub_variant(name, revision)  # as in training: another variant has another digest
-    folder = find_model_folder(name, revision, variant, flags.model_config)
+    folder, variant = resolve_model(name, revision, flags.variant, flags.model_config)  # another variant has another digest
     vars(flags).update(settle_flags(folder, variant, device, **flags_for(settle_flags, vars(flags))))
     dtype = DTYPES[flags.mixed_precision]
     forbid_tf32()  # as in training

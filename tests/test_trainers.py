@@ -413,6 +413,6 @@ def test_gf_ti_reads_the_variant_that_was_found(tiny_model, subject, tmp_path, m
     for component in ("unet", "text_encoder", "vae"):
         for path in (model / component).glob("*.safetensors"):
             path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
-    monkeypatch.setattr("zoodip.diffusion.hub_variant", lambda name, revision=None: "fp16")
+    monkeypatch.setattr("zoodip.folder.hub_variant", lambda name, revision=None: "fp16")
     flags = dict(population=4, intrinsic_dim=5, max_train_steps=1, **NOT_THEIRS)
     assert run_cli(arguments(model, subject, tmp_path / "out", **flags), gf_ti) == 0

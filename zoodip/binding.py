@@ -105,7 +105,7 @@ def read_words(paths: Sequence[Path]) -> dict[str, int]:
     return words
 
 
-def read_prompts(folder: Path, words: dict[str, int], flags: dict, methods: Iterable[Settings]) -> list[MarkedPrompt]:
+def checked_prompts(folder: Path, words: dict[str, int], flags: dict, methods: Iterable[Settings]) -> list[MarkedPrompt]:
     """The prompts, with their marks and lengths checked before a model is loaded. Raises InputError."""
     from zoodip.prompts import load_tokenizer
 
@@ -135,16 +135,15 @@ def read_prompts(folder: Path, words: dict[str, int], flags: dict, methods: Iter
 
 def main(flags: dict) -> None:
     """Write pictures PROMPT-METHOD-SEED.png, a sheet and binding.json to --output. Raises InputError."""
-    from zoodip.folder import find_model_folder, hub_variant, packed_as
+    from zoodip.folder import packed_as, resolve_model
     from zoodip.model import load_pipeline
 
     methods, output = settings_of_flags(flags), flags["output"]
-    variant = hub_variant(flags["model"])
-    folder = find_model_folder(flags["model"], variant=variant)
+    folder, variant = resolve_model(flags["model"])
     flags["quantization"] = flags["quantization"] or packed_as(folder, variant) or "none"
     vae_levels = len(read_json(folder / "vae" / "config.json").get("block_out_channels", [0] * 4))
     canvas(read_json(folder / "unet" / "config.json"), 2 ** (vae_levels - 1), flags["height"], flags["width"])
-    prompts = read_prompts(folder, read_words(flags["embedding"]), flags, methods.values())
+    prompts = checked_prompts(folder, read_words(flags["embedding"]), flags, methods.values())
     for path, what in ((output, "output"), ((flags["sheet"] or output / "sheet.png").parent, "sheet")):
         try:
             path.mkdir(parents=True, exist_ok=True)

@@ -220,7 +220,7 @@ def draw_bound(
     settings = settings or METHODS[method]
     check_settings(settings)
     height, width = canvas(pipeline.unet.config, pipeline.vae_scale_factor, height, width)
-    prompts = read_prompts(pipeline, marked_prompts, clean_prompts)
+    prompts = read_marked_prompts(pipeline, marked_prompts, clean_prompts)
     for prompt in prompts:
         check_groups(prompt, settings, intervals)
     encode = Encoder(pipeline)
@@ -233,7 +233,7 @@ def draw_bound(
     pictures = []
     for first in range(0, len(wanted), batch_size):
         batch = wanted[first : first + batch_size]
-        pictures += draw_batch(pipeline, batch, null, size, settings, new_scheduler, intervals, semantic_step)
+        pictures += draw_pictures(pipeline, batch, null, size, settings, new_scheduler, intervals, semantic_step)
     return pictures
 
 
@@ -244,7 +244,9 @@ def with_seeds(prompts: Sequence[Prompt], seeds: Sequence[int] | Sequence[Sequen
     return [(prompt, seed) for prompt, own in zip(prompts, of_each, strict=True) for seed in own]
 
 
-def read_prompts(pipeline: StableDiffusionPipeline, marked: Sequence[str], clean: Sequence[str] | None) -> list[MarkedPrompt]:
+def read_marked_prompts(
+    pipeline: StableDiffusionPipeline, marked: Sequence[str], clean: Sequence[str] | None
+) -> list[MarkedPrompt]:
     """Parse marked prompts, writing out the pipeline's learned words that have several vectors. Raises InputError."""
     words = [word for word in pipeline.tokenizer.added_tokens_encoder if word not in pipeline.tokenizer.all_special_tokens]
 
@@ -264,7 +266,7 @@ def first_noises(pipeline: StableDiffusionPipeline, seeds: Sequence[int], size: 
     return torch.cat(noises).to(like.device)
 
 
-def draw_batch(
+def draw_pictures(
     pipeline: StableDiffusionPipeline, batch: Sequence[tuple[BoundPrompt, int]], null: Tensor, size: tuple[int, int],
     settings: Settings, new_scheduler: Callable[[], Any], intervals, semantic_step,
 ) -> list[Picture]:  # fmt: skip

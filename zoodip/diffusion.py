@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from zoodip.arguments import NUM_TRAIN_TIMESTEPS, is_embedding_file
 from zoodip.errors import DamagedModel, InputError, damaged_model
-from zoodip.folder import choose_quantization, find_model_folder, hub_variant, model_digest, native_resolution
+from zoodip.folder import choose_quantization, model_digest, native_resolution, resolve_model
 from zoodip.model import load_text_encoder, load_unet, load_vae_encoder
 from zoodip.prompts import Prompts, build_prompts, encode_prompts, load_tokenizer, starting_token, warn_of_an_ordinary_word
 from zoodip.quantize import DTYPES, default_precision
@@ -71,8 +71,7 @@ def read_inputs(
     """Photographs, captions, model folder, tokenizer, prompts and initial token of a run. Raises InputError."""
     class_word = None if is_embedding_file(initializer_token) else initializer_token
     subject = load_subject(train_data_dir, cc_file if use_cc else None, learnable_property, class_word, center_crop)
-    variant = variant or hub_variant(pretrained_model_name_or_path, revision)
-    folder = find_model_folder(pretrained_model_name_or_path, revision, variant, model_config)
+    folder, variant = resolve_model(pretrained_model_name_or_path, revision, variant, model_config)
     tokenizer = load_tokenizer(folder, placeholder_token, num_vectors)
     warn_of_an_ordinary_word(tokenizer, placeholder_token)
     token = starting_token(tokenizer, folder, variant, initializer_token, num_vectors)

@@ -79,6 +79,14 @@ def open_single_file(file: Path, model_config: str | None) -> Path:
     return folder_of_single_file(file, tensors, source)
 
 
+def resolve_model(
+    name: str, revision: str | None = None, variant: str | None = None, model_config: str | None = None
+) -> tuple[Path, str | None]:
+    """`find_model_folder`'s folder, and the variant to use: of a hub model by default the one that `hub_variant` chooses."""
+    variant = variant or hub_variant(name, revision)
+    return find_model_folder(name, revision, variant, model_config), variant
+
+
 def hub_variant(name: str, revision: str | None = None) -> str | None:
     """The variant of a hub model to use if the user names none: fp16, half the download, if all its weights have it."""
     if Path(name).exists():

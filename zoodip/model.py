@@ -12,7 +12,7 @@ from torch import nn
 
 from zoodip.errors import DamagedModel, InputError, damaged_model
 from zoodip.files import read_json
-from zoodip.folder import WEIGHT_NAMES, choose_quantization, component_tensors, find_model_folder, hub_variant
+from zoodip.folder import WEIGHT_NAMES, choose_quantization, component_tensors, resolve_model
 from zoodip.quantize import pack_weight, quantized_layer
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import
@@ -226,8 +226,7 @@ def load_pipeline(
         return load_tuned_pipeline(name, tuned_scales, dtype, device, revision, variant, model_config)
     from transformers import CLIPTokenizer
 
-    variant = variant or hub_variant(name, revision)
-    folder = find_model_folder(name, revision, variant, model_config)
+    folder, variant = resolve_model(name, revision, variant, model_config)
     quantization = choose_quantization(folder, variant, quantization)
     components: dict[str, Any] = {}
     for component in WEIGHT_NAMES:

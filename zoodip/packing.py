@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from zoodip.errors import UNFINISHED, InputError
 from zoodip.files import read_json, serialize, write_atomically, write_json, writing
-from zoodip.folder import PACKED_NAME, WEIGHT_NAMES, choose_quantization, component_tensors, find_model_folder, hub_variant
+from zoodip.folder import PACKED_NAME, WEIGHT_NAMES, choose_quantization, component_tensors, resolve_model
 from zoodip.model import VAE_ENCODER, build_model, check_parameter, is_quantized, modern_name, module_of
 from zoodip.quantize import pack_weight
 
@@ -41,8 +41,7 @@ def save_quantized(
         raise InputError(
             f"--save_quantized: {str(target)!r} already exists; give it as --pretrained_model_name_or_path or choose a new folder"
         )
-    variant = variant or hub_variant(pretrained_model_name_or_path, revision)
-    folder = find_model_folder(pretrained_model_name_or_path, revision, variant, model_config)
+    folder, variant = resolve_model(pretrained_model_name_or_path, revision, variant, model_config)
     quantization = choose_quantization(folder, variant, quantization)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     UNFINISHED.append(unfinished)

@@ -23,7 +23,7 @@ from torch import nn
 
 from zoodip.errors import InputError, require_peft
 from zoodip.files import read_json, why_unreadable, write_json, write_tensors, writing
-from zoodip.folder import WEIGHT_NAMES, component_tensors, find_model_folder, hub_variant, model_digest
+from zoodip.folder import WEIGHT_NAMES, component_tensors, model_digest, resolve_model
 from zoodip.model import assemble_pipeline, load_frozen
 from zoodip.prompts import load_tokenizer
 from zoodip.quantize import frozen_format
@@ -292,8 +292,7 @@ def load_tuned_pipeline(
     tuned: a file of scales, LoRA (diffusers' names) or Kronecker factors, or a folder with unet/ (DreamBooth). The pipeline picks
     the expert for each denoising step by itself. Raises InputError if it cannot be loaded, or was learned on other weights.
     """
-    variant = variant or hub_variant(name, revision)
-    folder = find_model_folder(name, revision, variant, model_config)
+    folder, variant = resolve_model(name, revision, variant, model_config)
     unet, others = load_tuned_unet(folder, variant, Path(tuned), dtype, device)
     vae, text_encoder = (load_frozen(folder, part, variant, others, dtype, device) for part in ("vae", "text_encoder"))
     return assemble_pipeline(folder, unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=load_tokenizer(folder))

@@ -14,7 +14,7 @@ import torch
 from zoodip.arguments import NUM_TRAIN_TIMESTEPS
 from zoodip.diffusion import Batch, Data, encode_images, evaluation_batches, forbid_tf32, load_scheduler
 from zoodip.errors import DamagedModel, damaged_model
-from zoodip.folder import find_model_folder, hub_variant, model_digest
+from zoodip.folder import model_digest, resolve_model
 from zoodip.model import load_text_encoder, load_unet, load_vae_encoder
 from zoodip.pictures import Drawer
 from zoodip.prior import GUIDANCE, SCHEDULER, STEPS, PriorPictures
@@ -81,8 +81,7 @@ def read_tuning_inputs(
     if not use_cc:
         subject.captions = [[instance_prompt]] * len(subject.paths)
         subject.fingerprint = hashlib.sha256((subject.fingerprint + instance_prompt).encode()).hexdigest()
-    variant = variant or hub_variant(pretrained_model_name_or_path, revision)
-    folder = find_model_folder(pretrained_model_name_or_path, revision, variant, model_config)
+    folder, variant = resolve_model(pretrained_model_name_or_path, revision, variant, model_config)
     captions = [in_words(text, identifier, class_word) for (text,) in subject.captions]
     texts = sorted(set(captions))
     choices = [[texts.index(caption)] for caption in captions]
