@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import arguments, run_cli, sample
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw, ImageFont
 from tiny import Tiny, rewrite
 
+from benchmarks.memory import peak_live_bytes
 from zoodip.diffusion import FrozenModel
 from zoodip.model import load_pipeline
 from zoodip.pictures import Drawer, picture_sheet, wrap
 from zoodip.prompts import build_prompts
+from zoodip.strips import StripDecoder, decode_in_strips
 
 TEXTS = ["a photo of {} in the snow", "{} on the grass with a cat", ""]  # the last is the negative prompt
 
@@ -151,3 +153,59 @@ def test_picture_sheet():
     for colour in ((255, 0, 0), (0, 128, 0), (0, 0, 255)):
         assert (pixels == colour).all(-1).sum() >= 32 * 32
     assert (pixels.max(-1) < 100).any()  # the captions' black
+
+
+def small_decoder(**config) -> AutoencoderKL:
+    """A VAE built like Stable Diffusion's but smaller, with 4 pixels for each latent in height and width; its decoder."""
+    torch.manual_seed(0)
+    shape = dict(block_out_channels=(32, 64, 96), down_block_types=("DownEncoderBlock2D",) * 3,
+                 up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, layers_per_block=1, norm_num_groups=8)  # fmt: skip
+    vae = AutoencoderKL(**(shape | config)).double().eval()
+    for module in vae.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            torch.nn.init.normal_(module.weight)
+            torch.nn.init.normal_(module.bias)
+    return vae
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("strip", [1, 5, 32])
+def test_a_picture_decoded_in_strips_is_the_same(monkeypatch, order, strip):
+    """Heights that strips do not divide, two pictures at once, and maps with more channels than their successors. The statistics
+    are in fp32, everything else here in fp64. Small pictures are the library's, bit for bit."""
+    vae = small_decoder().to(memory_format=order)
+    latents = 3 * torch.randn(2, 4, 9, 7, dtype=torch.float64)
+    with torch.no_grad():
+        whole = vae.decode(latents).sample
+        decode_in_strips(vae.decoder)
+        assert type(vae.decoder) is StripDecoder and torch.equal(vae.decode(latents).sample, whole)
+        monkeypatch.setattr("zoodip.strips.WHOLE", 0)
+        monkeypatch.setattr("zoodip.strips.STRIP", strip)
+        kept = latents.clone()
+        in_strips = vae.decode(latents).sample
+    assert torch.equal(latents, kept)
+    assert not torch.equal(in_strips, whole)  # it was another way
+    torch.testing.assert_close(in_strips, whole, atol=1e-5 * whole.std().item(), rtol=0)  # measured: 6e-7
+
+
+def test_strips_need_less_memory():
+    vae = small_decoder(norm_num_groups=4).float()
+    latents = torch.randn(1, 4, 128, 64)
+    with torch.no_grad():
+        whole = peak_live_bytes(lambda: vae.decode(latents))
+        decode_in_strips(vae.decoder)
+        in_strips = peak_live_bytes(lambda: vae.decode(latents))
+    assert in_strips < 0.55 * whole  # measured: .47
+
+
+def test_another_decoder_is_left_alone():
+    vae = small_decoder(up_block_types=("UpDecoderBlock2D", "AttnUpDecoderBlock2D", "UpDecoderBlock2D"))
+    decode_in_strips(vae.decoder)
+    assert type(vae.decoder) is not StripDecoder
+
+
+def test_pipelines_and_the_drawer_decode_in_strips(tiny_model):
+    assert type(load_pipeline(str(tiny_model), "nf4").vae.decoder) is StripDecoder
+    tiny = Tiny(tiny_model, 1)
+    model = FrozenModel(tiny.unet, tiny.text_encoder, tiny.prompts.rows)
+    assert type(Drawer(model, tiny_model, None, "nf4", 64).pipeline.vae.decoder) is StripDecoder

@@ -260,6 +260,9 @@ def assemble_pipeline(
     """
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
+    from zoodip.strips import decode_in_strips
+
+    decode_in_strips(cast(Any, vae).decoder)
     parts: dict[str, Any] = dict(unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
     parts["scheduler"] = build_scheduler(folder, scheduler)
     parts |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
