@@ -13,7 +13,7 @@ from conftest import MINIATURE, ROOT, arguments, run_cli
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from benchmarks import gpu
+from benchmarks import gpu, pictures
 from benchmarks.memory import count_live_bytes, gpu_bytes, largest, name_layers, peak_live_bytes, stage, tensor_names
 from benchmarks.methods import METHODS, Task, ThisProject
 from benchmarks.precision import tf32_convolutions, to_tf32
@@ -220,3 +220,15 @@ def test_gpu_memory_of_a_process_on_two_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     found = gpu_bytes()
     assert (found[7], found[8], found[9]) == (120 << 20, 0, 0)
+
+
+@pytest.mark.slow
+def test_pictures_are_measured_on_the_miniature():
+    """Both ways draw, strips take no more memory, and the page has the figures."""
+    task = Task(MINIATURE, None, ROOT / "dataset" / "furmix", "critter", "fp32", torch.device("cpu"))
+    found = pictures.measure(task, 128, rounds=1)
+    assert {"load", "train", *pictures.WAYS} <= set(found["bytes"])
+    assert found["bytes"]["in strips"] < found["bytes"]["as the library decodes"]
+    assert 0 < found["difference"]["largest"] < 1e-3 * found["difference"]["deviation"]  # another way, the same picture
+    row = pictures.page({"fp32": found}).splitlines()[6]
+    assert row.startswith("| fp32 | 0.0") and row.count("|") == 9
