@@ -29,10 +29,11 @@ from zoodip import strips
 from zoodip.arguments import new_parser
 from zoodip.errors import run_script
 from zoodip.pictures import Drawer
+from zoodip.quantize import DTYPES
 from zoodip.records import ROOT, table
 
 SIZE = 512  # pixels
-WAYS = {"as the library decodes": SIZE, "in strips": 0}  # the height up to which the library decodes
+WAYS = {"as the library decodes": SIZE * SIZE, "in strips": 0}  # the number of pixels up to which the library decodes
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,7 +58,7 @@ def decoding(way: str):
 
 def measure(task: Task, size: int, rounds: int) -> dict:
     """Peak live bytes of every stage with pictures of `size` pixels, the decoder's seconds, and how the pictures differ."""
-    method, drawers = ThisProject(task), []
+    method, drawers, dtype = ThisProject(task), [], DTYPES[task.mixed_precision]
 
     def run() -> None:
         with stage("load"):
@@ -67,15 +68,13 @@ def measure(task: Task, size: int, rounds: int) -> dict:
         for way in WAYS:
             with stage(way), decoding(way):
                 drawers[:] = [Drawer(method.model, task.model, task.variant, "nf4", size, steps=1)]
-                unet = method.model.unet
-                states = torch.randn(2, 77, unet.config.cross_attention_dim, dtype=unet.conv_in.weight.dtype)
+                states = torch.randn(2, 77, method.model.unet.config.cross_attention_dim, dtype=dtype)
                 list(drawers[0].draw_states(states, [(0, 0)]))
 
     bytes_of = count_live_bytes(run, task.model.glob("*/*.safetensors")).stages
     vae, side = drawers[0].pipeline.vae, size // drawers[0].pipeline.vae_scale_factor
-    latents = torch.randn(1, vae.config.latent_channels, side, side, generator=torch.Generator().manual_seed(0)).to(
-        method.model.unet.conv_in.weight.dtype
-    )
+    shape = (1, vae.config.latent_channels, side, side)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     seconds, pictures = {way: [] for way in WAYS}, {}
     for _ in range(rounds):
         for way in WAYS:

@@ -1,4 +1,4 @@
-"""The VAE's decoder in half of its memory: large pictures are decoded a strip of rows at a time."""
+"""The VAE's decoder in half of its memory: large pictures are decoded one by one, a strip of rows at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 Rows = Callable[[int, int], Tensor]  # (a, b) -> rows [a, b) of a feature map, [B, C, b - a, W]
 
 STRIP = 32  # rows; of SD v1.5's widest map at 512 pixels, 17 MB in fp32
-WHOLE = 256  # pixels; up to this height the library decodes a picture
+WHOLE = 256 * 256  # pixels; up to as many the library decodes a picture
 
 
 class StripDecoder(Decoder):
@@ -28,9 +28,13 @@ class StripDecoder(Decoder):
     def forward(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
         """Pictures [B, 3, H, W] of latents [B, 4, h, w]."""
         factor = 2 ** sum(block.upsamplers is not None for block in self.up_blocks)
-        if sample.shape[2] * factor <= WHOLE or torch.is_grad_enabled():
+        if sample.shape[2] * sample.shape[3] * factor**2 <= WHOLE or torch.is_grad_enabled():
             return super().forward(sample, latent_embeds)
-        x = self.mid_block(self.conv_in(sample))
+        return torch.cat([self.picture(latents) for latents in sample.split(1)])
+
+    def picture(self, latents: Tensor) -> Tensor:
+        """One picture [1, 3, H, W] of latents [1, 4, h, w]."""
+        x = self.mid_block(self.conv_in(latents))
         block: Any
         for block in self.up_blocks:
             for resnet in block.resnets:
