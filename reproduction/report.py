@@ -219,7 +219,8 @@ def claims_section(findings: list[Finding], unjudged: list[str]) -> Section:
     lines = [sentence(finding) + ("" if source == next(iter(sources)) else f" [{source}]")
              for source in sources for finding in ranked if finding.claim.source == source]  # fmt: skip
     lines += [f"**not judged**, for lack of runs: {text}." for text in unjudged]
-    note = CLAIMS_NOTE + f" Of the {judged} claims that were judged, about {round(judged / 20)} may have a misleading interval."
+    misled = "one or none" if judged < 30 else f"about {round(judged / 20)}"  # one in twenty
+    note = CLAIMS_NOTE + f" Of the {judged} claims that were judged, {misled} may have a misleading interval."
     return Section("Verdicts on the claims", [], table=claims_table(findings), bullets=lines,
                    after=[note, "Which score decides, and why:"], after_bullets=decided)  # fmt: skip
 

@@ -156,7 +156,9 @@ def test_results_in_the_readme_are_those_of_the_record():
     sd15 = json.loads((ROOT / "benchmarks/speed_memory.json").read_text())["results"]["sd15 bf16"]
     seconds = {name: float(np.median(times)) for name, times in sd15["time"].items()}
     gigabytes = {name: max(sd15["memory"][name]["bytes"]["peaks"].values()) / 1e9 for name in ("zoodip", "authors")}
+    pictures = json.loads((ROOT / "benchmarks/pictures.json").read_text())["results"]["bf16"]["bytes"]["in strips"] / 1e9
     text = " ".join(readme.split())
+    assert f"for their tensors, and the pictures at the end {pictures:.2f} ([record]" in text
     assert f"a step takes {seconds['zoodip']:.1f} seconds, and loading and training need {gigabytes['zoodip']:.2f} GB" in text
     assert f"INT8 weights takes {seconds['authors']:.1f} seconds and {gigabytes['authors']:.1f} GB" in text
     assert f"on the same 4-bit model {seconds['ti']:.1f} seconds" in text
@@ -176,26 +178,29 @@ def test_binding_in_the_readme_is_that_of_the_record():
     assert f"token merging (ToMe) with its losses {right['full']} " in text
 
 
-# (table, row, other row, score): differences that reproduction/README.md and docs/measurements.md both quote of twelve breeds
+# (record, table, row, other row, score): differences that reproduction/README.md and docs/measurements.md both quote
 QUOTED = [
-    ("1", "ZOODiP", "TI, ZOODiP's weights, captions, timesteps", "CLIP-I"),
-    ("1", "ZOODiP", "TI, ZOODiP's weights, captions, timesteps", "attributes"),
-    ("1", "ZOODiP", "TI, as published", "CLIP-I"),
-    ("3", "SG and PUTS", "PUTS", "CLIP-I"),
-    ("3", "SG and PUTS", "SG", "CLIP-I"),
+    ("twelve_breeds", "1", "ZOODiP", "TI, ZOODiP's weights, captions, timesteps", "CLIP-I"),
+    ("twelve_breeds", "1", "ZOODiP", "TI, ZOODiP's weights, captions, timesteps", "attributes"),
+    ("twelve_breeds", "1", "ZOODiP", "TI, as published", "CLIP-I"),
+    ("evidence", "3", "SG and PUTS", "PUTS", "CLIP-I"),
+    ("evidence", "3", "SG", "neither", "CLIP-I"),
+    ("evidence", "3", "SG and PUTS", "SG", "CLIP-I"),
+    ("evidence", "S4", "RGE", "SPSA", "CLIP-I"),
+    ("evidence", "S4", "SPSA", "one-point", "CLIP-I"),
 ]
 
 
 def signed(values) -> str:
     """Mean and half width as the pages write them, without the zero before the point."""
     mean, half_width = mean_interval(list(values))
-    return f"{mean:+.3f} ± {half_width:.3f}".replace("0.", ".")
+    return f"{mean:+.3f} ± {half_width:.3f}".replace("-0.000", "+0.000").replace("0.", ".")  # as the report writes 0
 
 
 @pytest.mark.parametrize("quoted", QUOTED, ids=lambda quoted: " ".join(quoted))
 def test_quoted_differences_are_those_of_the_record(quoted):
-    table, row, other, score = quoted
-    record = json.loads((ROOT / "reproduction/twelve_breeds/results.json").read_text())[table]
+    folder, table, row, other, score = quoted
+    record = json.loads((ROOT / "reproduction" / folder / "results.json").read_text())[table]
     first, second = ({run["spec"]["subject"]: run[score] for run in record[name]} for name in (row, other))
     difference = signed(first[subject] - second[subject] for subject in first)
     for page in ("reproduction/README.md", "docs/measurements.md"):
