@@ -19,10 +19,13 @@ ARCHIVED = re.compile(
 
 
 def pack_runs(jobs: list[Job], settings: Settings, path: Path) -> None:
-    """Pack all that tables are made from, for the finished jobs, into one compressed file. The same runs give the same bytes."""
+    """Pack all that tables are made from into one compressed file: the runs that have learned, and the scores they have so far.
+
+    The same runs give the same bytes.
+    """
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:
-        for job in sorted((job for job in jobs if job.done(settings)), key=lambda job: digest(job.spec)):
+        for job in sorted((job for job in jobs if job.learned(settings)), key=lambda job: digest(job.spec)):
             folder = settings.folder(job.spec)
             for file in sorted([*folder.glob("*.json"), *job.tokens(settings)]):
                 if ARCHIVED.fullmatch(name := f"{folder.name}/{file.name}"):

@@ -188,9 +188,11 @@ class Job:
     spec: dict
     kinds: set[str]
 
+    def learned(self, settings: Settings) -> bool:
+        return (settings.folder(self.spec) / "result.json").exists()
+
     def done(self, settings: Settings) -> bool:
-        folder = settings.folder(self.spec)
-        return (folder / "result.json").exists() and not any(self.to_score(settings))
+        return self.learned(settings) and not any(self.to_score(settings))
 
     def tokens(self, settings: Settings) -> list[Path]:
         """The tokens that are judged: the last and, if pictures are scored along the way, the snapshots."""

@@ -908,6 +908,21 @@ def test_a_run_of_an_archive_is_done_again_where_something_is_to_be_drawn_that_i
     assert not workers.lacks_what_to_draw(runs.Job(job.spec, set()), settings)
 
 
+def test_a_run_that_lacks_scores_is_archived(tmp_path):
+    """Other tables may have all that they need of it; the report's row has it too."""
+    settings = settings_of(tmp_path, "--tables", "Demo", "--subjects", "furmix", "--seeds", "0")
+    demo = BY_NAME["Demo"]
+    job = plans.jobs_of(demo, demo.rows[1], settings)[0]
+    fake_run(settings, job.spec, forwards=30, loss=0.02, loss_all=0.1, scores={})
+    runs.scores_path(settings.folder(job.spec), settings, "scores").unlink()
+    assert job.learned(settings) and not job.done(settings)
+    archives.pack_runs(plan_of(settings, "Demo"), settings, tmp_path / archives.ARCHIVE)
+    archives.unpack_runs(tmp_path / archives.ARCHIVE, tmp_path / "again")
+    files = [path.relative_to(tmp_path / "again" / "runs") for path in (tmp_path / "again").rglob("*.*")]
+    assert {str(path.parent) for path in files} == {runs.digest(job.spec)}  # and no run that has not learned
+    assert (tmp_path / "again" / "runs" / runs.digest(job.spec) / "result.json").exists()
+
+
 def test_a_run_of_an_archive_that_is_stopped_while_it_is_learned_again_is_not_scored_as_it_stands(tmp_path):
     """Its weights are there under their last name by then, and so is the result that the archive held."""
     settings = settings_of(tmp_path)
