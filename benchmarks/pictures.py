@@ -121,7 +121,7 @@ def main(args: argparse.Namespace) -> None:
         for precision in args.precisions:
             task = Task(folder, "fp16", ROOT / "dataset" / "furmix", "dog", precision, torch.device("cpu"))
             results[precision] = measure(task, SIZE, args.rounds)
-            write_report("pictures", vars(args) | dict(folder=None), results, page(results), folder=args.output)
+        write_report("pictures", vars(args) | dict(folder=None), results, page(results), folder=args.output)
     print((args.output / "pictures.md").read_text())
 
 
