@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks.memory import bytes_of, count_live_bytes, tensors_of
-from benchmarks.sd15_shape import build_folder
+from benchmarks.sd15_shape import shape_folder
 from zoodip.arguments import new_parser
 from zoodip.binding_drawing import draw_bound
 from zoodip.binding_settings import METHODS
@@ -83,10 +82,7 @@ GB of tensors that live at once; seconds under the profiler. {results["device"]}
 
 
 def main(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary) / "sd15"
-        if not folder.exists():
-            build_folder(folder)
+    with shape_folder(args.folder) as folder:
         variant = "fp16" if list((folder / "unet").glob("*.fp16.safetensors")) else None
         pipeline = load_pipeline(str(folder), args.quantization, DTYPES[args.dtype], variant=variant)
         modules = (pipeline.unet, pipeline.text_encoder, pipeline.vae)

@@ -31,7 +31,7 @@ from benchmarks.memory import gpu_bytes
 from benchmarks.precision import agreement, draw_samples
 from benchmarks.renders import PLACEHOLDER, Modules, theta_of
 from benchmarks.report import FOLDER, write_report
-from benchmarks.sd15_shape import build_folder
+from benchmarks.sd15_shape import complete_folder
 from benchmarks.speed_memory import GPU_JOBS
 from benchmarks.speed_memory_tables import page
 from train_zoodip import RGE, candidate_losses
@@ -271,8 +271,8 @@ def main(args: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         shape = (args.folder or Path(temporary) / "sd15-shape").resolve()
-        if {"speed", "systems"} & set(args.parts) and not (shape / "model_index.json").exists():
-            build_folder(shape)
+        if {"speed", "systems"} & set(args.parts):
+            complete_folder(shape)
         if "numbers" in args.parts:
             keep("numbers", compare(args.model, args.device, args.precisions, args.samples, args.directions))
         if "speed" in args.parts:

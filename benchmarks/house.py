@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.report import FOLDER, write_report
-from benchmarks.sd15_shape import build_folder
+from benchmarks.sd15_shape import complete_folder
 from zoodip.errors import InputError, prepare_environment, run_script
 from zoodip.records import ROOT, git_commit, mean_interval, table
 
@@ -129,8 +129,7 @@ class Versions:
             return dict.fromkeys(("bytes", "steps"), ["--pretrained_model_name_or_path", str(ROOT / "miniature" / "model")])
         whole, packed = self.folder / "sd15", self.folder / "sd15-packed"
         flags = ["--pretrained_model_name_or_path", str(whole), "--variant", "fp16"]
-        if not (whole / "model_index.json").exists():
-            build_folder(whole)
+        complete_folder(whole)
         if not packed.exists():
             packing = self.start("before", str(self.trees["before"] / "train_zoodip.py"), *flags, "--save_quantized", str(packed))
             self.wait(dict(before=packing))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from benchmarks.memory import count_live_bytes, stage
 from benchmarks.methods import Task, ThisProject
 from benchmarks.report import FOLDER, write_report
-from benchmarks.sd15_shape import build_folder
+from benchmarks.sd15_shape import shape_folder
 from zoodip import strips
 from zoodip.arguments import new_parser
 from zoodip.errors import run_script
@@ -113,10 +112,7 @@ def page(results: dict) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary) / "sd15"
-        if not folder.exists():
-            build_folder(folder)
+    with shape_folder(args.folder) as folder:
         results = {}
         for precision in args.precisions:
             task = Task(folder, "fp16", ROOT / "dataset" / "furmix", "dog", precision, torch.device("cpu"))

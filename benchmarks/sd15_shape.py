@@ -6,7 +6,7 @@
 
 For use without a hub: 2.1 GB in the published layout of stable-diffusion-v1-5 (`--variant fp16`: safetensors with the old key
 names, tokenizer, scheduler), written tensor by tensor. Memory and time do not depend on the values of the weights; what is
-learned with them is meaningless. speed_memory.py measures on this folder.
+learned with them is meaningless. The benchmarks measure on such a folder.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import argparse
 import gzip
 import json
 import math
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from zoodip.errors import InputError
 from zoodip.folder import WEIGHT_NAMES
 from zoodip.model import build_model
 
@@ -163,6 +166,24 @@ def build_folder(folder: Path, clip_bpe: Path | None = None) -> None:
         write_weights(path, published_tensors(folder, part), seed)
         print(f"{part}: {path.stat().st_size / 1e9:.2f} GB", flush=True)
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2))  # last: its presence marks a complete folder
+
+
+def complete_folder(folder: Path) -> Path:
+    """The folder, which is written if it is not there. Raises InputError if something else is there."""
+    if not (folder / "model_index.json").exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(
+                f"{folder}: has no model_index.json, so it is no model, or one half-written; remove it or name another"
+            )
+        build_folder(folder)
+    return folder
+
+
+@contextmanager
+def shape_folder(folder: Path | None) -> Iterator[Path]:
+    """The folder of a benchmark, which is written if need be; without one, a temporary folder, which is removed at the end."""
+    with tempfile.TemporaryDirectory() as temporary:
+        yield complete_folder((folder or Path(temporary) / "sd15-shape").resolve())
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import torch
 from benchmarks.memory import Stages, bytes_of, count_live_bytes, largest, name_layers, tensor_names, tensors_of
 from benchmarks.methods import METHODS, Task, ThisProject
 from benchmarks.report import FOLDER, write_report
-from benchmarks.sd15_shape import build_folder
+from benchmarks.sd15_shape import complete_folder
 from benchmarks.speed_memory_tables import page
 from zoodip.errors import prepare_environment, run_script
 from zoodip.quantize import DTYPES
@@ -235,8 +235,8 @@ def main(args: argparse.Namespace) -> None:
     prepare_environment()  # inherited by the children: for all methods alike
     with tempfile.TemporaryDirectory() as temporary:
         args.folder = (args.folder or Path(temporary) / "sd15-shape").resolve()
-        if "sd15" in args.worlds and not (args.folder / "model_index.json").exists():
-            build_folder(args.folder)
+        if "sd15" in args.worlds:
+            complete_folder(args.folder)
         results, name = {}, "speed_memory" if args.device == "cpu" else "speed_memory_cuda"
         for world in args.worlds:
             for precision in args.precisions or (["fp16"] if args.device == "cuda" else WORLDS[world].precisions):

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from benchmarks.memory import bytes_of, count_live_bytes, tensors_of
 from benchmarks.methods import Task, ThisProject
-from benchmarks.sd15_shape import build_folder
+from benchmarks.sd15_shape import shape_folder
 from benchmarks.stock_tuning import Stock, StockDreamBooth, StockLoKr, StockPEQA, StockQLoRA, StockScales
 from zoodip.arguments import flags_for
 from zoodip.errors import quiet_libraries
@@ -207,10 +208,7 @@ def main(args: argparse.Namespace) -> None:
     if args.child is not None:
         print("RESULT " + json.dumps(measure_child(args)))
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = ROOT / "miniature" / "model" if args.small else args.folder or Path(temporary) / "sd15"
-        if not folder.exists():
-            build_folder(folder)
+    with nullcontext(ROOT / "miniature" / "model") if args.small else shape_folder(args.folder) as folder:
         results = dict(environment=environment(), steps=args.steps, torch_threads=torch.get_num_threads(), small=args.small,
                        mixed_precision=args.mixed_precision, rows={})  # fmt: skip
         args.output.mkdir(parents=True, exist_ok=True)

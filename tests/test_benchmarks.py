@@ -18,10 +18,11 @@ from benchmarks.memory import count_live_bytes, gpu_bytes, largest, name_layers,
 from benchmarks.methods import METHODS, Task, ThisProject
 from benchmarks.precision import tf32_convolutions, to_tf32
 from benchmarks.resident import run_watched
+from benchmarks.sd15_shape import shape_folder
 from benchmarks.speed_memory_tables import REBASE_STEPS, gauss_newton_table, time_table
 from benchmarks.stock_tuning import Dequantised
 from trainers import gauss_newton
-from zoodip.errors import run_script
+from zoodip.errors import InputError, run_script
 from zoodip.model import is_quantized
 from zoodip.prompts import read_embedding
 from zoodip.quantize import pack_weight, quantized_layer
@@ -223,6 +224,15 @@ def test_gpu_memory_of_a_process_on_two_gpus(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_folder_of_something_else_is_not_written_into(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="model_index.json"), shape_folder(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with shape_folder(MINIATURE) as folder:  # a whole model is used as it stands
+        assert folder == MINIATURE
+
+
 def test_pictures_are_measured_on_the_miniature():
     """Both ways draw, strips take no more memory, and the page has the figures."""
     task = Task(MINIATURE, None, ROOT / "dataset" / "furmix", "critter", "fp32", torch.device("cpu"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers.models.autoencoders.vae import Decoder
@@ -11,10 +11,15 @@ from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Rows = Callable[[int, int], Tensor]  # (a, b) -> rows [a, b) of a feature map, [B, C, b - a, W]
-
 STRIP = 32  # rows; of SD v1.5's widest map at 512 pixels, 17 MB in fp32
 WHOLE = 256 * 256  # pixels; up to as many the library decodes a picture
+
+
+class FeatureMap(NamedTuple):
+    """A feature map [B, C, height, W] that is computed when its rows are asked for."""
+
+    height: int
+    rows: Callable[[int, int], Tensor]  # (a, b) -> rows [a, b), [B, C, b - a, W]
 
 
 class StripDecoder(Decoder):
@@ -40,9 +45,9 @@ class StripDecoder(Decoder):
             for resnet in block.resnets:
                 x = residual(resnet, x)
             for upsampler in block.upsamplers or []:
-                x = gathered(convolved(upsampler.conv, doubled(x), 2 * x.shape[2]), 2 * x.shape[2])
+                x = gathered(convolved(upsampler.conv, doubled(x)))
         norm = cast(nn.GroupNorm, self.conv_norm_out)
-        return gathered(convolved(self.conv_out, activated(norm, x), x.shape[2]), x.shape[2])
+        return gathered(convolved(self.conv_out, activated(norm, x)))
 
 
 def decode_in_strips(decoder: nn.Module) -> None:
@@ -60,40 +65,40 @@ def is_plain(block: Any) -> bool:
 
 def residual(resnet: Any, x: Tensor) -> Tensor:
     """What a ResnetBlock2D without time embedding makes of x [B, C, H, W]; it takes the place of x."""
-    height, order = x.shape[2], order_of(x)
-    hidden = gathered(convolved(resnet.conv1, activated(resnet.norm1, x), height), height)
-    change = convolved(resnet.conv2, activated(resnet.norm2, hidden), height)
+    order = order_of(x)
+    hidden = gathered(convolved(resnet.conv1, activated(resnet.norm1, x)))
+    change = convolved(resnet.conv2, activated(resnet.norm2, hidden))
     output = x[:, : hidden.shape[1]]
-    for first, last in strips(height):
+    for first, last in strips(change.height):
         if resnet.conv_shortcut is not None:
             output[:, :, first:last] = resnet.conv_shortcut(x[:, :, first:last])
-        output[:, :, first:last].add_(change(first, last)).div_(resnet.output_scale_factor)
+        output[:, :, first:last].add_(change.rows(first, last)).div_(resnet.output_scale_factor)
     del hidden, change  # before a copy without the channels that are no longer used
     return output.contiguous(memory_format=order)
 
 
-def doubled(x: Tensor) -> Rows:
-    """The rows of a map that has every value of x [B, C, H, W] twice in both directions."""
+def doubled(x: Tensor) -> FeatureMap:
+    """A map that has every value of x [B, C, H, W] twice in both directions."""
 
     def rows(first: int, last: int) -> Tensor:
         both = F.interpolate(x[:, :, first // 2 : (last + 1) // 2], scale_factor=2.0, mode="nearest")
         return both[:, :, first % 2 : first % 2 + last - first]
 
-    return rows
+    return FeatureMap(2 * x.shape[2], rows)
 
 
-def convolved(conv: nn.Module, source: Rows, height: int) -> Rows:
-    """The rows of a 3 x 3 convolution with zero padding: of a strip with a row more on either side, which is cut off again."""
+def convolved(conv: nn.Module, source: FeatureMap) -> FeatureMap:
+    """A 3 x 3 convolution with zero padding: of a strip with a row more on either side, which is cut off again."""
 
     def rows(first: int, last: int) -> Tensor:
-        above, below = max(first - 1, 0), min(last + 1, height)
-        return conv(source(above, below))[:, :, first - above : last - above]
+        above, below = max(first - 1, 0), min(last + 1, source.height)
+        return conv(source.rows(above, below))[:, :, first - above : last - above]
 
-    return rows
+    return FeatureMap(source.height, rows)
 
 
-def activated(norm: nn.GroupNorm, x: Tensor) -> Rows:
-    """The rows of SiLU(norm(x)). The statistics of x [B, C, H, W] are put together from those of its strips, in fp32."""
+def activated(norm: nn.GroupNorm, x: Tensor) -> FeatureMap:
+    """SiLU(norm(x)). The statistics of x [B, C, H, W] are put together from those of its strips, in fp32."""
     found = []  # (variance, mean), each [B, groups], of every strip
     for first, last in strips(x.shape[2]):
         part = x[:, :, first:last].unflatten(1, (norm.num_groups, -1)).float()
@@ -110,7 +115,7 @@ def activated(norm: nn.GroupNorm, x: Tensor) -> Rows:
         part = x[:, :, first:last] * scale[:, :, None, None] + shift[:, :, None, None]
         return F.silu(part, inplace=True).to(x.dtype)
 
-    return rows
+    return FeatureMap(x.shape[2], rows)
 
 
 def strips(height: int) -> list[tuple[int, int]]:
@@ -123,13 +128,13 @@ def order_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
 
-def gathered(source: Rows, height: int) -> Tensor:
+def gathered(source: FeatureMap) -> Tensor:
     """The whole map [B, C, height, W], one strip after another."""
     found = None
-    for first, last in strips(height):
-        part = source(first, last)
+    for first, last in strips(source.height):
+        part = source.rows(first, last)
         if found is None:
-            shape, order = (*part.shape[:2], height, part.shape[3]), order_of(part)
+            shape, order = (*part.shape[:2], source.height, part.shape[3]), order_of(part)
             found = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=order)
         found[:, :, first:last] = part
     assert found is not None
