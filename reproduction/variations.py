@@ -31,8 +31,8 @@ def rounded(tensor: torch.Tensor) -> torch.Tensor:
 class HalfPrecisionAdam(torch.optim.Adam):
     """Adam for one tensor, whose gradient and moments are rounded to fp16 after each operation, as in the authors' script.
 
-    (1 - beta2) g^2 rounds to 0 while |g| < 5.5e-3 (half of fp16's smallest number is 3e-8): v stays 0, and the update is
-    momentum descent at the rate lr / epsilon.
+    (1 - beta2) g^2 rounds to 0 while |g| < 5.5e-3 (half of fp16's smallest number is 3e-8), so v stays 0 until a larger g
+    comes. A small v then never decays: beta2 v rounds back to v.
     """
 
     @torch.no_grad()
@@ -49,16 +49,39 @@ class HalfPrecisionAdam(torch.optim.Adam):
         theta.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**count))
 
 
-class HalfPrecisionZO(ZOAdam):
-    """ZOAdam with this Adam; theta itself stays fp32, because its rounding is not in question."""
+class MomentumDescent(torch.optim.Adam):
+    """Adam for one tensor whose v is always 0: momentum descent at the rate lr / epsilon, with the first moment's correction."""
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        (group,) = self.param_groups
+        (theta,), (beta1, _) = group["params"], group["betas"]
+        state = self.state[theta]
+        state["step"] += 1
+        state["exp_avg"].lerp_(theta.grad, 1 - beta1)
+        theta.add_(state["exp_avg"], alpha=-group["lr"] / group["eps"] / (1 - beta1 ** float(state["step"])))
+
+
+class OtherAdamZO(ZOAdam):
+    """ZOAdam with another Adam; theta itself stays fp32, because its rounding is not in question."""
+
+    adam: type[torch.optim.Adam]
 
     @wraps(ZOAdam.__init__)  # whose keywords are the flags that are passed to it
     def __init__(self, token: torch.Tensor, **settings):
         super().__init__(token, **settings)
         (group,) = self.optimizer.param_groups
-        adam = HalfPrecisionAdam([self.theta], lr=group["lr"], betas=group["betas"], eps=group["eps"])
-        adam.state[self.theta] = self.optimizer.state[self.theta]
-        self.optimizer = adam
+        other = self.adam([self.theta], lr=group["lr"], betas=group["betas"], eps=group["eps"])
+        other.state[self.theta] = self.optimizer.state[self.theta]
+        self.optimizer = other
+
+
+class HalfPrecisionZO(OtherAdamZO):
+    adam = HalfPrecisionAdam
+
+
+class MomentumZO(OtherAdamZO):
+    adam = MomentumDescent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,6 +142,7 @@ class PrintedOnePoint(OnePoint):
 
 VARIATIONS: dict[str, dict[str, Any]] = {
     "half_adam": {"ZOAdam": HalfPrecisionZO},
+    "momentum": {"ZOAdam": MomentumZO},
     "epochs": {"train": train_by_epochs},
     "printed_sign": {"ESTIMATORS": train_zoodip.ESTIMATORS | {"one_point": PrintedOnePoint}},
     "article": {},  # its captions come from another file: `runs.spec_argv`
