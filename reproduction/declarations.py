@@ -48,7 +48,7 @@ COLUMNS = {
 }  # fmt: skip
 QUALITY = ("CLIP-T", "CLIP-I", "DINO")
 # in addition to the paper's scores; attributes only on the miniature
-LEARNED = ("attributes", "attributes_corrected", "loss", "loss_all")
+LEARNED = ("likeness", "attributes", "attributes_corrected", "loss", "loss_all")
 COST = ("peak_memory_gb", "stored_kb", "steps_per_second", "minutes", "forwards")
 OBEYED = ("scene", "accessory")  # what the prompt asks for besides the subject, on the miniature
 AT_THE_END = "stopped at the end"  # a row of `stats.STOPS`

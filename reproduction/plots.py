@@ -233,7 +233,8 @@ def learning_curves(rows: dict[str, Records], score: str = "loss") -> dict[str, 
         if curves:
             values = np.array([np.mean(of_subject, axis=0) for of_subject in curves.values()])  # [subjects, points]
             shapes = values - values.mean(1, keepdims=True)
-            widths = np.array([mean_interval(list(column))[1] if len(values) > 2 else 0.0 for column in shapes.T])
+            narrowed = np.sqrt(1 - 1 / len(forwards))  # by taking out the mean of as many points (Morey 2008)
+            widths = np.array([mean_interval(list(column))[1] / narrowed if len(values) > 2 else 0.0 for column in shapes.T])
             lines[label] = (forwards, values.mean(0), widths)
     return lines
 

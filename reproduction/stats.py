@@ -202,6 +202,33 @@ def smallest_effect(half_width: float, count: int) -> float:
     return half_width * (1 + quantile(T_80, 0.842, count - 1) / quantile(T_975, 1.960, count - 1))
 
 
+def p_value(distance: float, half_width: float, count: int) -> float:
+    """Two-sided, of Student's t test that a mean over `count` units with this 95 % interval is 0; `distance` is the mean.
+
+    With x = sqrt(f) tan(a), the density of t with f degrees of freedom becomes cos(a) to the power f - 1.
+    """
+    if half_width == 0:
+        return float(distance == 0)
+    freedom = count - 1
+    t = abs(distance) / half_width * quantile(T_975, 1.960, freedom)
+
+    def area(start: float) -> float:
+        angles = np.linspace(start, np.pi / 2, 20_001)
+        return float(np.trapezoid(np.cos(angles) ** (freedom - 1), angles))
+
+    return area(np.arctan(t / np.sqrt(freedom))) / area(0.0)
+
+
+def survivors(p_values: list[float], level: float = 0.05) -> list[bool]:
+    """Which of several tests are still significant with Holm's correction for their number."""
+    kept = [False] * len(p_values)
+    for place, k in enumerate(np.argsort(p_values, kind="stable")):
+        if p_values[k] > level / (len(p_values) - place):
+            break
+        kept[k] = True
+    return kept
+
+
 @dataclass
 class Finding:
     claim: Claim
@@ -210,7 +237,15 @@ class Finding:
     margin: float | None
     differences: dict[str, tuple[float, float, int]]  # score -> mean of a - b, half width, units
     published: dict[str, float]  # a - b
-    unit: str = "subjects"  # or seeds, for a single subject
+    unit: str = "subjects"  # or seeds, for a single subject, or rounds, for what is measured in rounds
+    above: int | None = None  # units whose difference in the deciding score is above 0
+
+    @property
+    def p(self) -> float:
+        """Of the test that decides: against 0, or against what may be given up."""
+        mean, half_width, count = self.differences[self.score]
+        advantage = -mean if COLUMNS[self.score].lower_is_better else mean
+        return p_value(advantage + (self.margin or 0.0), half_width, count)
 
     @property
     def smallest(self) -> float:
@@ -243,9 +278,12 @@ def judge(claim: Claim, rows: dict[str, Records], untrained: Records) -> Finding
         others = [figures for label, figures in of_rows.items() if label != claim.a and score in figures]
         theirs = max(others, key=lambda figures: figures[score], default={})
     published = {score: figure - theirs[score] for score, figure in of_rows[claim.a].items() if score in theirs}
-    subjects = {subject for subject, _ in a}
+    unit = "seeds" if len({subject for subject, _ in a}) == 1 else "subjects"
+    if BY_NAME[claim.experiment].kind == "cost":
+        unit = "rounds"
+    above = sum(value > 0 for value in paired_differences(a, b, score))
     said = verdict(-mean if COLUMNS[score].lower_is_better else mean, half_width, margin)
-    return Finding(claim, score, said, margin, differences, published, "seeds" if len(subjects) == 1 else "subjects")
+    return Finding(claim, score, said, margin, differences, published, unit, above)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,13 +293,16 @@ def judge(claim: Claim, rows: dict[str, Records], untrained: Records) -> Finding
 # {how the snapshot is chosen: a function from the points of a curve to the chosen one}
 STOPS: dict[str, Callable[[list[dict]], dict]] = {
     AT_THE_END: lambda points: points[-1],
+    "stopped after a third of the steps, as in all other tables": lambda points: min(
+        points, key=lambda point: abs(point["step"] - points[-1]["step"] / 3)
+    ),
     "stopped where other pictures are best": lambda points: max(points, key=lambda point: point.get("choosing", -1.0)),
     "stopped at the lowest loss on the photographs": lambda points: min(points, key=lambda point: point["eval_loss"]),
     "stopped at the lowest training loss": lambda points: min(points, key=lambda point: point["training_loss"]),
     "stopped at the lowest loss on unseen renders": lambda points: min(points, key=lambda point: point["loss"]),
 }
 SIGNALS = {"eval_loss": "loss on the photographs", "training_loss": "training loss", "loss": "loss on unseen renders",
-           "token_norm": "the token's length"}  # fmt: skip
+           "token_norm": "the token's length", "choosing": "CLIP-I of other pictures of the same snapshot"}  # fmt: skip
 
 
 def trained_points(record: dict) -> list[dict]:

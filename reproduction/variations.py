@@ -84,6 +84,15 @@ class MomentumZO(OtherAdamZO):
     adam = MomentumDescent
 
 
+class NoMomentumZO(ZOAdam):
+    """ZOAdam whose first moment is the gradient of the step itself; for a control of Figure 8."""
+
+    @wraps(ZOAdam.__init__)
+    def __init__(self, token: torch.Tensor, **settings):
+        super().__init__(token, **settings)
+        self.optimizer.param_groups[0]["betas"] = (0.0, 0.999)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Shuffled epochs
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,6 +152,7 @@ class PrintedOnePoint(OnePoint):
 VARIATIONS: dict[str, dict[str, Any]] = {
     "half_adam": {"ZOAdam": HalfPrecisionZO},
     "momentum": {"ZOAdam": MomentumZO},
+    "no_momentum": {"ZOAdam": NoMomentumZO},
     "epochs": {"train": train_by_epochs},
     "printed_sign": {"ESTIMATORS": train_zoodip.ESTIMATORS | {"one_point": PrintedOnePoint}},
     "article": {},  # its captions come from another file: `runs.spec_argv`

@@ -49,7 +49,7 @@ from reproduction import (
     workers,
     worlds,
 )
-from reproduction.claims import CLAIMS, OTHERS
+from reproduction.claims import CLAIMS, OTHERS, OURS
 from reproduction.declarations import CLAIM_COLUMNS, COLUMNS
 from reproduction.experiments import BY_NAME, EXPERIMENTS, QUALITY_AND_MEMORY, TAUS
 from reproduction.tuning_experiments import GRID_FACTORS, SYSTEMS
@@ -819,7 +819,8 @@ def test_a_table_and_its_claims_from_files(tmp_path):
     assert half_width == pytest.approx(12.706 * 0.004 / 2)
     assert finding.verdict == "reproduced" and finding.published["CLIP-I"] == pytest.approx(0.759 - 0.732)
     assert "removed" not in finding.differences  # of runs without a refresh
-    line = "Of two directions, RGE beats SPSA at equal steps (CLIP-I +.053 ± .025 over 2 subjects; the paper's +.027)."
+    line = "Of two directions, RGE beats SPSA at equal steps (CLIP-I +.053 ± .025 over 2 subjects, 2 of them above 0; "
+    line += "the paper's +.027 is outside this interval)."
     assert report.sentence(finding) == f"**reproduced**: {line}"
     beaten = stats.judge(next(claim for claim in CLAIMS if claim.a == "SPSA"), rows, {})
     assert beaten.verdict == "contradicted"  # SPSA - one-point = -.07
@@ -831,7 +832,7 @@ def test_a_table_and_its_claims_from_files(tmp_path):
     assert "**+.053 ± .025 (published +.027)**" in line
     table = report.table_of(BY_NAME["S4"], rows)
     (spsa,) = [line for line in table.lines if line[0] == "SPSA"]
-    assert spsa[1] == "4" and spsa[table.header.index("CLIP-T")] == ".300 ± .000 (published .277, +.023)"
+    assert spsa[1] == "4" and spsa[table.header.index("CLIP-T")] == ".300 (published .277)"
     assert "DINO" not in table.header and spsa[table.header.index("forwards")] == "40"
     assert stats.judge(SG_CLAIM, {}, {}) is None
     report.write_report(["3", "S4"], plan_of(settings, "3", "S4"), settings, tmp_path / "report")
@@ -850,15 +851,36 @@ def test_a_smaller_file_is_better(theirs, said):
 def test_what_would_have_been_found_stands_beside_nothing_found():
     effect = 0.008 * (1 + 0.876 / 2.201)  # t(11) at 80 % and 97.5 %
     known = f"{effect:.3f}".replace("0.", ".")
-    for published, too_small in ((0.015, False), (0.002, True)):
+    in_it = "in this interval, but too small to be seen with these runs"
+    for published, where in ((0.015, "outside this interval"), (0.002, in_it)):
         finding = stats.Finding(SG_CLAIM, "CLIP-I", stats.verdict(0.003, 0.008), None, {"CLIP-I": (0.003, 0.008, 12)},
-                                {"CLIP-I": published})  # fmt: skip
+                                {"CLIP-I": published}, above=7)  # fmt: skip
         assert report.sentence(finding) == (
-            f"**no difference found larger than {known}**: {SG_CLAIM.text}? (CLIP-I +.003 ± .008 over 12 subjects; the paper's "
-            f"+{published:.3f}).".replace("+0.", "+.")
-            + " The paper's own is smaller than these runs could see." * too_small
+            f"**no difference found larger than {known}**: {SG_CLAIM.text}? (CLIP-I +.003 ± .008 over 12 subjects, 7 of them above "
+            f"0; the paper's +{published:.3f} is {where}).".replace("+0.", "+.")
         )
     assert report.difference(finding, "CLIP-I") == f"**+.003 ± .008, {known} would be seen (published +.002)**"
+
+
+@pytest.mark.parametrize("t, freedom, p", [(12.706, 1, 0.05), (2.201, 11, 0.05), (3.106, 11, 0.01), (0.0, 11, 1.0)])
+def test_p_values_are_student_s(t, freedom, p):
+    """Printed tables of t, which have four digits."""
+    half_width = stats.quantile(stats.T_975, 1.960, freedom)  # of a mean with standard error 1
+    assert stats.p_value(t, half_width, freedom + 1) == pytest.approx(p, rel=1e-3)
+    assert stats.p_value(-t, half_width, freedom + 1) == stats.p_value(t, half_width, freedom + 1)
+
+
+def test_holm_s_correction_by_hand():
+    """.01 < .05 / 4 and .015 < .05 / 3, .03 > .05 / 2: from there on nothing is significant, not even .04."""
+    assert stats.survivors([0.03, 0.01, 0.04, 0.015]) == [False, True, False, True]
+    assert stats.survivors([0.001] * 3) == [True] * 3 and stats.survivors([]) == []
+    finding = stats.Finding(SG_CLAIM, "CLIP-I", "reproduced", None, {"CLIP-I": (0.010, 0.009, 12)}, {})
+    sure = replace(finding, differences={"CLIP-I": (0.010, 0.002, 12)})
+    assert "1 of the 1 differences" in report.several_note([sure])
+    said = report.several_note([sure, *[finding] * 3])
+    assert "1 of the 4 differences that were found would still be significant; not: Subspace" in said
+    nothing = replace(finding, verdict="no difference found", differences={"CLIP-I": (0.001, 0.009, 12)})
+    assert "Holm" not in report.several_note([nothing])
 
 
 def test_claims_on_memory(tmp_path):
@@ -876,16 +898,15 @@ def test_claims_on_memory(tmp_path):
 
 
 def test_every_claim_has_one_line_whatever_comes_out():
-    """Reproduced, contradicted or no difference found larger than something; with a margin, how much may be given away."""
+    """Reproduced, contradicted or no difference found larger than something, or yes and no to questions of our own."""
     for claim in CLAIMS:
         for mean, width in ((0.5, 0.1), (-0.5, 0.1), (0.0, 0.5)):
             score = claim.rule.scores[0]
             advantage = -mean if COLUMNS[score].lower_is_better else mean
             said = stats.verdict(advantage, width, claim.rule.margin)
             line = report.sentence(stats.Finding(claim, score, said, claim.rule.margin, {score: (mean, width, 12)}, {}))
-            assert re.match(
-                r"\*\*(reproduced|contradicted|not decided|no difference found larger than \.?\d+\.?\d*)\*\*: [A-Z\[tm]", line
-            )
+            decided = "yes|no" if claim.source == OURS else "reproduced|contradicted"
+            assert re.match(rf"\*\*({decided}|not decided|no difference found larger than \.?\d+\.?\d*)\*\*: [A-Z\[tm]", line)
             assert claim.text in line and "\n" not in line
 
 
