@@ -856,8 +856,8 @@ def test_what_would_have_been_found_stands_beside_nothing_found():
         finding = stats.Finding(SG_CLAIM, "CLIP-I", stats.verdict(0.003, 0.008), None, {"CLIP-I": (0.003, 0.008, 12)},
                                 {"CLIP-I": published}, above=7)  # fmt: skip
         assert report.sentence(finding) == (
-            f"**no difference found larger than {known}**: {SG_CLAIM.text}? (CLIP-I +.003 ± .008 over 12 subjects, 7 of them above "
-            f"0; the paper's +{published:.3f} is {where}).".replace("+0.", "+.")
+            f"**no difference found larger than {known}**: {SG_CLAIM.text}? (CLIP-I +.003 ± .008 over 12 subjects, 7 of them "
+            f"above 0; the paper's +{published:.3f} is {where}).".replace("+0.", "+.")
         )
     assert report.difference(finding, "CLIP-I") == f"**+.003 ± .008, {known} would be seen (published +.002)**"
 
