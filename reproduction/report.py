@@ -162,7 +162,10 @@ def signals_note(experiment: Experiment, rows: dict[str, Records]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-OWN_VERDICTS = {REPRODUCED: "yes", CONTRADICTED: "no"}  # nobody claimed what we ask
+def said(finding: Finding) -> str:
+    """The verdict in words: nobody claimed what we ask, so its answer is yes or no."""
+    answers = {REPRODUCED: "yes", CONTRADICTED: "no"} if finding.claim.source == OURS else {}
+    return answers.get(finding.verdict, finding.verdict)
 
 
 def sentence(finding: Finding) -> str:
@@ -181,10 +184,9 @@ def sentence(finding: Finding) -> str:
             known[-1] += ", but too small to be seen with these runs"
     if finding.margin is not None:
         known.append(f"as good is no more than {number(finding.margin, score)} worse")
-    said = (OWN_VERDICTS if claim.source == OURS else {}).get(finding.verdict, finding.verdict)
-    said += f" larger than {number(finding.smallest, score)}" if finding.verdict == NOTHING_FOUND else ""
+    than = f" larger than {number(finding.smallest, score)}" if finding.verdict == NOTHING_FOUND else ""
     asked = "?" if finding.verdict in (NOTHING_FOUND, UNDECIDED, TOO_FEW) else ""
-    return f"**{said}**: {claim.text}{asked} ({'; '.join(known)})." + f" {claim.remark}".rstrip()
+    return f"**{said(finding)}{than}**: {claim.text}{asked} ({'; '.join(known)})." + f" {claim.remark}".rstrip()
 
 
 # scores that say nothing about claims that they do not decide
@@ -207,7 +209,7 @@ def claims_table(findings: list[Finding]) -> Table:
     shown = [score for score in CLAIM_COLUMNS if any(difference(finding, score) != "-" for finding in findings)]
     lines = [[f"{finding.claim.text} ({BY_NAME[finding.claim.experiment].heading.partition(':')[0]}: {finding.claim.a} - "
               f"{finding.claim.b})",
-              finding.verdict, *[difference(finding, score) for score in shown]] for finding in findings]  # fmt: skip
+              said(finding), *[difference(finding, score) for score in shown]] for finding in findings]  # fmt: skip
     return Table(["claim", "", *[COLUMNS[score].heading for score in shown]], lines)
 
 
