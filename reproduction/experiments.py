@@ -158,7 +158,7 @@ EXPERIMENTS = (
         controls=(Control(f"{PURE_NOISE}, with this Adam", "noise", variation=("half_adam",)),),
         note="The script keeps Adam's moments in fp16. An element of v stays 0 until that element of the gradient exceeds "
              "5.5e-3, and a small v never decays from there. The last column gives the share of v that was 0 at the refreshes of "
-             "Subspace Gradient: it is small here, so that this Adam still normalises, and the next table has v = 0 throughout. "
+             "Subspace Gradient: it is small on the miniature, so that this Adam still normalises; the next table has v = 0. "
              "The column before it gives the share of the square of Adam's first moment that lay in the directions removed from "
              "there on."),
     Experiment("Momentum", "Table 3 and Figure 8 with Adam's v at 0", sg_and_puts(("momentum",)),
@@ -248,7 +248,7 @@ EXPERIMENTS = (
         plot=Histograms("figure_8.png", "removed_shares", ("share of the buffer's directions removed", "share of refreshes")),
         controls=(Control("control: random walk", "walk"), Control(PURE_NOISE, "noise"),
                   Control("the same without momentum", "noise", variation=("no_momentum",)),
-                  Control("the same with tau 128, momentum and the token's size as here", "noise", (128, 256)),
+                  Control("the same with momentum, at tau 128 and d 256 (the miniature's)", "noise", (128, 256)),
                   Control("the same at the paper's size (tau 128, d 768)", "noise", (128, 768)),
                   Control(PUBLISHED_SHARE, share=.8)),
         paper_subjects=("dog6", "shiny_sneaker"),

@@ -229,6 +229,11 @@ def survivors(p_values: list[float], level: float = 0.05) -> list[bool]:
     return kept
 
 
+def advantage(difference: float, score: str) -> float:
+    """The difference with the sign that makes more of it better."""
+    return -difference if COLUMNS[score].lower_is_better else difference
+
+
 @dataclass
 class Finding:
     claim: Claim
@@ -244,8 +249,7 @@ class Finding:
     def p(self) -> float:
         """Of the test that decides: against 0, or against what may be given up."""
         mean, half_width, count = self.differences[self.score]
-        advantage = -mean if COLUMNS[self.score].lower_is_better else mean
-        return p_value(advantage + (self.margin or 0.0), half_width, count)
+        return p_value(advantage(mean, self.score) + (self.margin or 0.0), half_width, count)
 
     @property
     def smallest(self) -> float:
@@ -261,10 +265,8 @@ def judge(claim: Claim, rows: dict[str, Records], untrained: Records) -> Finding
     """
     a, rule = rows.get(claim.a, {}), claim.rule
     b = best_of_others(rows, claim.a, rule.scores[0]) if claim.b == OTHERS else rows.get(claim.b, {})
-    differences = {}
-    for score in CLAIM_COLUMNS:
-        if values := paired_differences(a, b, score):
-            differences[score] = (*mean_interval(values), len(values))
+    values = {score: found for score in CLAIM_COLUMNS if (found := paired_differences(a, b, score))}
+    differences = {score: (*mean_interval(found), len(found)) for score, found in values.items()}
     score = next((score for score in rule.scores if score in differences), None)
     if score is None or (rule.margin is not None and not values_of(untrained, score)):
         return None
@@ -281,8 +283,8 @@ def judge(claim: Claim, rows: dict[str, Records], untrained: Records) -> Finding
     unit = "seeds" if len({subject for subject, _ in a}) == 1 else "subjects"
     if BY_NAME[claim.experiment].kind == "cost":
         unit = "rounds"
-    above = sum(value > 0 for value in paired_differences(a, b, score))
-    said = verdict(-mean if COLUMNS[score].lower_is_better else mean, half_width, margin)
+    above = sum(value > 0 for value in values[score])
+    said = verdict(advantage(mean, score), half_width, margin)
     return Finding(claim, score, said, margin, differences, published, unit, above)
 
 

@@ -1369,7 +1369,7 @@ def test_every_variation_changes_the_run_and_is_over_with_it(tiny_settings):
     """
     own = {name: getattr(train_zoodip, name) for name in ("ZOAdam", "train", "ESTIMATORS")}
     tokens = {}
-    for flags, variation in (({}, ()), ({}, ("half_adam",)), ({}, ("momentum",)), ({}, ("epochs",)), ({}, ("article",)),
+    for flags, variation in (({}, ()), *(({}, (name,)) for name in ("half_adam", "momentum", "no_momentum", "epochs", "article")),
                              ({"estimator": "one_point"}, ()), ({"estimator": "one_point"}, ("printed_sign",))):  # fmt: skip
         spec = runs.make_spec(
             tiny_settings, "zoodip", "dog6", 0, flags | {"max_train_steps": 4, "use_cc": True}, variation=variation
@@ -1377,7 +1377,7 @@ def test_every_variation_changes_the_run_and_is_over_with_it(tiny_settings):
         workers.do(runs.Job(spec, set()), tiny_settings)
         (tokens[runs.digest(spec)],) = load_file(tiny_settings.folder(spec) / "learned_embeds.safetensors").values()
         assert {name: getattr(train_zoodip, name) for name in own} == own
-    assert len({token.numpy().tobytes() for token in tokens.values()}) == len(tokens) == 7
+    assert len({token.numpy().tobytes() for token in tokens.values()}) == len(tokens) == 8
 
 
 def test_the_printed_sign_is_ascent():
