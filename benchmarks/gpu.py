@@ -54,6 +54,7 @@ PEQA = ("--experts", "1", "--no_scale_in")
 # {system: (script, its flags, GB in the paper's Table 1: with fp16 activations, but fp32 for DreamBooth and TI)}
 SYSTEMS: dict[str, tuple[str, tuple[str, ...], float | None]] = {
     "ZOODiP, NF4": ("train_zoodip", (), None),
+    "ZOODiP, NF4, with the pictures at its end": ("train_zoodip", ("--final_picture",), None),
     "ZOODiP, INT8": ("train_zoodip", ("--quantization", "int8"), 2.37),
     "ZOODiP, NF4, one candidate a forward": ("train_zoodip", ("--candidates_per_forward", "1"), None),
     "Gauss-Newton, NF4": ("trainers.gauss_newton", (), None),
@@ -188,9 +189,9 @@ def system_command(name: str, shape: Path, args: argparse.Namespace, output: Pat
     """The command line of a system's own script."""
     script, flags, _ = SYSTEMS[name]
     steps = args.system_steps
-    command = [sys.executable, "-m", script, "--pretrained_model_name_or_path", str(shape), "--variant", "fp16", *flags]
+    command = [sys.executable, "-m", script, "--pretrained_model_name_or_path", str(shape), "--variant", "fp16"]
     command += ["--train_data_dir", str(ROOT / "dataset" / "furmix"), "--resolution", str(args.resolution), "--no-use_cc"]
-    command += ["--eval_steps", "0", "--no-final_picture", "--checkpointing_steps", "0", "--output_dir", str(output)]
+    command += ["--eval_steps", "0", "--no-final_picture", "--checkpointing_steps", "0", "--output_dir", str(output), *flags]
     if script == "trainers.gauss_newton":
         command += ["--max_forwards", str(9 * steps)]
     else:
