@@ -56,6 +56,7 @@ SYSTEMS: dict[str, tuple[str, tuple[str, ...], float | None]] = {
     "ZOODiP, NF4": ("train_zoodip", (), None),
     "ZOODiP, NF4, with the pictures at its end": ("train_zoodip", ("--final_picture",), None),
     "ZOODiP, INT8": ("train_zoodip", ("--quantization", "int8"), 2.37),
+    "ZOODiP, not quantised": ("train_zoodip", ("--quantization", "none"), None),
     "ZOODiP, NF4, one candidate a forward": ("train_zoodip", ("--candidates_per_forward", "1"), None),
     "Gauss-Newton, NF4": ("trainers.gauss_newton", (), None),
     "GF-TI, INT8": ("trainers.gf_ti", ("--quantization", "int8"), 2.37),

@@ -132,25 +132,26 @@ def scatter(plot: Scatter, name: str, collect: Collect, settings: Settings, path
     figure, (axis,) = new_plot(1, 1, (6.6, 4))
     for label, (memory, quality, width) in found.items():
         axis.errorbar(memory, quality, yerr=width if np.isfinite(width) else None, fmt="o", label=label, capsize=2)
-    axis.set(xlabel="peak memory, GB" if own else "memory at Stable Diffusion v1.5's size: live tensors at the peak, GB",
+    axis.set(xlabel="peak memory, GB" if own else "memory at Stable Diffusion v1.5's size, as nvidia-smi shows it, GB",
              ylabel="CLIP-I" if own else "CLIP-I of the miniature's pictures")  # fmt: skip
     axis.set_xlim(0, 1.1 * max(memory for memory, _, _ in found.values()))
     save_plot(figure, path)
     return True
 
 
-# point of the plot of quality and memory -> method of benchmarks/speed_memory.py, which has no GF-TI
-SD15_METHODS = {
-    "TI, not quantised": "ti_none", "TI, NF4": "ti", "ZOODiP, not quantised": "zoodip_none", "ZOODiP, INT8": "zoodip_int8",
-    "ZOODiP, NF4": "zoodip",
+# point of the plot of quality and memory -> system of benchmarks/gpu.py
+SD15_SYSTEMS = {
+    "TI, not quantised": "gradient TI, fp32", "TI, NF4": "gradient TI, NF4", "GF-TI, INT8": "GF-TI, INT8",
+    "ZOODiP, not quantised": "ZOODiP, not quantised", "ZOODiP, INT8": "ZOODiP, INT8", "ZOODiP, NF4": "ZOODiP, NF4",
+    "DreamBooth": "DreamBooth, fp32", "QLoRA": "QLoRA, NF4", "PEQA": "PEQA, INT8", "TuneQDM": "TuneQDM, INT8",
+    "DiffuseKronA": "DiffuseKronA, NF4",
 }  # fmt: skip
 
 
-def sd15_memory(label: str, record: Path = ROOT / "benchmarks" / "speed_memory.json") -> list[float]:
-    """Peak of a method's live tensors at Stable Diffusion v1.5's shape, [GB]; empty if it was not measured."""
-    measured = json.loads(record.read_text())["results"].get("sd15 bf16", {}).get("memory", {})
-    peaks = measured.get(SD15_METHODS.get(label, ""), {}).get("bytes", {}).get("peaks", {})
-    return [max(peaks.values()) / 1e9] if peaks else []
+def sd15_memory(label: str, record: Path = ROOT / "benchmarks" / "gpu.json") -> list[float]:
+    """What nvidia-smi shows for a method's script at Stable Diffusion v1.5's size, [GB]; empty if it was not measured."""
+    measured = json.loads(record.read_text())["results"].get("systems", {}).get(SD15_SYSTEMS.get(label, ""), {})
+    return [measured["nvidia_smi"] / 1e9] if "nvidia_smi" in measured else []
 
 
 @draw.register

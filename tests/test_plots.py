@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import gpu
 from reproduction import plots
 from reproduction.declarations import HeatMaps, Scatter
+from reproduction.experiments import QUALITY_AND_MEMORY
 from reproduction.stats import spread_of_cells
 
 
@@ -54,10 +56,9 @@ def test_grids_show_the_scale_of_noise(tmp_path, drawn):
 
 def test_quality_stands_beside_the_memory_of_stable_diffusion(tmp_path, drawn, monkeypatch):
     """On the miniature every process is as large as the interpreter: the figures are those of Stable Diffusion v1.5's shape."""
-    methods = dict(zoodip=(3e8, 6e8), ti=(2e9, 1e9), authors=(1, 1))
-    memory = {name: dict(bytes=dict(peaks=dict(load=load, train=train))) for name, (load, train) in methods.items()}
-    file = tmp_path / "speed_memory.json"
-    file.write_text(json.dumps(dict(results={"sd15 bf16": dict(memory=memory)})))
+    systems = {"ZOODiP, NF4": dict(nvidia_smi=6e8), "gradient TI, NF4": dict(nvidia_smi=2e9), "GF-TI, INT8": dict(error="none")}
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(dict(results=dict(systems=systems))))
     monkeypatch.setattr(plots.sd15_memory, "__defaults__", (file,))
     points = {name: (("S8", name), name) for name in ("ZOODiP, NF4", "TI, NF4", "ZOODiP, INT8", "GF-TI, INT8")}
     rows = {name: records("CLIP-I", 0.4, 0.5, 0.6) for name in points}
@@ -80,6 +81,10 @@ def test_quality_stands_beside_the_memory_of_stable_diffusion(tmp_path, drawn, m
         assert_nothing_is_covered(figure)
     file.write_text(json.dumps(dict(results={})))
     assert not draw("miniature")  # one point or none compares nothing
+
+
+def test_every_point_of_the_plot_names_a_measured_system():
+    assert set(plots.SD15_SYSTEMS) == set(QUALITY_AND_MEMORY) and set(plots.SD15_SYSTEMS.values()) <= set(gpu.SYSTEMS)
 
 
 def test_legends_cover_no_curve(tmp_path, drawn):

@@ -141,8 +141,8 @@ def encode_images(vae: AutoencoderKL, paths: list[Path], resolution: int, center
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     device = next(vae.parameters()).device
-    # On a CPU, the convolutions' native order: otherwise each copies its input and output. On a GPU, cuDNN's fp32 convolutions take
-    # 0.4 GB of workspace in this order at 512 pixels, and none in the usual one (H200, no TF32).
+    # On a CPU, the convolutions' native order: otherwise each copies its input and output. On a GPU, cuDNN's fp32 convolutions
+    # take 0.4 GB of workspace in this order at 512 pixels, and none in the usual one (H200, no TF32).
     order = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     cast(Any, vae).to(memory_format=order)  # torch's annotations lack this call
     latents = []
