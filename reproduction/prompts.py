@@ -54,7 +54,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path}: cannot be read ({error}); give a text file") from error
+        raise InputError(
+            f"--prompts {path}: cannot be read ({error}); give a text file (the paper's: see dataset/README.md)"
+        ) from error
 
 
 def read_prompts(path: Path, subject: str, class_word: str | None) -> tuple[str, list[str]]:

@@ -2,7 +2,7 @@
 """The paper's tables, each a list of runs: does what is not done, then writes RESULTS.md and RESULTS.html.
 
     python -m reproduction.tables                                  # the miniature, everything
-    python -m reproduction.tables --quick --jobs 2                 # the same in about 20 minutes: 2 subjects, 1 seed, short runs
+    python -m reproduction.tables --quick --jobs 2                 # the same in about an hour: 2 subjects, 1 seed, short runs
     python -m reproduction.tables --tables 3 S4 --jobs 2           # some tables
     python -m reproduction.tables --tables TuningRates             # choose the learning rates of weight tuning, by pictures
     python -m reproduction.tables --tables Tuning TuneQDM KronA --subjects vaxmo mexti runma      # weight tuning's own tables

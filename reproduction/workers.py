@@ -34,7 +34,7 @@ from zoodip.checkpoints import checkpoint_step, list_checkpoints
 from zoodip.diffusion import load_scheduler, settle_flags
 from zoodip.errors import InputError, prepare_environment, quiet_libraries
 from zoodip.files import write_json
-from zoodip.folder import find_model_folder
+from zoodip.folder import resolve_model
 from zoodip.prompts import initial_token, initializer_ids, load_tokenizer, read_embedding_rows, save_embedding
 from zoodip.records import ROOT
 
@@ -91,7 +91,7 @@ def leave_untrained(spec: dict, settings: Settings) -> None:
     if runs.tunes_weights(spec["method"]):
         return
     args = runs.spec_args(spec, settings)
-    folder = find_model_folder(settings.model, args.revision, args.variant)
+    folder, args.variant = resolve_model(settings.model, args.revision, args.variant)
     tokenizer = load_tokenizer(folder, args.placeholder_token, 1)
     vars(args).update(settle_flags(folder, args.variant, torch.device("cpu"), **flags_for(settle_flags, vars(args))))
     words = read_embedding_rows(folder, args.variant, initializer_ids(tokenizer, args.initializer_token))

@@ -324,6 +324,10 @@ class StableDiffusion15(World):
     def prepare(self, subjects: Iterable[str]) -> None:
         for subject in subjects:
             self.dreambooth.of(subject)
+            if not (self.data / subject).is_dir():
+                raise InputError(
+                    f"--data {self.data}: has no folder {subject}; dataset/README.md says how to get the paper's subjects"
+                )
             find_images(self.data / subject)
         self.write_other_captions()
 

@@ -12,7 +12,8 @@ import torch
 from conftest import arguments, make_subject, run_cli
 
 from train_zoodip import OPTIONAL_SETTINGS, SETTINGS, ZOAdam, build_parser, parse_args
-from zoodip.arguments import flags_for
+from zoodip.arguments import DEFAULT_MODEL, flags_for
+from zoodip.errors import memory_advice
 from zoodip.files import lock_folder
 from zoodip.quantize import default_precision
 
@@ -106,7 +107,23 @@ def test_model_folder_that_is_none(refused, name):
 def test_hub_name_without_network(refused):
     """Offline, the message says which folder to download and how."""
     line = refused(model="someone/some-model")
-    assert "someone/some-model" in line and "hf download someone/some-model --local-dir" in line
+    assert "someone/some-model" in line and "hf download someone/some-model --local-dir" in line and "--variant" not in line
+    line = refused(model=DEFAULT_MODEL)
+    assert f"hf download {DEFAULT_MODEL} " in line and "'*/*.fp16.safetensors'" in line and "--variant fp16" in line
+
+
+@pytest.mark.parametrize(("flags", "on_gpu", "advice", "changed"), [
+    (dict(candidates_per_forward=None, quantization="none", mixed_precision=None, resolution=512), True,
+     "--candidates_per_forward 1, --quantization nf4, a smaller --resolution", " but --candidates_per_forward"),
+    (dict(candidates_per_forward=1, quantization=None, mixed_precision=None, train_batch_size=4), False,
+     "a smaller --train_batch_size, --mixed_precision bf16", ""),
+    (dict(gradient_checkpointing=False, mixed_precision="fp32", train_batch_size=1), True,
+     "--gradient_checkpointing, --mixed_precision bf16", " but --gradient_checkpointing"),
+])  # fmt: skip
+def test_advice_when_memory_runs_out(flags, on_gpu, advice, changed):
+    """Only what is not done yet; a resumed run may not change what it learns."""
+    text = memory_advice(flags | dict(resume_from_checkpoint=None), on_gpu)
+    assert text.startswith(f"closing other programs, {advice}. ") and text.endswith(f"if no flag{changed} is changed")
 
 
 def test_captions_missing(refused, tmp_path):

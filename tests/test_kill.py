@@ -258,7 +258,8 @@ def test_out_of_memory(start, tmp_path):
     """Pictures of 64 million pixels in 1 GB: one line says what to change, and a damaged folder is not blamed."""
     run = start(tmp_path / "out", dict(memory=1 << 30), resolution=8000)
     assert run.wait() == 2
-    assert "out of memory; try, in this order, --candidates_per_forward 1, a smaller --train_batch_size" in run.error()
+    line = "out of memory; try closing other programs, --candidates_per_forward 1, --mixed_precision bf16, a smaller --resolution"
+    assert line in run.error()
 
 
 # --- the disk ---

@@ -38,13 +38,14 @@ def sd2(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_token_is_learned_and_loads_in_diffusers(sd2, subject, tmp_path):
+def test_a_token_is_learned_and_loads_in_diffusers(sd2, subject, tmp_path, capsys):
     from diffusers import StableDiffusionPipeline
 
     output = tmp_path / "out"
     assert native_resolution(sd2) == 24
     flags = dict(resolution=None, max_train_steps=3, num_vectors=2, final_picture=True, num_validation_images=1)
     assert run_cli(arguments(sd2, subject, output, **flags)) == 0
+    assert "embedding:sks; InvokeAI: <sks>" in capsys.readouterr().out  # other programs load a token of this size
     with safe_open(output / "learned_embeds.safetensors", framework="pt") as handle:
         header = handle.metadata()
     assert header["modelspec.architecture"] == "stable-diffusion-v2/textual-inversion"

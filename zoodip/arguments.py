@@ -237,7 +237,7 @@ def add_run_flags(parser: argparse.ArgumentParser, pictures: dict[str, str] = TO
         help="steps between checkpoints, and one at the end; 0: only when interrupted",
     )
     add("--checkpoints_total_limit", type=int, default=2, help="number of newest checkpoints to keep; 0: all")
-    add("--resume_from_checkpoint", default=None, metavar="PATH_OR_latest", help="checkpoint file to continue from")
+    add("--resume_from_checkpoint", default=None, metavar="PATH_OR_latest", help="checkpoint file to continue from, or latest")
     add("--eval_steps", type=int, default=250, help="steps between evaluations on the fixed set; 0: never")
     add("--num_eval_samples", type=int, default=16, help="(image, timestep, noise) triples in the fixed evaluation set")
     add("--final_picture", action=argparse.BooleanOptionalAction, default=True, help=pictures["final_picture"])

@@ -106,22 +106,33 @@ def run_script(main: Callable[..., int | None], flags) -> int:
     except Exception as error:
         if not out_of_memory(error):
             raise
-        names = flags if isinstance(flags, dict) else vars(flags)
-        advice = ", ".join(what for flag, what in MEMORY_SAVERS.items() if flag in names) or "closing other programs"
-        resume = ". --resume_from_checkpoint latest continues a run from its last checkpoint"
-        print(
-            f"error: out of memory; try, in this order, {advice}{resume if 'resume_from_checkpoint' in names else ''} "
-            f"({printable(str(error))[:200]})",
-            file=sys.stderr,
-        )
+        advice = memory_advice(flags if isinstance(flags, dict) else vars(flags), of_gpu_or_compiler(error))
+        print(f"error: out of memory; try {advice} ({printable(str(error))[:200]})", file=sys.stderr)
         return 2
 
 
-MEMORY_SAVERS = dict(  # {flag: what to try, where a script has it}
-    candidates_per_forward="--candidates_per_forward 1", gradient_checkpointing="--gradient_checkpointing",
-    train_batch_size="a smaller --train_batch_size", batch_size="a smaller --batch_size",
-    mixed_precision="--mixed_precision bf16", resolution="a smaller --resolution", width="a smaller --width and --height",
+# {flag: (what to try, where a script has it; the values that leave nothing to try)}
+MEMORY_SAVERS: dict[str, tuple[str, tuple]] = dict(
+    candidates_per_forward=("--candidates_per_forward 1", (1,)), gradient_checkpointing=("--gradient_checkpointing", (True,)),
+    quantization=("--quantization nf4", (None, "nf4")), train_batch_size=("a smaller --train_batch_size", (1,)),
+    batch_size=("a smaller --batch_size", (1,)), mixed_precision=("--mixed_precision bf16", ("bf16", "fp16")),
+    resolution=("a smaller --resolution", ()), width=("a smaller --width and --height", ()),
 )  # fmt: skip
+SAVE_WHEN_RESUMED = ("candidates_per_forward", "gradient_checkpointing")  # a resumed run may not differ in the others
+
+
+def memory_advice(flags: dict, on_gpu: bool) -> str:
+    """What a user can do about a lack of memory: closing other programs, and what the flags leave to try."""
+    found = [flag for flag, (_, used) in MEMORY_SAVERS.items() if flag in flags and flags[flag] not in used]
+    if on_gpu and flags.get("mixed_precision") is None:  # it is fp16 there
+        found = [flag for flag in found if flag != "mixed_precision"]
+    text = ", ".join(["closing other programs", *(MEMORY_SAVERS[flag][0] for flag in found)])
+    if "resume_from_checkpoint" not in flags:
+        return text
+    changed = " or ".join(f"--{flag}" for flag in SAVE_WHEN_RESUMED if flag in found)
+    return (
+        f"{text}. --resume_from_checkpoint latest continues the run if no flag{' but ' + changed if changed else ''} is changed"
+    )
 
 
 UNFINISHED: list[Path] = []  # folders that are useless until they are complete

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from zoodip.arguments import DEFAULT_MODEL
 from zoodip.errors import DamagedModel, InputError
 from zoodip.files import not_safetensors, read_json, read_tensors
 from zoodip.single_file import (
@@ -121,10 +122,14 @@ def download_model(name: str, revision: str | None, variant: str | None, weights
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, authorisation, spelling: many classes, one remedy
+        variant = variant or ("fp16" if name == DEFAULT_MODEL else None)  # without network, it was not looked up
+        weights_of = f"*/*.{variant}.safetensors" if variant else "*/*.safetensors"
+        files = " ".join(f"--include '{pattern}'" for pattern in ("*.json", "*.txt", weights_of))
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"--pretrained_model_name_or_path: {name!r} is neither a folder here nor available from the hub ({reason}); run "
-            f"`hf download {name} --local-dir sd-model` on a machine with network access, copy that folder here and give its path"
+            f"`hf download {name} --local-dir sd-model {files}` on a machine with network access, copy that folder here and give "
+            f"its path{f' and --variant {variant}' if variant else ''}"
         ) from None
 
 

@@ -16,6 +16,8 @@ from zoodip.errors import InputError, Interrupted
 from zoodip.pictures import Drawer, picture_sheet
 from zoodip.prompts import file_stem, save_embedding
 
+SIZES_ELSEWHERE = (768, 1024)  # of the tokens of Stable Diffusion 1.x and 2.x; other programs load no others
+
 
 class TokenOutputs:
     """The outputs of a trainer that learns a token; the trainer has `theta` [V, d] and, for error messages, a `remedy`.
@@ -126,7 +128,10 @@ class TokenOutputs:
     def guide(self) -> dict[str, str]:
         """{name: what it is and what to do with it} for the final files besides learned_embeds.safetensors."""
         token, stem = self.settings["placeholder_token"], file_stem(self.settings["placeholder_token"])
-        files = {f"{stem}.safetensors": f"the same for AUTOMATIC1111, Forge, ComfyUI and InvokeAI, where the word is {stem}"}
+        words = f"where the word is {stem} (ComfyUI: embedding:{stem}; InvokeAI: <{stem}>)"
+        files = {}
+        if self.trainer.theta.shape[1] in SIZES_ELSEWHERE:
+            files[f"{stem}.safetensors"] = f"the same for AUTOMATIC1111, Forge, ComfyUI and InvokeAI, {words}"
         if self.compares:
             files["before_after.png"] = f"{self.prompt_with(self.initial_word)!r} above, with {token} below"
         return files
