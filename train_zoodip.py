@@ -66,7 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--mu",
         type=float,
         default=None,
-        help="length of the perturbation along each direction; default: 1e-3, or 1e-2 with bf16 activations",
+        help="scale of the perturbation mu u, u ~ N(0, I), whose length is about mu times the root of the token's size; default: "
+        "1e-3, or 1e-2 with bf16 activations",
     )
     add("--tau", type=int, default=128, help="tokens in the Subspace Gradient buffer = steps between its refreshes")
     add("--nu", type=float, default=1e-3, help="share of the trajectory's variance to project out; 0: no projection")
@@ -232,7 +233,10 @@ class SPSA(RGE):
 
 
 class OnePoint(RGE):
-    """Differences between successive perturbed tokens: n + 1 forwards, none of them at theta."""
+    """Differences between successive perturbed tokens: n + 1 forwards, none of them at theta.
+
+    Each contains two perturbations: with the s of `zeroth_order_gradient`, the estimate is 1.4 times as long as RGE's.
+    """
 
     @staticmethod
     def num_directions(n: int) -> int:

@@ -33,6 +33,7 @@ def trained(tiny_model, tmp_path_factory):
     ("learning_rate", 0.01, "was 0.005, is 0.01"), ("estimator", "spsa", "was 'rge', is 'spsa'"),
     ("quantization", "int8", "was 'nf4', is 'int8'"), ("num_vectors", 2, "was 1, is 2"),
     ("placeholder_token", "<my-x>", "was '<sks>', is '<my-x>'"), ("resolution", 24, "was 16, is 24"),
+    ("lr_scheduler", "cosine", "is 'cosine', which it was not"), ("lr_warmup_steps", 2, "is 2, which it was not"),
     ("learnable_property", "style", "was 'object', is 'style'"), ("mixed_precision", "bf16", "was 'fp32', is 'bf16'"),
 ])  # fmt: skip
 def test_checkpoint_of_another_run(trained, refused, flag, value, was):

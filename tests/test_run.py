@@ -22,8 +22,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from zoodip.outputs import TokenOutputs
+from zoodip.process import StopSignal
 from zoodip.records import peak_memory_gb
-from zoodip.run import Run
+from zoodip.run import Run, set_aside
 
 SCRIPT = str(ROOT / "train_zoodip.py")
 # The most that theta moves in these runs: the learning rate times the steps. Differences are judged against it.
@@ -339,6 +341,56 @@ def test_validation_pictures(base, train):
     assert left.std() > 0 and not np.array_equal(left, right)  # two pictures, from two noises
     for name in ("learned_embeds", "checkpoint-24"):
         assert (out / f"{name}.safetensors").read_bytes() == (base / f"{name}.safetensors").read_bytes()
+
+
+def test_pictures_that_cannot_be_drawn_cost_no_step(train, monkeypatch):
+    """Memory that runs out at step 5, before the first regular checkpoint: resuming begins at step 5."""
+    flags = dict(validation_prompt="a photo of {}", num_validation_images=1, validation_steps=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenOutputs, "draw", lambda *_: (_ for _ in ()).throw(MemoryError))
+        out = train(code=2, **flags)
+    assert {"checkpoint-5.safetensors"} == {name for name in names(out) if name.startswith("checkpoint")}
+    train(**flags, resume_from_checkpoint="latest")
+    assert json.loads((out / "run.json").read_text())["steps_this_time"] == 7
+    assert {"validation-5.png", "validation-10.png"} <= names(out)
+
+
+def test_only_a_trackers_folder_is_moved_aside(tmp_path):
+    """`--output_dir .` in the repository must not move its package, which has the name of TensorBoard's folder."""
+    for folder, file in (("package", "__init__.py"), ("tracker", "events.out.tfevents.1.2")):
+        inside = tmp_path / folder / "zoodip" / "x" / file
+        inside.parent.mkdir(parents=True)
+        inside.touch()
+        set_aside(tmp_path / folder, [])
+        assert inside.exists() == (folder == "package")
+
+
+def test_leftovers_of_a_killed_run(train, tmp_path):
+    """Partial files are removed wherever a run writes; a folder that is being packed beside it is not its own."""
+    out = tmp_path / "out"
+    partial, packing, other = out / "unet" / ".model.1.tmp", out / ".packed.1.tmp" / "vae", out / "sub" / ".run.json.1.tmp"
+    for path in (partial, packing / "config.json", other):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    train()
+    assert not partial.exists() and (packing / "config.json").exists() and other.exists()
+
+
+def test_a_signal_that_the_launcher_repeats(monkeypatch):
+    """torchrun passes on what its workers have received too: soon after the first, a signal is taken for its copy."""
+    raised = []
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    for processes, ends in ((1, True), (2, False)):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        with StopSignal() as stop:
+            stop.receive(signal.SIGTERM, None)
+            stop.receive(signal.SIGTERM, None)
+            assert stop.number == signal.SIGTERM and (signal.getsignal(signal.SIGTERM) == signal.SIG_DFL) == ends
+            assert raised == [signal.SIGTERM] * ends
+            stop.since -= 2.5
+            stop.receive(signal.SIGTERM, None)
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and len(raised) == 1 + ends
+        raised.clear()
 
 
 def test_tensorboard(train):

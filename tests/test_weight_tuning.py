@@ -32,7 +32,7 @@ import trainers.qlora
 import trainers.tuneqdm
 from zoodip.checkpoints import read_checkpoint
 from zoodip.diffusion import Batch, noise_batch
-from zoodip.errors import InputError
+from zoodip.errors import InputError, Interrupted
 from zoodip.model import assemble_pipeline, build_model, load_pipeline
 from zoodip.prior import PriorPictures
 from zoodip.prompts import load_tokenizer
@@ -40,7 +40,7 @@ from zoodip.quantize import frozen_format
 from zoodip.tuned_files import load_tuned_pipeline, merged_unet, read_tuned, save_other_folders, save_unet
 from zoodip.tuned_layers import KroneckerLayer
 from zoodip.tuned_model import in_words
-from zoodip.weight_tuning import Tuning
+from zoodip.weight_tuning import TunedOutputs, Tuning
 
 
 @pytest.fixture(scope="module")
@@ -221,9 +221,15 @@ def test_the_merged_unet_is_the_tuned_one(dtype, near, tiny_model, subject, tmp_
     from diffusers import UNet2DConditionModel
 
     monkeypatch.setattr(trainers.diffusekrona, "EXPORT_DTYPE", dtype)
+    (tmp_path / "merged" / "unet" / "mine").mkdir(parents=True)
     argv = command(tiny_model, subject, tmp_path / "out", a1=2, a2=4, base="none", export_merged=tmp_path / "merged")
     assert run_cli(argv, trainers.diffusekrona) == 0
     merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet")
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {
+        "previous-1",
+        "unet",
+    }  # what another run had exported is not overwritten
+    assert (tmp_path / "merged" / "previous-1" / "unet" / "mine").exists()
     unmerged = load_tuned_pipeline(str(tiny_model), tmp_path / "out" / "pytorch_lokr_weights.safetensors").unet
     for timestep in (100, 600):
         expected = predict(unmerged, timestep)
@@ -441,6 +447,22 @@ def test_previews_before_and_after(tiny_model, subject, tmp_path):
     assert {"validation-0.png", "validation-4.png", "pytorch_lora_weights-steps-2.safetensors", "sks-steps-2.safetensors"} <= left
     assert run_cli(argv, trainers.qlora) == 0  # an earlier run's results are set aside
     assert {path.name for path in (tmp_path / "previous-1").iterdir()} == left - {".lock"}
+
+
+def test_ctrl_c_before_the_first_step_does_not_lose_the_first_pictures(tiny_model, subject, tmp_path, monkeypatch):
+    argv = command(tiny_model, subject, tmp_path, num_validation_images=1, final_picture=True)
+
+    def interrupted(*_):
+        signal.raise_signal(signal.SIGINT)
+        raise Interrupted
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TunedOutputs, "draw", interrupted)
+        assert run_cli(argv, trainers.qlora) == 130
+    assert json.loads((tmp_path / "run.json").read_text())["step"] == 0
+    assert run_cli([*argv, "--resume_from_checkpoint", "latest"], trainers.qlora) == 0
+    assert {"validation-0.png", "validation-4.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_disk_too_small_for_what_is_left_is_refused(tiny_model, subject, tmp_path, monkeypatch, capsys):

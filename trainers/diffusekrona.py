@@ -61,6 +61,7 @@ import torch
 from torch import nn
 
 from zoodip.files import prove_folder
+from zoodip.run import move_aside
 from zoodip.tuned_files import merged_unet, save_lokr, save_unet
 from zoodip.tuned_layers import Parameters, Shapes, add_kronecker, kronecker_shapes
 from zoodip.tuned_model import TuningInputs
@@ -108,7 +109,9 @@ def main(args: argparse.Namespace) -> int:
     with tuning.run as run:
         for _ in run.steps(tuning.outputs):
             run.note(*tuning.step())
-    if system.export is not None:
+    if system.export is not None and not run.interrupted:
+        if system.export.exists():
+            move_aside(system.export.parent, [system.export])
         outputs, merged = tuning.outputs, merged_unet(tuning.model.unet)
         save_unet(system.export, merged, outputs.inputs.folder, EXPORT_DTYPE, outputs.header(run.progress.step))
         print(f"{system.export}: the UNet with the products added, fp16")

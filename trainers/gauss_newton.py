@@ -87,7 +87,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="STEP",
         help="steps after which the basis is recomputed at the current token; no values: never",
     )
-    add("--starts", type=int, default=1, help="short starts from the same token; only the one with the lowest loss continues")
+    add(
+        "--starts",
+        type=int,
+        default=1,
+        help="short starts from the same token; only the one with the lowest loss on the fixed evaluation set continues, so that "
+        "eval_loss is a little too low after the choice",
+    )
     add("--start_steps", type=int, default=8, help="steps per start, if there are several")
     add("--t_min", type=int, default=500, help="smallest timestep drawn (T_L of Eq. 9)")
     add("--t_max", type=int, default=900, help="end (excluded) of the timesteps drawn (T_U)")
@@ -205,7 +211,7 @@ def text_sensitivity(
 
 def sensitive_directions(gram: torch.Tensor, basis_size: int) -> torch.Tensor:
     """The `basis_size` eigenvectors of J J^T [D, D] with the largest eigenvalues -> orthonormal columns [D, k], fp64."""
-    _, vectors = torch.linalg.eigh(gram.double().cpu())  # ascending
+    _, vectors = torch.linalg.eigh(gram.cpu().double())  # ascending
     vectors = vectors[:, -basis_size:].flip(1)
     largest = vectors.abs().argmax(0)
     return (vectors * vectors[largest, torch.arange(vectors.shape[1])].sign()).contiguous()  # fixes the sign across libraries
@@ -228,9 +234,9 @@ class Observation(NamedTuple):
 def gauss_newton(noise_preds: torch.Tensor, target: torch.Tensor, mixtures: torch.Tensor, rho: float) -> Observation:
     """noise_preds [m + 1, ...]: predictions at theta and at theta + rho B c_j; target [...]; mixtures C [k, m], orthonormal
     columns."""
-    flat = noise_preds.flatten(1).double().cpu()
+    flat = noise_preds.flatten(1).cpu().double()
     slopes = (flat[1:] - flat[0]) / rho  # Y [m, N], rows of the transposed Jacobian
-    residual = flat[0] - target.flatten().double().cpu()
+    residual = flat[0] - target.flatten().cpu().double()
     gram, gradient = slopes @ slopes.T, slopes @ residual
     seen = gradient @ torch.linalg.pinv(gram, hermitian=True) @ gradient / len(slopes) if gram.isfinite().all() else math.nan
     return Observation(mixtures @ gram @ mixtures.T, mixtures @ gradient, residual.square().mean().item(), float(seen))

@@ -101,7 +101,7 @@ def add_model_flags(parser: argparse.ArgumentParser, packing: bool = True) -> Ca
         "--mixed_precision",
         default=None,
         choices=["fp16", "bf16", "fp32"],
-        help="precision of activations; default: fp16 on a GPU, fp32 on a CPU",
+        help="precision of activations; default: fp16 with CUDA, else fp32",
     )
     add("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
     if packing:  # the layers of weight tuning, and their recomputation, are not tested with torch.compile

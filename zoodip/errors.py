@@ -45,10 +45,11 @@ def require_peft(what: str) -> None:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory ran out: on a CPU, torch says so in a plain RuntimeError."""
+    """Whether an error means that memory ran out: on a CPU and on Apple's GPUs, torch says so in a plain RuntimeError."""
     import torch
 
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "MPS backend out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(phrase in str(error) for phrase in words)
 
 
 def of_gpu_or_compiler(error: Exception) -> bool:

@@ -49,6 +49,11 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) 
             raise
 
 
+def copy_whole(source: str | Path, target: str | Path) -> None:
+    """Copy a small file: `target` is the old one or the complete new one. Raises InputError."""
+    write_atomically(Path(target), Path(source).read_bytes())
+
+
 def write_image(path: Path, image: Image.Image) -> None:
     """Write a PNG, or a JPEG if the name ends in .jpg, whole or not at all. Raises InputError."""
     content = io.BytesIO()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from zoodip.errors import UNFINISHED, InputError
 from zoodip.files import read_json, serialize, write_atomically, write_json, writing
-from zoodip.folder import PACKED_NAME, WEIGHT_NAMES, choose_quantization, component_tensors, resolve_model
+from zoodip.folder import PACKED_NAME, WEIGHT_NAMES, choose_quantization, component_tensors, packed_as, resolve_model
 from zoodip.model import VAE_ENCODER, build_model, check_parameter, is_quantized, modern_name, module_of
 from zoodip.quantize import pack_weight
 
@@ -26,17 +26,21 @@ def save_quantized(
     revision: str | None = None,
     variant: str | None = None,
     model_config: str | None = None,
+    resume_from_checkpoint: str | None = None,
 ) -> Path:
-    """Write a model, packed, to the new folder `target`. Loading either folder gives the same bits. Raises InputError.
+    """Write a model, packed, to the new folder `target`. On a CPU, loading either folder gives the same bits. Raises InputError.
 
     Plain diffusers cannot read packed weights, and randomly initialises whatever is missing from a weight file that it knows.
-    So the files have names of their own, at which it stops, and model_index.json says what the folder is.
+    So the files have names of their own, at which it stops, and model_index.json says what the folder is. A run that is resumed
+    finds the folder that it has written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             f"--save_quantized {str(target)!r}: runs in one process, not {os.environ['WORLD_SIZE']}; start it with "
             "python, then train from that folder"
         )
+    if resume_from_checkpoint is not None and target.is_dir() and packed_as(target, None) is not None:
+        return target
     if target.exists():
         raise InputError(
             f"--save_quantized: {str(target)!r} already exists; give it as --pretrained_model_name_or_path or choose a new folder"

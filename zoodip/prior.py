@@ -37,13 +37,15 @@ class PriorPictures:
             except DamagedModel as error:  # which advises a download
                 raise InputError(
                     f"{self.record}: is damaged, so that it is unknown how the pictures beside it were drawn; remove it and the "
-                    "folder's pictures, or choose another --class_data_dir"
+                    "folder's class-*.png, or choose another --class_data_dir"
                 ) from error
             different = [f"{name} was {record[name]!r}, is {value!r}" if name in record else f"{name} is not recorded"
                          for name, value in self.made_by.items() if record.get(name) != value]  # fmt: skip
             if different:
-                raise InputError(f"--class_data_dir {str(folder)!r}: its pictures were drawn differently ({'; '.join(different)})"
-                                 "; choose another folder, or remove this one")  # fmt: skip
+                raise InputError(
+                    f"--class_data_dir {str(folder)!r}: its pictures were drawn differently ({'; '.join(different)}); choose "
+                    f"another folder, or remove {self.record.name} and the class-*.png from it"
+                )
 
     def paths(self) -> list[Path]:
         """The existing pictures, in name order, at most `count`."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
 import sys
+import time
+from datetime import timedelta
 
 from zoodip.errors import InputError
 
@@ -14,11 +17,13 @@ def make_accelerator(most_processes: int, *, cpu: bool, report_to: str, output_d
     """Devices, processes and trackers. Raises InputError if a tracker is not installed or there are too many processes."""
     from importlib.util import find_spec
 
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     if report_to != "none" and find_spec(report_to) is None:
         raise InputError(f"--report_to {report_to}: the package is not installed; run pip install {report_to}")
-    accelerator = Accelerator(cpu=cpu, log_with=None if report_to == "none" else report_to, project_dir=output_dir)
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # while one process draws, the others wait
+    log_with = None if report_to == "none" else report_to
+    accelerator = Accelerator(cpu=cpu, log_with=log_with, project_dir=output_dir, kwargs_handlers=[patience])
     if compile and accelerator.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):
         raise InputError("--compile needs a C++ compiler (g++ or clang++); install one, or leave the flag out")
     asked = launched_for()
@@ -51,10 +56,16 @@ def launched_for() -> int:
     return int(asked[1]) if asked else 1
 
 
-class StopSignal:
-    """Remembers SIGINT and SIGTERM, so that the current step is finished and saved; a second signal ends the process at once."""
+ECHO = 2.0  # seconds within which a second signal may be the launcher's copy of the first
 
-    number = 0
+
+class StopSignal:
+    """Remembers SIGINT and SIGTERM, so that the current step is finished and saved; a second signal ends the process at once.
+
+    If torchrun and its workers are all sent one signal, each worker gets it twice, as torchrun passes it on.
+    """
+
+    number, since = 0, 0.0
 
     def __enter__(self) -> StopSignal:
         self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -65,6 +76,12 @@ class StopSignal:
             signal.signal(number, handler)
 
     def receive(self, number: int, frame) -> None:
-        self.number = number
+        first, launched = self.number == 0, int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if first:
+            self.number, self.since = number, time.monotonic()
+        if launched and time.monotonic() - self.since < ECHO:
+            return
         for name in self.previous:
             signal.signal(name, signal.SIG_DFL)
+        if not first:
+            signal.raise_signal(number)

@@ -37,6 +37,9 @@ from zoodip.process import StopSignal
 from zoodip.records import environment, peak_memory_gb
 
 TRACKER = "zoodip"  # the project in W&B, and TensorBoard's folder in the output folder
+LEFTOVERS = [
+    f"{folder}.*.tmp" for folder in ("", "unet*/", "vae/", "text_encoder/", "tokenizer/", "scheduler/", "peft_adapter*/")
+]
 MOST_SKIPPED = 20  # consecutive steps with a loss that is not finite
 
 
@@ -115,8 +118,14 @@ class Run:
         header, tensors = read_checkpoint(path)
         try:
             saved, ours = header["settings"], self.settings
-            different = [f"--{name} was {saved[name]!r}, is {ours[name]!r}" for name in ours if saved[name] != ours[name]]
-            different += [f"--{name} was {saved[name]!r}" for name in saved if name not in ours]
+            # a setting that is optional is recorded only if it is not at its default
+            lost, added = [name for name in saved if name not in ours], [name for name in ours if name not in saved]
+            if lost or len(added) == len(ours):
+                added = []  # another method's checkpoint: the next line raises
+            different = [f"--{name} was {saved[name]!r}, is {ours[name]!r}" for name in ours
+                         if name not in added and saved[name] != ours[name]]  # fmt: skip
+            different += [f"--{name} is {ours[name]!r}, which it was not" for name in added]
+            different += [f"--{name} was {saved[name]!r}" for name in lost]
             if different:
                 raise InputError(
                     f"--resume_from_checkpoint {path}: is from another run ({'; '.join(different)}); use the same "
@@ -171,7 +180,7 @@ class Run:
                        f"{checkpoint / 1e9:.3g} GB")  # fmt: skip
             self.lock = lock_folder(self.folder)
             try:
-                for leftover in self.folder.glob(".*.tmp"):
+                for leftover in [path for pattern in LEFTOVERS for path in self.folder.glob(pattern) if path.is_file()]:
                     leftover.unlink()
             except OSError as error:
                 raise cannot_be_moved(error) from error
@@ -206,8 +215,10 @@ class Run:
             self.evaluate(outputs)
         if progress.step:  # it may have stopped before it was drawn
             stopped = self.draw_if_due(outputs, unless_drawn=True)
-        if outputs.draws_before and progress.step == 0 and self.is_main:
-            self.draw(outputs, final=False)
+        if outputs.draws_before and progress.step == 0:
+            if self.is_main:
+                self.draw(outputs, final=False)
+            stopped = self.stop_requested()
         self.bar = tqdm(
             total=self.max_train_steps,
             initial=progress.step,
@@ -279,9 +290,20 @@ class Run:
             self.evaluate(outputs)
         if due(step, self.save_steps) and self.is_main:
             outputs.save(self.folder, step, final=False)
-        stopped = stopped or self.draw_if_due(outputs)
-        # the last thing a step leaves, so that a run killed in between repeats all of it
-        if due(step, self.checkpointing_steps) or stopped or (last and self.checkpointing_steps):
+        # what a step leaves comes before its checkpoint, so that a run killed in between repeats all of it; but pictures come
+        # after it, because steps must not depend on them
+        saved = due(step, self.checkpointing_steps) or stopped or (last and self.checkpointing_steps)
+        if saved:
+            self.write_checkpoint()
+        if stopped:
+            return True
+        try:
+            stopped = self.draw_if_due(outputs)
+        except Exception:  # memory has run out, for example
+            if not saved:
+                self.write_checkpoint()
+            raise
+        if stopped and not saved:
             self.write_checkpoint()
         return stopped
 
@@ -401,7 +423,12 @@ def set_aside(folder: Path, results: Sequence[str]) -> None:
         "before_after.png",
         TRACKER,
     )
-    earlier = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    move_aside(folder, [path for path in found if path.name != TRACKER or any(path.rglob("events.out.tfevents*"))])
+
+
+def move_aside(folder: Path, earlier: list[Path]) -> None:
+    """Move files and folders within `folder` to its previous-N. Raises InputError."""
     if not earlier:
         return
     try:

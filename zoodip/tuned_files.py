@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from zoodip.errors import InputError, require_peft
-from zoodip.files import read_json, why_unreadable, write_json, write_tensors, writing
+from zoodip.files import copy_whole, read_json, why_unreadable, write_json, write_tensors, writing
 from zoodip.folder import WEIGHT_NAMES, component_tensors, model_digest, resolve_model
 from zoodip.model import assemble_pipeline, load_frozen
 from zoodip.prompts import load_tokenizer
@@ -107,7 +107,7 @@ def save_unet(folder: Path, tensors: Tensors, base: Path, dtype: torch.dtype, he
     """Write a UNet in diffusers' format, in `dtype`, with the configuration of the model folder `base`. Raises InputError."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(base / "unet" / "config.json", folder)
+        copy_whole(base / "unet" / "config.json", folder / "config.json")
     write_tensors(
         folder / f"{WEIGHT_NAMES['unet']}.safetensors", {name: t.detach().to(dtype) for name, t in tensors.items()}, header
     )
@@ -121,10 +121,10 @@ def save_other_folders(target: Path, base: Path, variant: str | None) -> None:
     """
     with writing(target):
         for other in ("tokenizer", "scheduler"):
-            shutil.copytree(base / other, target / other, dirs_exist_ok=True)
+            shutil.copytree(base / other, target / other, dirs_exist_ok=True, copy_function=copy_whole)
         for component in ("text_encoder", "vae"):
             (target / component).mkdir(exist_ok=True)
-            shutil.copy(base / component / "config.json", target / component)
+            copy_whole(base / component / "config.json", target / component / "config.json")
     for component in ("text_encoder", "vae"):
         tensors = dict(component_tensors(base, component, variant))
         write_tensors(target / component / f"{WEIGHT_NAMES[component]}.safetensors", tensors, {"format": "pt"})
