@@ -264,7 +264,7 @@ EXPERIMENTS = (
         Row("TI, converged, learning rate 1e-2", CONVERGED | dict(learning_rate=1e-2), "ti"),
     ), ("loss", "gap_closed", *QUALITY, "likeness", "attributes", "attributes_corrected", "forwards"), worlds=WITH_MINIATURE_ONLY,
         gap=("class word (untrained)", "TI, converged"),
-        plot=PictureGrid("pictures.png", dict(zip(("class word", "ZOODiP", "gradient TI"),
+        plot=PictureGrid("pictures.jpg", dict(zip(("class word", "ZOODiP", "gradient TI"),
                                                   ("class word (untrained)", "ZOODiP", "TI, converged"), strict=True)),
                          ("a {} on the beach", "a {} wearing a red hat")),
         note="The gap is the difference in loss on unseen renders between the class word and converged gradient TI (600 steps, "

@@ -114,7 +114,7 @@ TUNING_EXPERIMENTS = (
     Experiment("Tuning", "Weight tuning: the five systems", (
         UNTUNED_NF4, UNTUNED_INT8, *(tuned(system) for system in TUNERS),
     ), TUNING_COLUMNS, on_request=True,
-        plot=PictureGrid("tuning.png", {"untuned": "untuned, NF4"} | {system: system for system in TUNERS}, SHOWN),
+        plot=PictureGrid("tuning.jpg", {"untuned": "untuned, NF4"} | {system: system for system in TUNERS}, SHOWN),
         note="Every photograph has the prompt \"a photo of sks\" followed by its class. Drift is measured on pictures of the "
              "class word alone; the untuned rows show how much of it is chance."),
     Experiment("Prompts", "Weight tuning: captions and prior preservation", (
@@ -128,7 +128,7 @@ TUNING_EXPERIMENTS = (
         UNTUNED_INT8, PEQA_8, N2_OUT_8, N1_8, N2_8, N4_8, OWN_8, s_in_row(1e-3), S1_OF_PUTS,
         UNTUNED_INT4, PEQA_4, N4_4, OWN_4,
     ), (*TUNING_COLUMNS, "travel", "trained"), on_request=True,
-        plot=PictureGrid("tuneqdm.png", {"untuned": "untuned, 8 bit", "PEQA": PEQA_8.label, "N = 1": N1_8.label,
+        plot=PictureGrid("tuneqdm.jpg", {"untuned": "untuned, 8 bit", "PEQA": PEQA_8.label, "N = 1": N1_8.label,
                                          "N = 4": N4_8.label, "S1": S1_OF_PUTS.label, "4 bit, PEQA": PEQA_4.label,
                                          "4 bit, N = 4": N4_4.label}, SHOWN),
         note="All rows have equal steps, as published. Rows of the same bit width have one rate, PEQA's, except for two: they "
@@ -148,7 +148,7 @@ TUNING_EXPERIMENTS = (
         UNTUNED_NF4, factor_row(4, 64), factor_row(4, 16),
         tuned("QLoRA", "LoRA r = 2"), *kron_rates("DiffuseKronA"), *kron_rates("QLoRA"),
     ), (*TUNING_COLUMNS, "trained"), on_request=True,
-        plot=PictureGrid("krona.png", {"untuned": "untuned, NF4", "KronA (4, 64)": "KronA (4, 64)",
+        plot=PictureGrid("krona.jpg", {"untuned": "untuned, NF4", "KronA (4, 64)": "KronA (4, 64)",
                                        "KronA (4, 16)": "KronA (4, 16)", "LoRA": "LoRA r = 2"}, SHOWN),
         note="LoRA r = 2 has as many parameters as (4, 64) in Stable Diffusion v1.5; on the miniature it lies between (4, 16) "
              "and (2, 16). The four rates are the same for both systems, around KronA's. KronA's paper uses another model, "
