@@ -1,14 +1,14 @@
 #!/bin/sh
-# sh train_zoodip.sh         the paper's run, in 4 bits (--quantization int8: in the paper's 8): Stable Diffusion v1.5 and DreamBooth's
-#                            dog6 (dataset/README.md: how to get it)
+# sh train_zoodip.sh         the paper's run: Stable Diffusion v1.5 and DreamBooth's dog6 (dataset/README.md: how to get it), in
+#                            4 bits; with --quantization int8 in 8, as in the paper
 # sh train_zoodip.sh demo    the bundled miniature and the bundled subject: a minute on two CPU cores
 # sh train_zoodip.sh quick   the same in fewer forward passes, by another method (docs/gauss_newton.md)
 #
 # MODEL_NAME, DATA_DIR and OUTPUT_DIR override the paths. Arguments are passed on to train_zoodip.py (quick:
 # trainers/gauss_newton.py) and override the ones below. Hyperparameters are not set here: train_zoodip.py's defaults are
-# the paper's, but for those in docs/deviations.md. Only the demo sets four: 500 steps instead of 30,000, a learning rate for so few steps (docs/measurements.md),
-# tau scaled to a token of 256 numbers instead of 768, and fp32 on a GPU too, because fp16 learns less with the paper's mu
-# (docs/measurements.md#precision). quick sets the number of forward passes.
+# the paper's, but for those in docs/deviations.md. Only the demo sets four: 500 steps instead of 30,000, a learning rate for
+# so few steps (docs/measurements.md), tau scaled to a token of 256 numbers instead of 768, and fp32 on a GPU too, because fp16
+# learns less with the paper's mu (docs/measurements.md#precision). quick sets the number of forward passes.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-$(command -v python3 || command -v python)}
