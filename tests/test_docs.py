@@ -193,6 +193,7 @@ QUOTED = [
     ("evidence", "3", "SG and PUTS", "SG", "CLIP-I"),
     ("evidence", "S4", "RGE", "SPSA", "CLIP-I"),
     ("evidence", "S4", "SPSA", "one-point", "CLIP-I"),
+    ("evidence", "Stop", "stopped after a third of the steps, as in all other tables", "stopped at the end", "CLIP-I"),
     ("evidence", "S7", "TI, PUTS", "TI, uniform", "CLIP-I"),
     ("evidence", "S7", "DreamBooth, PUTS", "DreamBooth, uniform", "CLIP-I"),
     ("evidence", "TuneQDM", "8 bit, s_out, N = 2", "8 bit, s_out, N = 1", "CLIP-I"),
