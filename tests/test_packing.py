@@ -57,9 +57,8 @@ def test_packing_and_training_in_one(tiny_model, subject, tmp_path):
     assert (tmp_path / "packed" / "model_index.json").exists() and (tmp_path / "out" / "learned_embeds.safetensors").exists()
     resumed = dict(save_quantized=tmp_path / "packed", max_train_steps=14, resume_from_checkpoint="latest")
     assert run_cli(argv) == 2  # it exists: a new run does not train on a folder that may be another model's
-    assert (
-        run_cli(arguments(tiny_model, subject, tmp_path / "out", **resumed)) == 0
-    )  # the same command, as an interrupted run says
+    argv = arguments(tiny_model, subject, tmp_path / "out", **resumed)
+    assert run_cli(argv) == 0  # the same command, as an interrupted run says
     assert json.loads((tmp_path / "out" / "run.json").read_text())["steps_this_time"] == 2
 
 

@@ -225,10 +225,8 @@ def test_the_merged_unet_is_the_tuned_one(dtype, near, tiny_model, subject, tmp_
     argv = command(tiny_model, subject, tmp_path / "out", a1=2, a2=4, base="none", export_merged=tmp_path / "merged")
     assert run_cli(argv, trainers.diffusekrona) == 0
     merged = UNet2DConditionModel.from_pretrained(tmp_path / "merged" / "unet")
-    assert {path.name for path in (tmp_path / "merged").iterdir()} == {
-        "previous-1",
-        "unet",
-    }  # what another run had exported is not overwritten
+    # what another run had exported is not overwritten
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {"previous-1", "unet"}
     assert (tmp_path / "merged" / "previous-1" / "unet" / "mine").exists()
     unmerged = load_tuned_pipeline(str(tiny_model), tmp_path / "out" / "pytorch_lokr_weights.safetensors").unet
     for timestep in (100, 600):

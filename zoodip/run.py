@@ -297,15 +297,13 @@ class Run:
             self.write_checkpoint()
         if stopped:
             return True
+        ends = True  # with the pictures: by a signal, or because memory has run out, for example
         try:
-            stopped = self.draw_if_due(outputs)
-        except Exception:  # memory has run out, for example
-            if not saved:
+            ends = self.draw_if_due(outputs)
+        finally:
+            if ends and not saved:
                 self.write_checkpoint()
-            raise
-        if stopped and not saved:
-            self.write_checkpoint()
-        return stopped
+        return ends
 
     def evaluate(self, outputs) -> None:
         """Add a row of the curve to training_log.csv and the tracker."""
