@@ -89,7 +89,8 @@ SEEN_BEFORE = ("The second edition's first record showed this difference before 
                "the rule before it called any interval below 0 contradicted.")  # fmt: skip
 CHOSEN_BY = "On the miniature the system's learning rate was chosen by attributes, scenes and accessories, not by this score."
 OTHER_TAU = (
-    "Tau is 43 on the miniature and 128 in the paper, and the share grows with tau even if nothing is learned (the controls)."
+    "Tau is 43 on the miniature and 128 in the paper, and the share grows with tau even if nothing is learned (the controls), so "
+    "the miniature cannot test the paper's figure."
 )
 AROUND_KRONA = "The rates are around KronA's; on the miniature they are 1.8 to 18 times the rate that was chosen for LoRA."
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from reproduction import archives, plans, plots, runs
-from reproduction.claims import CLAIMS, OURS
+from reproduction.claims import CLAIMS, OURS, Claim
 from reproduction.declarations import CLAIM_COLUMNS, COLUMNS, Experiment, Row
 from reproduction.experiments import BY_NAME, CLASS_WORD, EXPERIMENTS
 from reproduction.memory_claims import memory_claims
@@ -94,8 +94,9 @@ def table_of(experiment: Experiment, rows: dict[str, Records]) -> Table:
     for row in declared:
         records = rows.get(row.label, {})
         cells = [cell(values_of(records, score), score, row.published.get(score)) for score in present]
-        scored = sum(any(score in record for score in present) for record in records.values())
-        lines.append([row.label, str(scored), *cells])
+        scored = str(sum(any(score in record for score in present) for record in records.values()))
+        controls = (control.label for control in experiment.controls)
+        lines.append([row.label, "-" if row.label in controls else scored, *cells])
     return Table(["", "runs", *[COLUMNS[score].heading for score in present]], lines)
 
 
@@ -173,18 +174,19 @@ def sentence(finding: Finding) -> str:
     claim, score = finding.claim, finding.score
     mean, half_width, count = finding.differences[score]
     unit = finding.unit if count != 1 else finding.unit.removesuffix("s")
-    known = [f"{COLUMNS[score].heading} {interval(mean, half_width, score, sign=True)} over {count} {unit}"]
+    known = [f"{COLUMNS[score].heading} differs by {interval(mean, half_width, score, sign=True)} over {count} {unit}"]
     if finding.above is not None and count > 1:
         known[0] += f", {finding.above} of them above 0"
     published = finding.published.get(score)
     if published is not None:
         inside = abs(published - mean) <= half_width
         known.append(f"the paper's {number(published, score, sign=True)} is {'in' if inside else 'outside'} this interval")
-        if inside and finding.verdict == NOTHING_FOUND and abs(published) < finding.smallest:
+        digits = COLUMNS[score].digits  # compared as printed
+        if inside and finding.verdict == NOTHING_FOUND and round(abs(published), digits) < round(finding.smallest, digits):
             known[-1] += ", but too small to be seen with these runs"
     if finding.margin is not None:
         known.append(f"as good is no more than {number(finding.margin, score)} worse")
-    than = f" larger than {number(finding.smallest, score)}" if finding.verdict == NOTHING_FOUND else ""
+    than = f"; one larger than {number(finding.smallest, score)} would probably have shown" * (finding.verdict == NOTHING_FOUND)
     asked = "?" if finding.verdict in (NOTHING_FOUND, UNDECIDED, TOO_FEW) else ""
     return f"**{said(finding)}{than}**: {claim.text}{asked} ({'; '.join(known)})." + f" {claim.remark}".rstrip()
 
@@ -199,7 +201,7 @@ def difference(finding: Finding, score: str) -> str:
         return "-"
     mean, half_width, count = finding.differences[score]
     text = interval(mean, half_width, score, sign=True)
-    if score == finding.score and np.isfinite(half_width) and abs(mean) <= half_width:
+    if score == finding.score and finding.margin is None and np.isfinite(half_width) and abs(mean) <= half_width:
         text += f", {number(smallest_effect(half_width, count), score)} would be seen"
     text += f" (published {number(finding.published[score], score, sign=True)})" if score in finding.published else ""
     return f"**{text}**" if score == finding.score else text
@@ -223,43 +225,61 @@ def claims_section(findings: list[Finding], unjudged: list[str]) -> Section:
     decided = [f"{why} ({'; '.join(texts)})" for why, texts in rules.items()]
     order = (REPRODUCED, CONTRADICTED, UNDECIDED)
     ranked = sorted(findings, key=lambda finding: order.index(finding.verdict) if finding.verdict in order else len(order))
-    judged = sum(finding.verdict != TOO_FEW for finding in findings)
     sources = dict.fromkeys(claim.source for claim in CLAIMS)  # in the order of their first claims
-    lines = [sentence(finding) + ("" if source == next(iter(sources)) else f" [{source}]")
-             for source in sources for finding in ranked if finding.claim.source == source]  # fmt: skip
+    same, lines = same_runs(findings), []
+    for source in sources:
+        for finding in ranked:
+            if finding.claim.source == source:
+                again = same.get(finding.claim.text)
+                line = sentence(finding) + (f' These are the runs of "{again}".' if again else "")
+                lines.append(line + ("" if source == Claim.source else f" [{source}]"))
     lines += [f"**not judged**, for lack of runs: {text}." for text in unjudged]
-    misled = "one or none" if judged < 30 else f"about {round(judged / 20)}"  # one in twenty
-    note = CLAIMS_NOTE + f" Of the {judged} claims that were judged, {misled} may have a misleading interval."
-    return Section("Verdicts on the claims", [], table=claims_table(findings), bullets=lines,
-                   after=[note, several_note(findings), "Which score decides, and why:"], after_bullets=decided)  # fmt: skip
+    return Section("Verdicts on the claims", [CLAIMS_NOTE], table=claims_table(findings), bullets=lines,
+                   after=[MORE_ON_CLAIMS, several_note(findings), "Which score decides, and why:"],
+                   after_bullets=decided)  # fmt: skip
+
+
+def same_runs(findings: list[Finding]) -> dict[str, str]:
+    """{claim: an earlier claim that the same runs decide}: two rows can have the same settings, such as two rates."""
+    first: dict[tuple, str] = {}
+    result = {}
+    for finding in findings:
+        text, rows = finding.claim.text, (finding.score, *sorted(finding.differences.items()))
+        if first.setdefault(rows, text) != text:
+            result[text] = first[rows]
+    return result
 
 
 def several_note(findings: list[Finding]) -> str:
     """What a correction for the number of claims would change; it decides nothing."""
-    judged = [finding for finding in findings if finding.verdict != TOO_FEW]
+    same = same_runs(findings)
+    judged = [finding for finding in findings if finding.verdict != TOO_FEW and finding.claim.text not in same]
     kept = survivors([finding.p for finding in judged])
     decided = [finding.verdict in (REPRODUCED, CONTRADICTED) for finding in judged]
     lost = [finding.claim.text for finding, is_kept, is_decided in zip(judged, kept, decided, strict=True)
             if is_decided and not is_kept]  # fmt: skip
-    text = ("Many claims share the runs of a row, so errors come together; the intervals of scores that decide nothing are not "
-            "counted.")  # fmt: skip
+    text = (f"One 95 % interval in twenty misses the true value: among the {len(judged)} claims that were judged, about "
+            f"{max(1, round(len(judged) / 20))}. Many claims share the runs of a row, so errors come together; the intervals of "
+            "scores that decide nothing are not counted.")  # fmt: skip
     if not any(decided):
         return text
-    text += f" With Holm's correction for all of these claims, {sum(decided) - len(lost)} of the {sum(decided)} differences that "
-    text += "were found would still be significant"
+    text += f" With Holm's correction for all of these claims, {sum(decided) - len(lost)} of the {sum(decided)} decided verdicts "
+    text += "would still be significant"
     return text + (f"; not: {'; '.join(lost)}." if lost else ".")
 
 
-CLAIMS_NOTE = """A claim is from ZOODiP's paper unless another source is named. Each is a difference between two rows with its
-95 % interval: a subject's seeds are averaged, and the rows are then paired over subjects (for a single subject: over its seeds
-or rounds). One score decides it, chosen before the runs (bold in the table). "Beats" and "more" are reproduced if the interval
-lies above 0, and contradicted if it lies below. If it contains 0, no difference was found, and "larger than" names the smallest
-true difference that these runs would have shown with a probability of 80 %; it is no bound, and whatever the interval contains
-remains possible. "As good" is judged in the same way against minus a tenth of what the other row gained over the class word, and
-is not decided if the interval contains that value; that tenth is measured on the same runs, and its own error is not counted.
-"The best other row" is chosen on the other subjects. Our own questions are answered with yes or no. Rounds are of one machine,
-and their intervals hold for it alone. All other scores are given for comparison; for losses, lower is better. "Mean loss on the
-way there" is the mean of the learning curve over the forwards that every row has used."""
+CLAIMS_NOTE = """A claim is from ZOODiP's paper unless another source is named, and is about the difference between two rows. It
+is reproduced if the 95 % interval of that difference lies above 0, contradicted if it lies below, and no difference was found if
+the interval contains 0: whatever it contains remains possible. "One larger than X would probably have shown" means that these
+runs would have shown a true difference of X with a probability of 80 %. "As good" is judged in the same way against minus a tenth
+of what the other row gained over the class word, and is not decided if the interval contains that value. Our own questions are
+answered with yes or no."""
+
+MORE_ON_CLAIMS = """A subject's seeds are averaged, and the rows are then paired over subjects (for a single subject: over its
+seeds or rounds). One score decides a claim, chosen before the runs (bold in the table); all others are given for comparison. For
+losses, lower is better. The tenth that "as good" may give up is measured on the same runs, and its own error is not counted.
+"The best other row" is chosen on the other subjects. Rounds are of one machine, and their intervals hold for it alone. "Mean loss
+on the way there" is the mean of the learning curve over the forwards that every row has used."""
 
 
 MEMORY_NOTE = """What nvidia-smi shows on a GPU for each method's own script at Stable Diffusion v1.5's size, with 512 pixels,
@@ -320,8 +340,10 @@ def introduction(names: list[str], settings: Settings, jobs: list[Job], done: in
         "this report from it, and `--redraw` the pictures of tokens.",
         "± is the half width of a 95 % interval (Student's t over subjects, each the mean of its seeds; for a single subject "
         "over its seeds, and then valid for that subject alone). Differences between rows are paired. Subjects: "
-        f'{", ".join(subjects)}; the column "runs" gives the number of runs of a row. Scores are of {settings.images} pictures '
-        f"per prompt, drawn with {settings.inference_steps} steps of {world.scheduler} and guidance {world.guidance:g}.",
+        f'{", ".join(subjects)}; the column "runs" gives the number of runs of a row. Steps, costs and other figures that '
+        "hardly vary are medians [lowest to highest]. "
+        f"Scores are of {settings.images} pictures per prompt, drawn with {settings.inference_steps} steps of {world.scheduler} "
+        f"and guidance {world.guidance:g}.",
     ]
     bullets = []
     if world.caveats:
@@ -342,7 +364,7 @@ def section_of(experiment: Experiment, collect: plots.Collect, settings: Setting
     if len(subjects) < len(settings.subjects or settings.world.subjects):
         section.after.append(f"This table uses only {', '.join(subjects)}.")
     if experiment.against and (differences := differences_from(experiment.against, experiment, rows)):
-        section.after.append(f"Differences from {experiment.against}, paired by subject:")
+        section.after.append(f'Differences from the row "{experiment.against}", paired by subject:')
         section.after_table = differences
     plot = experiment.plot
     if plot and plots.draw(plot, experiment.name, collect, settings, folder / "plots" / plot.file):

@@ -295,7 +295,7 @@ def judge(claim: Claim, rows: dict[str, Records], untrained: Records) -> Finding
 # {how the snapshot is chosen: a function from the points of a curve to the chosen one}
 STOPS: dict[str, Callable[[list[dict]], dict]] = {
     AT_THE_END: lambda points: points[-1],
-    "stopped after a third of the steps, as in all other tables": lambda points: min(
+    "stopped after a third of the steps, about as many as in the other tables": lambda points: min(
         points, key=lambda point: abs(point["step"] - points[-1]["step"] / 3)
     ),
     "stopped where other pictures are best": lambda points: max(points, key=lambda point: point.get("choosing", -1.0)),

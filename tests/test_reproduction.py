@@ -819,13 +819,13 @@ def test_a_table_and_its_claims_from_files(tmp_path):
     assert half_width == pytest.approx(12.706 * 0.004 / 2)
     assert finding.verdict == "reproduced" and finding.published["CLIP-I"] == pytest.approx(0.759 - 0.732)
     assert "removed" not in finding.differences  # of runs without a refresh
-    line = "Of two directions, RGE beats SPSA at equal steps (CLIP-I +.053 ± .025 over 2 subjects, 2 of them above 0; "
+    line = "Of two directions, RGE beats SPSA at equal steps (CLIP-I differs by +.053 ± .025 over 2 subjects, 2 of them above 0; "
     line += "the paper's +.027 is outside this interval)."
     assert report.sentence(finding) == f"**reproduced**: {line}"
     beaten = stats.judge(next(claim for claim in CLAIMS if claim.a == "SPSA"), rows, {})
     assert beaten.verdict == "contradicted"  # SPSA - one-point = -.07
     assert report.sentence(beaten).startswith(
-        "**contradicted**: Of two directions, SPSA beats the one-point estimate (CLIP-I -.070"
+        "**contradicted**: Of two directions, SPSA beats the one-point estimate (CLIP-I differs by -.070"
     )
     line = report.claims_table([finding]).lines[-1]
     assert line[:2] == [f"{RGE_CLAIM.text} (Table S4: RGE - SPSA)", "reproduced"]
@@ -856,7 +856,8 @@ def test_what_would_have_been_found_stands_beside_nothing_found():
         finding = stats.Finding(SG_CLAIM, "CLIP-I", stats.verdict(0.003, 0.008), None, {"CLIP-I": (0.003, 0.008, 12)},
                                 {"CLIP-I": published}, above=7)  # fmt: skip
         assert report.sentence(finding) == (
-            f"**no difference found larger than {known}**: {SG_CLAIM.text}? (CLIP-I +.003 ± .008 over 12 subjects, 7 of them "
+            f"**no difference found; one larger than {known} would probably have shown**: {SG_CLAIM.text}? "
+            f"(CLIP-I differs by +.003 ± .008 over 12 subjects, 7 of them "
             f"above 0; the paper's +{published:.3f} is {where}).".replace("+0.", "+.")
         )
     assert report.difference(finding, "CLIP-I") == f"**+.003 ± .008, {known} would be seen (published +.002)**"
@@ -876,9 +877,16 @@ def test_holm_s_correction_by_hand():
     assert stats.survivors([0.001] * 3) == [True] * 3 and stats.survivors([]) == []
     finding = stats.Finding(SG_CLAIM, "CLIP-I", "reproduced", None, {"CLIP-I": (0.010, 0.009, 12)}, {})
     sure = replace(finding, differences={"CLIP-I": (0.010, 0.002, 12)})
-    assert "1 of the 1 differences" in report.several_note([sure])
-    said = report.several_note([sure, *[finding] * 3])
-    assert "1 of the 4 differences that were found would still be significant; not: Subspace" in said
+    assert "1 of the 1 decided verdicts" in report.several_note([sure])
+    others = [
+        replace(finding, claim=claim, differences={"CLIP-I": (0.010 + 0.0001 * k, 0.009, 12)})
+        for k, claim in enumerate(CLAIMS[1:4])
+    ]
+    said = report.several_note([sure, *others])
+    assert f"1 of the 4 decided verdicts would still be significant; not: {CLAIMS[1].text};" in said
+    again = replace(others[0], claim=CLAIMS[5])
+    assert report.same_runs([sure, *others, again]) == {CLAIMS[5].text: CLAIMS[1].text}
+    assert report.several_note([sure, *others, again]) == said  # counted once
     nothing = replace(finding, verdict="no difference found", differences={"CLIP-I": (0.001, 0.009, 12)})
     assert "Holm" not in report.several_note([nothing])
 
@@ -898,7 +906,7 @@ def test_claims_on_memory(tmp_path):
 
 
 def test_every_claim_has_one_line_whatever_comes_out():
-    """Reproduced, contradicted or no difference found larger than something, or yes and no to questions of our own."""
+    """Reproduced, contradicted or no difference found, with what would have shown, or yes and no to questions of our own."""
     for claim in CLAIMS:
         for mean, width in ((0.5, 0.1), (-0.5, 0.1), (0.0, 0.5)):
             score = claim.rule.scores[0]
@@ -906,7 +914,8 @@ def test_every_claim_has_one_line_whatever_comes_out():
             said = stats.verdict(advantage, width, claim.rule.margin)
             line = report.sentence(stats.Finding(claim, score, said, claim.rule.margin, {score: (mean, width, 12)}, {}))
             decided = "yes|no" if claim.source == OURS else "reproduced|contradicted"
-            assert re.match(rf"\*\*({decided}|not decided|no difference found larger than \.?\d+\.?\d*)\*\*: [A-Z\[tm]", line)
+            nothing = r"no difference found; one larger than \.?\d+\.?\d* would probably have shown"
+            assert re.match(rf"\*\*({decided}|not decided|{nothing})\*\*: [A-Z\[tm]", line)
             assert claim.text in line and "\n" not in line
 
 
