@@ -110,10 +110,11 @@ def main(args: argparse.Namespace) -> int:
         for _ in run.steps(tuning.outputs):
             run.note(*tuning.step())
     if system.export is not None and not run.interrupted:
-        if system.export.exists():
+        if any(system.export.iterdir()):  # `claim` has made the folder
             move_aside(system.export.parent, [system.export])
-        outputs, merged = tuning.outputs, merged_unet(tuning.model.unet)
-        save_unet(system.export, merged, outputs.inputs.folder, EXPORT_DTYPE, outputs.header(run.progress.step))
+        inputs = tuning.outputs.inputs
+        merged = merged_unet(tuning.model.unet, inputs.folder, inputs.variant)
+        save_unet(system.export, merged, inputs.folder, EXPORT_DTYPE, tuning.outputs.header(run.progress.step))
         print(f"{system.export}: the UNet with the products added, fp16")
     return run.finish()
 

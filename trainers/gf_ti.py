@@ -248,7 +248,7 @@ class GFTI:
 
     def look(self, loss: float, keep: bool) -> None:
         """Judge the mean by its loss on the fixed set: if it is the best so far, theta becomes it, permanently if `keep`."""
-        if self.best_loss is None or loss < self.best_loss:
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             self.theta = self.mean()
             if keep:
                 self.best, self.best_loss = self.theta, loss

@@ -10,7 +10,7 @@ with a scale s for each output channel, and
     S2         N sets of scales, set e for timesteps [e T / N, (e + 1) T / N)           --experts N
     S1         one set, trained only at timesteps [LOW, HIGH)                           --train_interval LOW HIGH
 
-    python -m trainers.tuneqdm --train_data_dir dataset/dog6 --class_word dog --bits 4 --learning_rate 5e-5
+    python -m trainers.tuneqdm --train_data_dir dataset/dog6 --class_word dog --bits 4
     python -m trainers.tuneqdm --train_data_dir dataset/dog6 --class_word dog --experts 1 --no_scale_in          # PEQA
 
 The integers, biases and norms are frozen. One step: image, flip, timestep, noise -> UNet forward -> loss (Eq. 1 of ZOODiP's
@@ -27,13 +27,15 @@ from zoodip import arguments
 from zoodip.arguments import NUM_TRAIN_TIMESTEPS, flags_for, require, require_positive
 from zoodip.errors import prepare_process, run_script
 
+LEARNING_RATES = {8: 3e-6, 4: 5e-5}  # as published, in their proportion to the scales: those of 4 bits are 17 times as large
 METHOD_SETTINGS = "bits experts no_scale_in scale_in_learning_rate train_interval apply".split()
 SETTINGS = [*arguments.TUNING_SETTINGS, *METHOD_SETTINGS]
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser("Learn a subject by training the scales of a Stable Diffusion in 8- or 4-bit integers.")
-    add = arguments.add_tuning_flags(parser, learning_rate=3e-6, max_train_steps=400)
+    rates = "; default: " + ", ".join(f"{rate:g} with {bits} bits" for bits, rate in LEARNING_RATES.items())
+    add = arguments.add_tuning_flags(parser, learning_rate=None, max_train_steps=400, rates=rates)
     add("--bits", type=int, default=8, choices=[8, 4], help="bits per integer; for 4, multiply a learning rate for 8 by 17")
     add(
         "--experts",
@@ -69,8 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line (`sys.argv` if `argv` is None); exit with code 2 and a one-line message on an error."""
     args = arguments.parse(build_parser(), check_flags, argv)
-    if args.experts is None:  # set here, so that records and checkpoints hold the number
+    if args.experts is None:  # set here, so that records and checkpoints hold the numbers
         args.experts = 4 if args.train_interval is None else 1
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATES[args.bits]
     return args
 
 

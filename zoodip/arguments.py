@@ -176,9 +176,12 @@ def add_prior_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_tuning_flags(
-    parser: argparse.ArgumentParser, learning_rate: float, max_train_steps: int
+    parser: argparse.ArgumentParser, learning_rate: float | None, max_train_steps: int, rates: str = ""
 ) -> Callable[..., argparse.Action]:
-    """All flags that weight-tuning systems share, with a system's own defaults -> `add_argument` of the group "method"."""
+    """All flags that weight-tuning systems share, with a system's own defaults -> `add_argument` of the group "method".
+
+    `rates`: what the default learning rate depends on, if it is None.
+    """
     add_model_flags(parser, packing=False)
     add_word_flags(parser)
     add_subject_flags(parser, templates=False)
@@ -188,7 +191,7 @@ def add_tuning_flags(
         "--learning_rate",
         type=float,
         default=learning_rate,
-        help="constant learning rate of AdamW (betas .9, .999, weight decay .01)",
+        help="constant learning rate of AdamW (betas .9, .999, weight decay .01)" + rates,
     )
     add("--max_train_steps", type=int, default=max_train_steps, help="steps of one forward and one backward pass")
     add_step_flags(add, candidates=None)
@@ -288,6 +291,10 @@ def without_effect(flags: dict, parser: argparse.ArgumentParser) -> Iterator[str
     for name in ("t_min", "t_max"):
         if name in given and sampling != "puts":
             yield f"--{name} {given[name]} affects only the evaluation set: --timestep_sampling is {sampling}"
+    low, high = flags.get("train_interval") or (0, NUM_TRAIN_TIMESTEPS)
+    if high <= flags["t_min"] or flags["t_max"] <= low:
+        yield (f"--train_interval {low} {high} is outside the evaluation set's timesteps: eval_loss will not show what is "
+               f"learned; give --t_min {low} --t_max {high}")  # fmt: skip
     if flags["validation_prompt"] is None and not flags["final_picture"]:
         for name in ("num_validation_images", "validation_guidance"):
             if name in given:
@@ -338,7 +345,7 @@ def check_shared_flags(flags: dict) -> None:
     require(
         flags, "resolution", resolution is None or (resolution >= 8 and resolution % 8 == 0), "must be a positive multiple of 8"
     )
-    if "learning_rate" in flags:  # evolution has none; the upper limit makes it fit fp32
+    if flags.get("learning_rate") is not None:  # evolution has none; the upper limit makes it fit fp32
         require(flags, "learning_rate", 0 < flags["learning_rate"] < 1e37, "must be a positive number, for example 5e-3")
     require(flags, "seed", 0 <= flags["seed"] < 2**63, "must be in [0, 2^63)")
 

@@ -88,7 +88,7 @@ def read_words(paths: Sequence[Path]) -> dict[str, int]:
     from safetensors import SafetensorError, safe_open
 
     from zoodip.files import why_unreadable
-    from zoodip.prompts import read_embedding
+    from zoodip.prompts import SHARED_KEY, read_embedding
 
     words = {}
     for path in paths:
@@ -101,6 +101,8 @@ def read_words(paths: Sequence[Path]) -> dict[str, int]:
             ) from None
         if len(names) != 1:
             raise InputError(f"--embedding {path}: holds {len(names)} tensors; give a file with one learned word")
+        if names == [SHARED_KEY]:
+            raise InputError(f"--embedding {path}: does not name its word; give the run's learned_embeds.safetensors")
         words[names[0]] = len(read_embedding(path, names[0])[0])
     return words
 
@@ -137,6 +139,8 @@ def main(flags: dict) -> None:
     """Write pictures PROMPT-METHOD-SEED.png, a sheet and binding.json to --output. Raises InputError."""
     from zoodip.folder import packed_as, resolve_model
     from zoodip.model import load_pipeline
+    from zoodip.pictures import picture_sheet
+    from zoodip.records import environment, plain_arguments
 
     methods, output = settings_of_flags(flags), flags["output"]
     folder, variant = resolve_model(flags["model"])
@@ -149,42 +153,41 @@ def main(flags: dict) -> None:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--{what} {str(path)!r} cannot be created ({error.strerror}); choose another") from error
+    sheet = flags["sheet"] or output / "sheet.png"
+    set_aside(output, [output / "binding.json", output / "sheet.png"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(flags["model"], flags["quantization"], device=device, variant=variant)
     for path in flags["embedding"]:
         pipeline.load_textual_inversion(str(path))
-    pictures: dict[tuple[int, str], list[Picture]] = {}
+    how = {name: flags[name] for name in ("seeds", "height", "width", "negative_prompt", "batch_size")}
+    records, rows = [], []
     for k, prompt in enumerate(prompts):
         clean = flags["clean_prompt"] and [flags["clean_prompt"][k]]
         for method, settings in methods.items():
-            how = {name: flags[name] for name in ("seeds", "height", "width", "negative_prompt", "batch_size")}
-            pictures[k, method] = draw_bound(pipeline, [prompt.marked], settings=settings, clean_prompts=clean, **how)
-    write_pictures(pictures, prompts, methods, flags, device)
-
-
-def write_pictures(
-    pictures: dict[tuple[int, str], list[Picture]], prompts: Sequence[MarkedPrompt], methods: dict[str, Settings], flags: dict,
-    device: str,
-) -> None:  # fmt: skip
-    """Write the pictures of each (prompt, method), their sheet and their record."""
-    from zoodip.pictures import picture_sheet
-    from zoodip.records import environment, plain_arguments
-
-    output, records, blocks = flags["output"], [], []
-    for (k, method), drawn in pictures.items():
-        for picture in drawn:
-            name = f"{k}-{method}-{picture.seed}.png"
-            write_image(output / name, picture.image)
-            costs = dict(forwards=picture.forwards, backwards=picture.backwards, seconds=round(picture.seconds, 3))
-            records.append(dict(file=name, prompt=picture.prompt, method=method, seed=picture.seed, **costs, steps=picture.steps))
-        blocks.append(([picture.image for picture in drawn], f"{method}: {prompts[k].prompt}"))
-    width, height = blocks[0][0][0].size
-    sheet = picture_sheet(blocks, columns=len(methods), aspect=width / height)
-    write_image(flags["sheet"] or output / "sheet.png", sheet)
+            drawn = draw_bound(pipeline, [prompt.marked], settings=settings, clean_prompts=clean, **how)
+            records += [write_picture(picture, k, method, output) for picture in drawn]  # at once: Ctrl-C keeps them
+            rows.append(([picture.image for picture in drawn], f"{method}: {prompt.prompt}"))
+    width, height = rows[0][0][0].size
+    write_image(sheet, picture_sheet(rows, columns=len(methods), aspect=width / height))
     arguments = plain_arguments({name: value for name, value in flags.items() if name not in asdict(PLAIN)})
     used = {method: asdict(settings) for method, settings in methods.items()}
     record = dict(arguments=arguments, settings=used, pictures=records, **environment(device))
     write_json(output / "binding.json", record, indent=1)
+
+
+def set_aside(output: Path, others: Sequence[Path]) -> None:
+    """Move the pictures of an earlier command, and those of `others` that exist, to previous-N. Raises InputError."""
+    from zoodip.run import move_aside
+
+    move_aside(output, [*sorted(output.glob("[0-9]*-*-[0-9]*.png")), *(path for path in others if path.exists())])
+
+
+def write_picture(picture: Picture, k: int, method: str, output: Path) -> dict:
+    """Write the picture of the k-th prompt as PROMPT-METHOD-SEED.png -> its record."""
+    name = f"{k}-{method}-{picture.seed}.png"
+    write_image(output / name, picture.image)
+    costs = dict(forwards=picture.forwards, backwards=picture.backwards, seconds=round(picture.seconds, 3))
+    return dict(file=name, prompt=picture.prompt, method=method, seed=picture.seed, **costs, steps=picture.steps)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ def pack_weight(weight: torch.Tensor, quantization: str) -> dict[str, torch.Tens
     if quantization == "int8":
         scale = rows.float().abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
         return dict(int8=(rows / scale).round().to(torch.int8), scale=scale)
+    if quantization != "nf4":
+        raise ValueError(f"unknown quantization {quantization!r}; choose nf4, int8, affine8, affine4 or none")
     from bitsandbytes import functional as bnb
 
     slices = [bnb.quantize_4bit(part.float(), blocksize=64, quant_type="nf4") for part in rows.flatten().split(1 << 21)]

@@ -135,19 +135,20 @@ def save_other_folders(target: Path, base: Path, variant: str | None) -> None:
     write_json(target / "model_index.json", model_index, indent=2)
 
 
-def merged_unet(unet: nn.Module) -> Tensors:
-    """{name: tensor} of a UNet whose Kronecker layers are merged into its plain weights, as W + A kron B. Raises InputError."""
-    tensors = {}
-    for name, tensor in unet.state_dict().items():
-        if ".lokr_w" not in name:
-            tensors[name.replace(".base.", ".")] = tensor
+def merged_unet(unet: nn.Module, base: Path, variant: str | None) -> Tensors:
+    """{name: tensor} of the UNet of the model folder `base`, with `unet`'s Kronecker products added: W + A kron B [O, I], fp32.
+
+    Everything else is as in the folder, whatever the precision of training. Raises InputError.
+    """
+    tensors = dict(component_tensors(base, "unet", variant))
     for name, module in unet.named_modules():
         if isinstance(module, KroneckerLayer):
             if not isinstance(module.base, nn.Linear):
                 raise InputError(
                     "--export_merged needs --base none: a packed weight plus a product, packed again, is a different model"
                 )
-            tensors[f"{name}.weight"] = module.merged_weight()
+            factors = module.lokr_w1.detach(), module.lokr_w2.detach()
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"].float() + torch.kron(*factors).cpu()
     return tensors
 
 
@@ -166,12 +167,6 @@ class TunedFile:
     def quantization(self) -> str:
         """The format of the UNet that it was learned on."""
         return self.header["zoodip.base_quantization"]
-
-    def check_base(self, digest: str) -> None:
-        """Raises InputError if the base is not the model that it was learned on."""
-        if self.header["zoodip.model_digest"] != digest:
-            raise InputError(f"{self.path}: was learned on other weights ({self.header['zoodip.base_model']}) than this model's; "
-                             "give the model that it was learned on")  # fmt: skip
 
     def apply(self, unet: nn.Module) -> nn.Module:
         """Turn the UNet, in the format `quantization`, into the tuned one. Raises InputError if the file does not fit it."""
@@ -203,7 +198,8 @@ class TunedFile:
 
     def scales(self, unet: nn.Module) -> Reading:
         settings = json.loads(self.header["zoodip.settings"])
-        interval = tuple(settings["train_interval"]) if settings["train_interval"] and settings["apply"] == "interval" else None
+        trained = settings.get("train_interval") if settings.get("apply") == "interval" else None
+        interval = (trained[0], trained[1]) if trained else None
         number = len(next(tensor for name, tensor in self.tensors.items() if name.endswith(".scale_out")))
         scale_in = any(name.endswith(".scale_in") for name in self.tensors)
 
@@ -248,18 +244,30 @@ def read_tuned(path: Path) -> TunedFile:
 
 def tuned_settings(tuned: Path) -> dict:
     """The settings of the run that wrote a file, or a folder with unet/. Raises InputError."""
-    if not (tuned / "unet").is_dir():
-        return json.loads(read_tuned(tuned).header["zoodip.settings"])
+    header = unet_header(tuned) if (tuned / "unet").is_dir() else read_tuned(tuned).header
+    return json.loads(header["zoodip.settings"])
+
+
+def unet_header(tuned: Path) -> dict[str, str]:
+    """The header of the unet/ in a folder that a trainer wrote. Raises InputError."""
     path = tuned / "unet" / f"{WEIGHT_NAMES['unet']}.safetensors"
     try:
         with safe_open(path, framework="pt") as handle:
-            settings = json.loads((handle.metadata() or {})["zoodip.settings"])
-        if not isinstance(settings, dict):
+            header = handle.metadata() or {}
+        _, _, settings = (header[f"zoodip.{key}"] for key in ("base_model", "model_digest", "settings"))
+        if not isinstance(json.loads(settings), dict):
             raise ValueError("its settings are not a JSON object")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(f"{path}: was not written by trainers/dreambooth.py ({why_unreadable(path, error)}); give the folder "
                          "of one of its runs") from error  # fmt: skip
-    return settings
+    return header
+
+
+def check_base(tuned: Path, header: dict[str, str], digest: str) -> None:
+    """Raises InputError if the base is not the model that was tuned: even a whole UNet needs its text encoder and VAE."""
+    if header["zoodip.model_digest"] != digest:
+        raise InputError(f"{tuned}: was learned on other weights ({header['zoodip.base_model']}) than this model's; "
+                         "give the model that it was learned on")  # fmt: skip
 
 
 def load_tuned_unet(
@@ -270,10 +278,12 @@ def load_tuned_unet(
 
     Raises InputError if it cannot be loaded, or was learned on other weights.
     """
+    digest = model_digest(folder, variant)
     if (tuned / "unet").is_dir():
+        check_base(tuned, unet_header(tuned), digest)
         return load_frozen(tuned, "unet", None, "none", dtype, device), "none"
     file = read_tuned(tuned)
-    file.check_base(model_digest(folder, variant))
+    check_base(tuned, file.header, digest)
     unet = load_frozen(folder, "unet", variant, file.quantization, dtype, device)
     return file.apply(unet), frozen_format(file.quantization)
 

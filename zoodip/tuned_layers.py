@@ -94,6 +94,15 @@ class ScaledLayer(nn.Module):
         ones = torch.ones(base.shape[1], device=base.scale.device)
         self.scale_in = nn.ParameterList(nn.Parameter(ones.clone()) for _ in range(experts if scale_in else 0))  # [I] each
 
+    def _apply(self, fn, recurse: bool = True):
+        """Device moves apply, casts do not: like the base's own, the scales stay fp32."""
+        kept = [(parameter, parameter.data) for parameter in (*self.scale_out, *self.scale_in)]
+        super()._apply(fn, recurse)
+        for parameter, before in kept:
+            if parameter.dtype != before.dtype:
+                parameter.data = before.to(parameter.device)
+        return self
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.expert is None:
             return self.base(inputs)
@@ -159,11 +168,6 @@ class KroneckerLayer(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.base(inputs) + self.product(inputs)
 
-    def merged_weight(self) -> torch.Tensor:
-        """W + A kron B [O, I], fp32. Only for a base that is not packed: packed again, the sum would be another model."""
-        assert isinstance(self.base, nn.Linear)
-        return self.base.weight.float() + torch.kron(self.lokr_w1.detach(), self.lokr_w2.detach())
-
 
 def kronecker_shapes(unet: nn.Module, a1: int, a2: int) -> Shapes:
     """a1 a2 + O I / (a1 a2) numbers per projection. Raises InputError if a1 or a2 does not divide a width."""
@@ -216,10 +220,14 @@ def lora_config(rank: int):
         """peft's layer over a packed one. It computes in the precision of the activations, so that no fp32 copy is kept."""
 
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            if self.disable_adapters and self.merged:
+                self.unmerge()
             outputs = self.base_layer(inputs)
-            if self.disable_adapters:
+            if self.disable_adapters or self.merged:
                 return outputs
             for name in self.active_adapters:
+                if name not in self.lora_A:
+                    continue
                 lora_a, lora_b = self.lora_A[name], self.lora_B[name]
                 assert isinstance(lora_a, nn.Linear) and isinstance(lora_b, nn.Linear)
                 down, up = lora_a.weight.to(inputs.dtype), lora_b.weight.to(inputs.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ class TuningInputs:
 
 def in_words(text: str, identifier: str, class_word: str) -> str:
     """A caption with {} replaced: "a {} in the snow" -> "a sks dog in the snow"; the class word is not repeated."""
-    subject = identifier if f"{{}} {class_word}" in text else f"{identifier} {class_word}"
+    named = re.search(rf"\{{\}} {re.escape(class_word)}(?!\w)", text)
+    subject = identifier if named else f"{identifier} {class_word}"
     return text.replace("{}", subject)
 
 
@@ -157,7 +159,8 @@ def load_tuned_model(
     if prior is not None:
         if prior.missing():
             drawer = Drawer(model, folder, variant, others, resolution, STEPS, GUIDANCE, scheduler=SCHEDULER)
-            prior.draw(drawer, states[[inputs.class_row, inputs.empty_row]])
+            with model.precision():
+                prior.draw(drawer, states[[inputs.class_row, inputs.empty_row]])
         class_latents = prior.latents(lambda paths: encode_photographs(inputs, paths, device, resolution, center_crop))
         class_data = Data(class_latents, [[inputs.class_row]] * len(class_latents), data.prompts, data.scheduler)
     tune_malloc(32 << 20, 256 << 20)  # while stepping, freed activations are better kept for reuse

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from zoodip.arguments import flags_for, settings_of
 from zoodip.diffusion import Batch, Data, TimestepSampler, draw_batch, evaluation_batches, merge_batches, timestep_sampler
 from zoodip.errors import InputError, Interrupted
-from zoodip.folder import native_resolution
+from zoodip.folder import native_resolution, packed_as
 from zoodip.model import build_model
 from zoodip.pictures import Drawer, picture_sheet
 from zoodip.prior import PriorPictures
@@ -309,6 +309,7 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     """
     inputs = read_tuning_inputs(**flags_for(read_tuning_inputs, flags))
     refuse_model_folder("output_dir", Path(flags["output_dir"]), inputs.folder)
+    refuse_other_packing(system, inputs)
     accelerator = make_accelerator(1, compile=False, **flags_for(make_accelerator, flags))
     device = accelerator.device
     flags["mixed_precision"] = flags["mixed_precision"] or default_precision(device)
@@ -342,6 +343,15 @@ def refuse_model_folder(flag: str, output: Path, base: Path) -> None:
     model, of_a_run = (output / "model_index.json").exists(), (output / "run.json").exists()
     if output.resolve() == base.resolve() or (model and not of_a_run):
         raise InputError(f"--{flag} {str(output)!r} is a model's own folder; choose another")
+
+
+def refuse_other_packing(system: System, inputs: TuningInputs) -> None:
+    """Raises InputError if --save_quantized has packed the model in another format than the system's."""
+    packed = packed_as(inputs.folder, inputs.variant)
+    if packed not in (None, system.quantization):
+        needed = PACKED.get(system.quantization, "unpacked weights")
+        raise InputError(f"{inputs.folder}: its weights are packed as {packed}, but {system.name} needs {needed}; give the model "
+                         "that it was made from")  # fmt: skip
 
 
 def fingerprint(inputs: TuningInputs, prior: PriorPictures | None) -> dict[str, str]:
