@@ -18,6 +18,7 @@ from accelerate import init_empty_weights
 from conftest import MINIATURE, arguments, run_cli
 from safetensors.torch import load_file, save_file
 
+import zoodip.folder
 from zoodip.errors import InputError
 from zoodip.folder import WEIGHT_NAMES, find_model_folder
 from zoodip.model import load_frozen, load_pipeline
@@ -299,3 +300,13 @@ def test_a_full_temporary_folder_is_reported(tiny_model, tiny_file, tmp_path, mo
     monkeypatch.setattr(owner, call, full)
     with pytest.raises(InputError, match="zoodip-.*: cannot be written .*No space left on device.*; free some space"):
         find_model_folder(str(tiny_file), model_config=str(tiny_model))
+
+
+@pytest.mark.parametrize(("kind", "given", "told"), [("v2", None, True), ("v2", "model", False), ("v1", None, False)])
+def test_what_a_file_of_2_x_is_taken_for_is_told(kind, given, told, tiny_model, tmp_path, monkeypatch, capsys):
+    """A model of 512 pixels would otherwise train toward another target, without a word."""
+    monkeypatch.setattr(zoodip.folder, "checkpoint_kind", lambda file: (kind, {}))
+    monkeypatch.setattr(zoodip.folder, "download_model", lambda *args, **more: tiny_model)
+    monkeypatch.setattr(zoodip.folder, "folder_of_single_file", lambda file, tensors, source: source)
+    zoodip.folder.open_single_file(tmp_path / "some.safetensors", str(tiny_model) if given else None)
+    assert ("taken for a 2.x of 768 pixels" in capsys.readouterr().err) == told

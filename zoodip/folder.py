@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from zoodip.arguments import DEFAULT_MODEL
-from zoodip.errors import DamagedModel, InputError
+from zoodip.errors import DamagedModel, InputError, notice
 from zoodip.files import not_safetensors, read_json, read_tensors
 from zoodip.single_file import (
     KINDS,
@@ -66,6 +66,9 @@ def open_single_file(file: Path, model_config: str | None) -> Path:
     or hub name, by default from the published model of the file's kind. Raises InputError."""
     kind, tensors = checkpoint_kind(file)
     source = Path(model_config or published_configuration(kind))
+    if kind == "v2" and model_config is None:  # such files do not say it, and either configuration fits
+        notice(f"{file}: taken for a 2.x of 768 pixels, which predicts velocity; for one of 512 pixels, which predicts noise, "
+               "give --model_config")  # fmt: skip
     if not source.is_dir():
         try:
             source = download_model(str(source), None, None, weights=False)
