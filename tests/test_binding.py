@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,13 +32,14 @@ from zoodip.attention import (
     word_maps,
 )  # fmt: skip
 from zoodip.binding import build_parser
-from zoodip.binding_drawing import Paintings, draw_bound, scheduler_maker
+from zoodip.binding_drawing import Paintings, draw_bound, falling_rate, latents_step, paint, scheduler_maker, states_step
 from zoodip.binding_losses import THRESHOLDS, Predictor, binding_losses, contexts, gradient_step, moved, pose_losses
-from zoodip.binding_settings import CONTROL, FULL, MERGE, METHODS, PHRASE, PLAIN
+from zoodip.binding_settings import CONTROL, FULL, MERGE, METHODS, PHRASE, PLAIN, PUBLISHED
 from zoodip.binding_states import Encoder, bind_prompt, composite, merge_groups, substitute_end_tokens, tokens_of
 from zoodip.errors import InputError
 from zoodip.marks import parse_marks
 from zoodip.model import load_pipeline
+from zoodip.subject import OBJECT_TEMPLATES
 
 TWO = "a photo of a [<sks>* with a red hat] and an [orange cat*] in the snow"
 SIZE = dict(height=16, width=32)
@@ -156,6 +157,32 @@ def test_composite(pipeline):
     assert torch.allclose(composite(states, [2], [1], mean=mean, kappa=1e9), composite(states, [2], [1]) - 1.3 * mean, atol=1e-4)
 
 
+def test_composites_are_capped_around_the_mean_of_words(pipeline):
+    """What the UNet reads in a noun's row: mu + min(1, kappa r / |delta|) delta, with mu over the words of all templates. Around
+    zero, states that share a large mean would be scaled as a whole."""
+
+    def states_of(text: str) -> torch.Tensor:  # of its words
+        with torch.no_grad():
+            return pipeline.text_encoder(pipeline.tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0, 1:-1]
+
+    mean = torch.cat([states_of(template.replace("{}", "").strip()) for template in OBJECT_TEMPLATES]).mean(0)
+    marked, read = parse_marks(TWO, ["<sks>"]), []
+    handle = pipeline.unet.register_forward_pre_hook(
+        lambda unet, inputs, named: read.append(named["encoder_hidden_states"]), with_kwargs=True
+    )
+    draw_bound(pipeline, [TWO], settings=replace(MERGE, steps=1, guidance=1.0), **SIZE)
+    handle.remove()
+    whole = Encoder(pipeline)(marked.prompt)
+    for group in marked.groups:
+        noun, words = whole.rows(group.noun), whole.rows(group.phrase)
+        apart = {row: whole.states[row] - mean for row in words}
+        delta = torch.stack([(1.1 if row in noun else 1.2) * own for row, own in apart.items()]).sum(0)
+        share = 1.5 * max(own.norm() for own in apart.values()) / delta.norm()
+        assert share < 1 and mean.norm() > 1  # so that neither cap nor mean is idle
+        # fp32 sums in another order, of states encoded at another length
+        torch.testing.assert_close(read[0][0, noun[0]], mean + share * delta, rtol=0, atol=1e-4)
+
+
 def test_end_tokens(pipeline):
     marked, encode = parse_marks(TWO, ["<sks>"]), Encoder(pipeline)
     whole, clean = encode(marked.prompt), encode(marked.clean)
@@ -242,6 +269,18 @@ def test_entropy_and_centroid():
     slopes = torch.autograd.grad(entropy(maps).sum() + centroid(maps.view(4, 8, 16)).sum(), maps)[0]
     assert not slopes[[0, 3]].any() and slopes[1].any() and slopes.isfinite().all()
     assert torch.equal(centroid(maps.view(4, 8, 16)), torch.stack([centroid(each.view(8, 16)) for each in maps]))
+
+
+def test_pose_loss():
+    """The left group's map belongs at (10, 16), the right one's at (25, 16), in 32nds of the picture: .2 of the mean square."""
+    places, sides = [(3, 4), (3, 12), (6, 12), (0, 4)], [0, 1, 0, 1]  # (row, column) of 8 x 16
+    maps = torch.zeros(4, 8, 16)
+    expected = []
+    for own, (row, column), side in zip(maps, places, sides, strict=True):
+        own[row, column] = 1
+        x, y = 32 * (column + 0.5) / 16, 32 * (row + 0.5) / 8
+        expected.append(0.2 * ((x - (25 if side else 10)) ** 2 + (y - 16) ** 2) / 2)
+    assert np.allclose(pose_losses(maps, torch.tensor(sides)), expected, rtol=1e-5)  # fp32 of numbers up to 32
 
 
 def test_maps_of_words():
@@ -396,6 +435,68 @@ def test_gradient_of_the_maps_loss(pipeline):
     )
 
 
+def test_the_published_rate_falls_to_zero():
+    """s_i = 3 (1 - i / 49) in the published 50 steps."""
+    assert np.allclose([falling_rate(i, PUBLISHED) for i in (0, 7, 49)], [3, 3 * (1 - 7 / 49), 0])
+    assert np.allclose([falling_rate(i, replace(PUBLISHED, steps=5, map_rate=2.0)) for i in range(5)], [2, 1.5, 1, 0.5, 0])
+    assert falling_rate(0, replace(PUBLISHED, steps=1)) == 3
+
+
+def test_steps_of_the_maps_losses():
+    """unit: each picture's latents move by a given rms, each row of its states by a share of its length. plain: as published,
+    rate times the gradient, and half of that for the latents."""
+    shapes = (2, 4, 8, 16), (2, 7, 32), (2, 7, 32)
+    to_latents, to_states, states = (torch.randn(shape, generator=seeded(k)) for k, shape in enumerate(shapes))
+    to_latents[1] *= 1e-3  # as a picture with flat maps has it
+    settings = replace(FULL, map_rate=0.07, sem_rate=0.05)
+    for own, gradient in zip(latents_step(to_latents, 3, settings), to_latents, strict=True):
+        # fp32 of a mean of 512 squares
+        torch.testing.assert_close(own, 0.07 * gradient / math.sqrt(gradient.square().sum() / 512), rtol=1e-5, atol=1e-7)
+    moves = states_step(3 * states, to_states, 3, settings)
+    for move, row, gradient in zip(*(each.flatten(0, 1) for each in (moves, 3 * states, to_states)), strict=True):
+        torch.testing.assert_close(move, 0.05 * row.norm() * gradient / gradient.norm(), rtol=1e-5, atol=1e-7)
+    plain = replace(PUBLISHED, steps=11, map_rate=2.0)  # at step 3 of 0 .. 10 the rate is 1.4
+    torch.testing.assert_close(latents_step(to_latents, 3, plain), 0.7 * to_latents)
+    torch.testing.assert_close(states_step(3 * states, to_states, 3, plain), 1.4 * to_states)
+
+
+@pytest.mark.parametrize(("anchor_guidance", "sign"), [("toward", 1), ("away", -1)])
+def test_anchors_are_guided(pipeline, anchor_guidance, sign):
+    """Each phrase alone goes its own way by null + g (anchor - null); the published code has null + g (null - anchor)."""
+    bound, encode = bound_of(pipeline)
+    make = scheduler_maker(pipeline, None, 3)
+    paintings, timestep = Paintings([bound], noise(), make), make().timesteps[0]
+    settings = replace(FULL, guidance=5.0, sem_iterations=0, anchor_guidance=anchor_guidance)
+    with torch.no_grad():
+        paintings.improve_composites(timestep, encode("").states, Predictor(pipeline.unet), settings, gradient_step)
+        for own, text in zip(paintings.anchors, ("a <sks> with a red hat", "an orange cat"), strict=True):
+            null, anchor = (
+                pipeline.unet(noise(), timestep, encoder_hidden_states=encode(words).states[None]).sample for words in ("", text)
+            )
+            expected = make().step(null + sign * 5 * (anchor - null), timestep, noise()).prev_sample
+            other = make().step(null - sign * 5 * (anchor - null), timestep, noise()).prev_sample
+            # two samples in a batch round differently, and guidance of 5 amplifies that
+            torch.testing.assert_close(own.latents, expected, rtol=0, atol=1e-4)
+            assert (expected - other).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("step_from", ["refined", "old"])
+def test_which_latents_the_scheduler_steps_from(pipeline, step_from):
+    """The noise is predicted for refined latents; the published code then steps from those before the refinement."""
+    bound, _ = bound_of(pipeline)
+    settings = replace(CONTROL, steps=1, guidance=1.0, map_steps=1, map_iterations=1, step_from=step_from)
+    make = scheduler_maker(pipeline, None, 1)
+    predict, (timestep,) = Predictor(pipeline.unet), make().timesteps
+    refined, painted = (Paintings([bound], noise(), make) for _ in range(2))
+    with torch.no_grad():
+        refined.refine_latents(0, timestep, predict, settings, map_layers(pipeline.unet, noise()), make())
+        prediction = predict(refined.latents, timestep, refined.states)
+        paint(painted, bound.clean, predict, settings, make(), None, gradient_step)  # without guidance no prompt but its own
+    start = refined.latents if step_from == "refined" else noise()
+    assert (refined.latents - noise()).abs().max() > 0.1
+    assert torch.equal(painted.latents, make().step(prediction, timestep, start).prev_sample)
+
+
 # -------------------------------------------------------------------------------------------------------------- pictures
 
 
@@ -421,6 +522,25 @@ def test_without_changes_a_picture_is_the_stock_pipelines(pipeline):
         assert torch.equal(latents_of(pipeline, settings), stock)
     still = replace(FULL, merge="none", ets_step=-1, sem_steps=0, map_rate=0.0)  # maps read, and a step of length 0
     assert torch.equal(latents_of(pipeline, still), stock)
+
+
+def test_the_methods_constants():
+    """The published ones (for objects with accessories), and those that this project's trials on the miniature chose."""
+    published = dict(
+        steps=50, guidance=7.5, states="prompt", bias=0.0, merge="raw", noun_weight=1.1, attribute_weight=1.2, erase="zero",
+        ets_step=0, sem_steps=7, sem_iterations=3, sem="alone", sem_rule="plain", sem_rate=1e4, anchor_guidance="away",
+        map_steps=7, map_iterations=6, map_rule="plain", map_rate=3.0, map_cells=0, update_rows="all", pose="auto",
+        threshold_on="loss", step_from="old", kappa=1.5,
+    )  # fmt: skip
+    assert asdict(PUBLISHED) == published
+    ours = dict(
+        merge="capped", sem_steps=5, sem="framed", sem_rule="normalised", sem_rate=0.05, anchor_guidance="toward", map_steps=5,
+        map_iterations=4, map_rule="unit", map_rate=0.1, update_rows="none", threshold_on="entropy", step_from="refined",
+    )  # fmt: skip
+    assert asdict(FULL) == published | ours
+    assert (PHRASE.states, PHRASE.bias, PHRASE.merge, PHRASE.ets_step) == ("phrase", 6.0, "none", -1)
+    assert replace(MERGE, sem_steps=5, map_steps=5, pose="auto") == FULL  # ETS from step 0, without losses
+    assert replace(CONTROL, map_steps=0, pose="off") == PLAIN and (CONTROL.map_steps, CONTROL.pose) == (5, "auto")
 
 
 def test_every_method_changes_the_picture_and_leaves_the_pipeline(pipeline):
@@ -575,6 +695,40 @@ def test_the_command(folder, tmp_path):
     for each in record["pictures"]:
         assert Image.open(output / each["file"]).size == (32, 16) and each["forwards"] == 4 and each["seconds"] > 0
     assert Image.open(tmp_path / "row.png").size[0] > 2 * 256  # two pictures twice as wide as high
+
+
+def test_pictures_are_written_as_they_are_drawn(folder, tmp_path, monkeypatch):
+    """Ctrl-C loses only what is being drawn, and another command overwrites nothing."""
+    from zoodip import binding
+
+    def draw(pipeline, marked, **how):
+        if marked == ["a [cat*]"]:
+            raise KeyboardInterrupt
+        return draw_bound(pipeline, marked, **how)
+
+    argv = ["--model", str(folder), "--prompt", "a [dog*]", "a [cat*]", "--steps", "1", "--width", "16", "--height", "16",
+            "--seeds", "0", "1", "--output", str(tmp_path)]  # fmt: skip
+    flags = vars(binding.parse(binding.build_parser(), binding.check_flags, argv))
+    monkeypatch.setattr(binding, "draw_bound", draw)
+    with pytest.raises(KeyboardInterrupt):
+        binding.main(dict(flags))
+    pictures = {"0-phrase-0.png", "0-phrase-1.png"}
+    assert {path.name for path in tmp_path.iterdir()} == pictures
+    first = (tmp_path / "0-phrase-0.png").read_bytes()
+    (tmp_path / "mine.png").touch()
+    binding.main({**flags, "prompt": ["a [bird*]"]})
+    assert {path.name for path in tmp_path.iterdir()} == pictures | {"previous-1", "mine.png", "sheet.png", "binding.json"}
+    assert {path.name for path in (tmp_path / "previous-1").iterdir()} == pictures
+    assert (tmp_path / "previous-1" / "0-phrase-0.png").read_bytes() == first
+
+
+def test_a_copy_without_its_word_is_refused(folder, tmp_path):
+    """The copy for other programs has a key that is no word: a prompt with the learned word would be drawn as plain text."""
+    from zoodip.binding import read_words
+
+    save_file({"emb_params": torch.zeros(1, 32)}, tmp_path / "sks.safetensors")
+    with pytest.raises(InputError, match="does not name its word; give the run's learned_embeds.safetensors"):
+        read_words([tmp_path / "sks.safetensors"])
 
 
 def test_a_packed_folder_needs_no_flag(folder, tmp_path):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
 import pytest
 from conftest import arguments
-from flag_runs import Effects, apart, beside, check_effect, learned, left, make_runner, make_worlds
+from flag_runs import Effects, Outcome, apart, beside, check_effect, learned, left, make_runner, make_worlds
 
 import train_zoodip
+from trainers import gauss_newton, gf_ti, textual_inversion
 
 LEARNING_RATE = 5e-3  # the most that a step moves a coordinate of the token
 
@@ -106,3 +111,99 @@ def test_pictures_are_asked_of_the_unet_as_the_flags_say(run):
     for flags, size, count in ((PICTURE, 2, 1), (dict(PICTURE, validation_guidance=1), 1, 1),
                                (dict(PICTURE, num_validation_images=2), 2, 2)):  # fmt: skip
         assert run(**flags).unet_batches[11:] == [size] * 20 * count
+
+
+# ----------------------------------------------------------------------------------------------------- the other trainers
+
+TRAINERS = {  # script, flags of each run, and the size of its moves: more than a hundredth of it is an effect
+    "textual_inversion": (textual_inversion, dict(max_train_steps=3), 5e-3),  # the most that a step moves a coordinate
+    "gf_ti": (gf_ti, dict(max_train_steps=3, population=4, intrinsic_dim=5), 1.0),  # the effects below are .37 to 2.4
+    "gauss_newton": (gauss_newton, dict(max_train_steps=None, max_forwards=9, basis_size=(6,), directions=2), 1e-2),  # .002-.05
+}
+
+
+def command(model: Path, subject: Path, folder: Path, **flags) -> list[str]:
+    """As `arguments`, for scripts without ZOODiP's own flags; a tuple is a flag's several values."""
+    several = [(name, value) for name, value in flags.items() if isinstance(value, tuple)]
+    single = {name: value for name, value in flags.items() if not isinstance(value, tuple)}
+    argv = arguments(model, subject, folder, tau=None, nu=None, mu=None, **single)
+    return argv + [word for name, values in several for word in (f"--{name}", *map(str, values))]
+
+
+@pytest.fixture(scope="module")
+def run_of(tiny_model, subject, tmp_path_factory) -> Callable[[str], Callable[..., Outcome]]:
+    """script -> a function that runs it for three steps with the flags given, each combination once."""
+    worlds = dict(model=tiny_model, subject=subject)
+
+    @cache
+    def runner(name: str) -> Callable[..., Outcome]:
+        script, own, _ = TRAINERS[name]
+        return make_runner(script, command, worlds, tmp_path_factory, dict(eval_steps=0, checkpointing_steps=0, **own), {})
+
+    return runner
+
+
+def forwards(outcome: Outcome) -> list[int]:
+    return outcome.unet_batches
+
+
+def timesteps(outcome: Outcome) -> list[list[float]]:
+    return outcome.timesteps[1:]  # after the forward that checks the model
+
+
+STEPS: Effects = {
+    "train_batch_size": ({}, dict(train_batch_size=2), learned),
+    "seed": ({}, dict(seed=1), learned),
+    "max_train_steps": ({}, dict(max_train_steps=2), lambda run: run.record["step"]),
+    "t_min": ({}, dict(t_min=890), learned),
+    "t_max": ({}, dict(t_max=510), learned),
+}
+PUTS, FAIR, TWO_STARTS = dict(timestep_sampling="puts"), dict(mode="fair"), dict(max_forwards=47, starts=2, start_steps=1)
+OWN: dict[str, Effects] = {
+    "textual_inversion": STEPS | {
+        "learning_rate": ({}, dict(learning_rate=1e-2), learned),
+        "adam_epsilon": ({}, dict(adam_epsilon=1), learned),
+        "timestep_sampling": ({}, dict(timestep_sampling="uniform"), learned),
+    },
+    "gf_ti": STEPS | {
+        "mode": (dict(alpha=0.2), dict(FAIR, alpha=0.2), learned),
+        "subspace": ({}, dict(subspace="pca"), learned),
+        "intrinsic_dim": ({}, dict(intrinsic_dim=6), learned),
+        "population": ({}, dict(population=5), learned),
+        "alpha": ({}, dict(alpha=0.5), learned),
+        "candidates_per_forward": (FAIR, dict(FAIR, candidates_per_forward=1), forwards),
+        # of losses, only the order matters, which is often the same at other timesteps
+        "t_min": (PUTS, dict(PUTS, t_min=890), timesteps),
+        "t_max": (PUTS, dict(PUTS, t_max=510), timesteps),
+        "timestep_sampling": ({}, PUTS, timesteps),
+    },
+    "gauss_newton": {name: effect for name, effect in STEPS.items() if name != "max_train_steps"} | {
+        "max_forwards": ({}, dict(max_forwards=6), lambda run: run.record["unet_forwards"]),
+        "basis_size": ({}, dict(basis_size=(5,)), learned),
+        "directions": ({}, dict(directions=3), forwards),
+        "rho": ({}, dict(rho=0.5), learned),
+        "inflation": ({}, dict(inflation=30), learned),
+        "prior": ({}, dict(prior=0.1), learned),
+        "clip": ({}, dict(clip=1e-3), learned),
+        "memory": ({}, dict(memory=2), learned),
+        "memory_growth": (dict(memory=2), dict(memory=2, memory_growth=10), learned),
+        "rebase_steps": ({}, dict(rebase_steps=(1,)), learned),
+        "starts": (dict(TWO_STARTS, starts=1), TWO_STARTS, forwards),
+        "start_steps": (TWO_STARTS, dict(TWO_STARTS, start_steps=2), learned),
+        "candidates_per_forward": ({}, dict(candidates_per_forward=1), forwards),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_no_flag_of_a_method_is_left_out(name):
+    """The other groups of flags are those of train_zoodip.py, in the table above."""
+    groups = {group.title: group for group in TRAINERS[name][0].build_parser()._action_groups}
+    assert {action.dest for action in groups["method"]._group_actions} == set(OWN[name])
+    others = {action.dest for title, group in groups.items() if title != "method" for action in group._group_actions}
+    assert others - {"help"} <= set(EFFECTS) | TESTED_ELSEWHERE
+
+
+@pytest.mark.parametrize(("name", "flag"), [(name, flag) for name in TRAINERS for flag in OWN[name]])
+def test_every_flag_of_a_method_has_an_effect(run_of, name, flag):
+    check_effect(run_of(name), OWN[name], flag, TRAINERS[name][2])

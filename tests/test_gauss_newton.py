@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import MINIATURE, ROOT, arguments
 from safetensors.torch import load_file
 
 from trainers import gauss_newton
+from zoodip.diffusion import FrozenModel
 from zoodip.errors import run_script
 
 
@@ -283,6 +285,32 @@ def test_run_and_resume(form, tiny_model, subject, tmp_path):
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["unet_forwards"] == int(form.get("max_forwards", 12))
     (token,) = load_file(tmp_path / "whole" / "learned_embeds.safetensors").values()
     assert token.shape == (1, 32) and token.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision, rho", [("fp32", 1e-2), ("bf16", 0.2), ("fp16", 5e-2)])
+def test_the_finite_difference_is_as_long_as_the_precision_needs(precision, rho, tiny_model, subject, tmp_path):
+    """bf16 has 8 bits: a token changed by .01 gives a difference of rounding errors. The trial chose .2."""
+    given = dict(max_forwards=3, eval_steps=0, checkpointing_steps=0)
+    assert run(flags(tiny_model, subject, tmp_path, mixed_precision=precision, **given)) == 0
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["rho"] == rho
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_predictions(tiny, processes):
+    """Each process predicts for every processes-th candidate; their sum has every prediction once and in its place."""
+    batch, tokens = tiny.batch(2), tiny.tokens(5)
+    model = FrozenModel(tiny.unet, tiny.text_encoder, tiny.prompts.rows)
+    shares = []
+    for rank in range(processes):
+        accelerator = SimpleNamespace(num_processes=processes, process_index=rank, device="cpu", reduce=lambda x, reduction: x)
+        shares.append(gauss_newton.shared_predictions(accelerator, model, batch, tokens))
+        own = [c for c in range(5) if shares[-1][c].any()]
+        assert own == list(range(rank, 5, processes))
+    alone = SimpleNamespace(num_processes=1, process_index=0)
+    whole = gauss_newton.shared_predictions(alone, model, batch, tokens)
+    # predictions of size 1 in batches of another size; those of two candidates differ by more
+    torch.testing.assert_close(sum(shares), whole, rtol=0, atol=1e-5)
+    assert (whole.diff(dim=0).flatten(1).abs().amax(1) > 1e-4).all()
 
 
 @pytest.mark.parametrize("change, says", [

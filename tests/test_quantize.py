@@ -287,3 +287,9 @@ def test_the_miniature_is_measured_with_the_weights_that_training_packs(tiny_mod
                 assert torch.equal(weight, layer.dequantize()), name
                 compared += weight.numel()
     assert compared == rounded > 0
+
+
+def test_an_unknown_format_is_refused():
+    """A misspelt one is not silently packed as NF4."""
+    with pytest.raises(ValueError, match="unknown quantization 'int4'"):
+        pack_weight(torch.ones(4, 4), "int4")

@@ -322,6 +322,22 @@ def test_installed_in_a_unet(tiny_model, system):
     assert before.keys() <= kept.keys() and all(torch.equal(kept[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize(("add", "ending", "width"), [
+    (lambda unet: add_kronecker(unet, 4, 8, seeded(6)), "lokr_w1", 1 / 4),  # a1 = 4; of a2 = 8 it would be .125 or .354
+    (lambda unet: add_lora(unet, 4, seeded(6)), "lora_A.default.weight", 1 / 4),  # rank 4; its root would give .5
+], ids=["KronA", "LoRA"])  # fmt: skip
+def test_the_start_is_as_wide_as_published(tiny_model, add, ending, width):
+    """A ~ N(0, width^2) and B = 0, over all projections together."""
+    from tiny import load
+
+    parameters = add(load(tiny_model, "unet"))
+    drawn = torch.cat([parameter.detach().flatten() for name, parameter in parameters.items() if name.endswith(ending)])
+    assert len(drawn) >= 1000 and not any(parameter.any() for name, parameter in parameters.items() if not name.endswith(ending))
+    # five standard errors of a normal sample's deviation, width / sqrt(2 n), and of its mean: 11 and 16 % of the width at most
+    assert drawn.std().item() == pytest.approx(width, rel=5 / math.sqrt(2 * len(drawn)))
+    assert abs(drawn.mean().item()) < 5 * width / math.sqrt(len(drawn))
+
+
 @pytest.mark.parametrize("quantization", ["affine8", "affine4"])
 def test_experts_start_equal(tiny_model, quantization):
     """N = 1, 2, 4, with and without s_in, are the untuned integer model, bit for bit, at timesteps of the first and last set."""

@@ -25,9 +25,7 @@ from zoodip import arguments
 from zoodip.arguments import flags_for, require, require_at_least_one, require_positive
 from zoodip.errors import InputError, prepare_process, run_script
 
-METHOD_SETTINGS = (
-    "method mode subspace intrinsic_dim population sigma alpha timestep_sampling t_min t_max num_eval_samples".split()
-)
+METHOD_SETTINGS = "method mode subspace intrinsic_dim population alpha timestep_sampling t_min t_max num_eval_samples".split()
 SETTINGS = [*arguments.SHARED_SETTINGS, *METHOD_SETTINGS]  # recorded in checkpoints; resuming with others is refused
 
 
@@ -41,7 +39,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--subspace", default="random", choices=["random", "pca"], help="random matrix, or the vocabulary's principal components")
     add("--intrinsic_dim", type=int, default=256, help="dimensions of that subspace of token space")
     add("--population", type=int, default=20, help="candidates per generation, one forward each")
-    add("--sigma", type=float, default=1.0, help="CMA-ES's initial step size")
     add("--alpha", type=float, default=None, help="initial spread, in units of the vocabulary's; default: 1 (--mode fair: 0.2)")
     add("--max_train_steps", type=int, default=13000, help="generations")
     arguments.add_timestep_flags(add, "uniform")
@@ -67,7 +64,6 @@ def check_flags(flags: dict) -> None:
     arguments.check_timestep_range(flags)
     require_at_least_one(flags, "intrinsic_dim")
     require(flags, "population", flags["population"] >= 3, "must be at least 3 (CMA-ES tells the better half from the rest)")
-    require_positive(flags, "sigma", "1")
     if flags["alpha"] is not None:
         require_positive(flags, "alpha", "0.2")
     if flags["candidates_per_forward"] is not None:
@@ -126,12 +122,13 @@ def vocabulary(folder: Path, variant: str | None) -> torch.Tensor:
     return read_embedding_rows(folder, variant, range(size))
 
 
-def make_basis(table: torch.Tensor, *, subspace: str, intrinsic_dim: int, num_vectors: int = 1, sigma: float = 1.0,
-               alpha: float = 1.0, seed: int = 0) -> torch.Tensor:  # fmt: skip
-    """A, [intrinsic_dim, V * d]: for z ~ N(0, sigma^2), z A is spread alpha times as wide as the vocabulary `table`.
+def make_basis(table: torch.Tensor, *, subspace: str, intrinsic_dim: int, num_vectors: int = 1, alpha: float = 1.0,
+               seed: int = 0) -> torch.Tensor:  # fmt: skip
+    """A, [intrinsic_dim, V * d]: for z ~ N(0, 1), z A is spread alpha times as wide as the vocabulary `table`.
 
-    random: entries N(0, (alpha s / (sqrt(k) sigma))^2), with s the standard deviation of all entries of the table (the authors'
-    script). pca: the first k principal directions, each as long as the vocabulary's standard deviation along it.
+    random: entries N(0, (alpha s / sqrt(k))^2), with s the standard deviation of all entries of the table (the authors' script;
+    it also has CMA-ES's initial sigma, but divides A by it, so that the search is the same whatever sigma is). pca: the first k
+    principal directions, each as long as the vocabulary's standard deviation along it.
     Raises InputError if the subspace would be larger than the space.
     """
     dim = num_vectors * table.shape[1]
@@ -139,11 +136,11 @@ def make_basis(table: torch.Tensor, *, subspace: str, intrinsic_dim: int, num_ve
         raise InputError(f"--intrinsic_dim {intrinsic_dim} is more than the token's {dim} numbers; give at most {dim}")
     if subspace == "random":
         generator = torch.Generator().manual_seed(seed)
-        scale = alpha * table.std().item() / (math.sqrt(intrinsic_dim) * sigma)
+        scale = alpha * table.std().item() / math.sqrt(intrinsic_dim)
         return torch.randn(intrinsic_dim, dim, generator=generator) * scale
     _, deviations, directions = torch.linalg.svd(table.double() - table.double().mean(0), full_matrices=False)
     deviations = deviations / math.sqrt(len(table) - 1)
-    return (directions[:intrinsic_dim] * deviations[:intrinsic_dim, None] * (alpha / sigma)).float().contiguous()
+    return (directions[:intrinsic_dim] * deviations[:intrinsic_dim, None] * alpha).float().contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +204,7 @@ class GFTI:
     remedy = "a smaller --alpha"
 
     def __init__(self, token: torch.Tensor, basis: torch.Tensor, *, mode: str = "published", population: int = 20,
-                 sigma: float = 1.0, seed: int = 0):  # fmt: skip
+                 seed: int = 0):  # fmt: skip
         """token: theta0 [V, d], where the search starts; basis: A [k, V * d]."""
         warnings.filterwarnings("ignore", module="cma")  # about missing plotting or Gaussian-process packages
         import cma
@@ -219,7 +216,7 @@ class GFTI:
         # seed nan: numpy's global generator is left alone; CMA_mirrors 0: cma would mirror candidates in populations below 6
         options = dict(popsize=population, verbose=-9, seed=math.nan, CMA_mirrors=0,
                        randn=lambda *shape: self.normal.standard_normal(shape))  # fmt: skip
-        self.search = cma.CMAEvolutionStrategy(np.zeros(len(basis)), sigma, options)
+        self.search = cma.CMAEvolutionStrategy(np.zeros(len(basis)), 1.0, options)
         self.search.timer = cma.utilities.utils.ElapsedWCTime()  # made by the first generation and needed by later ones
 
     def tokens(self, z: np.ndarray) -> torch.Tensor:
