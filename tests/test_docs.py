@@ -232,7 +232,7 @@ def test_lengths_of_words_are_those_of_the_record():
     names = ("TI, ZOODiP's weights, captions, timesteps", "ZOODiP")
     gradients, ours = (np.mean([run["curve"][-1]["token_norm"] for run in record[name]]) for name in names)
     text = " ".join((ROOT / "reproduction/README.md").read_text().split())
-    assert f"not longer ({gradients:.2f}, ZOODiP's {ours:.2f};" in text
+    assert f"TI's vector is not longer ({gradients:.2f}, ZOODiP's {ours:.2f};" in text
 
 
 def test_commands_run_from_a_clone():
