@@ -7,6 +7,7 @@ import importlib.util
 import json
 import re
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -247,3 +248,11 @@ def test_commands_run_from_a_clone():
         assert not re.search(r"python (trainers|benchmarks|reproduction|miniature|docs|zoodip)/", path.read_text()), path
         for name in re.findall(r"python -m ((?:trainers|benchmarks|reproduction|miniature|docs|zoodip)\.\w+)", path.read_text()):
             assert (ROOT / (name.replace(".", "/") + ".py")).is_file(), (path, name)
+
+
+def test_the_archive_has_as_many_runs_as_the_page_says():
+    """A later session goes on from there; a run counts if it has its specification and its result."""
+    with tarfile.open(ROOT / "reproduction/evidence/runs.tar.xz") as archive:
+        files = archive.getnames()
+    whole = [name for name in files if name.endswith("/spec.json") and f"{Path(name).parent}/result.json" in files]
+    assert f"has {len(whole)} of all" in " ".join((ROOT / "reproduction/README.md").read_text().split())
