@@ -90,12 +90,11 @@ def table_of(experiment: Experiment, rows: dict[str, Records]) -> Table:
     measured = {score for score in experiment.columns if any(values_of(records, score) for records in rows.values())}
     published = {score for score in experiment.columns if any(score in row.published for row in declared)}
     present = [score for score in experiment.columns if score in measured | (set() if measured & published else published)]
-    lines = []
+    lines, controls = [], {control.label for control in experiment.controls}
     for row in declared:
         records = rows.get(row.label, {})
         cells = [cell(values_of(records, score), score, row.published.get(score)) for score in present]
         scored = str(sum(any(score in record for score in present) for record in records.values()))
-        controls = (control.label for control in experiment.controls)
         lines.append([row.label, "-" if row.label in controls else scored, *cells])
     return Table(["", "runs", *[COLUMNS[score].heading for score in present]], lines)
 

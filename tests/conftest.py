@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network would be a mistake
 # one thread for each of pytest's workers, and for the runs they start: read when torch is imported
@@ -176,6 +177,12 @@ def sample(cases, *kept) -> list:
     cases = list(cases)
     assert set(kept) <= set(cases)
     return [case if case in kept else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+def shares_of(processes: int, evaluate) -> list[torch.Tensor]:
+    """evaluate(accelerator) in each of several processes, without the sum over them."""
+    shared = dict(num_processes=processes, device="cpu", reduce=lambda tensor, reduction: tensor)
+    return [evaluate(SimpleNamespace(process_index=rank, **shared)) for rank in range(processes)]
 
 
 def seeded(seed: int = 0) -> torch.Generator:

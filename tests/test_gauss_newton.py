@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MINIATURE, ROOT, arguments
+from conftest import MINIATURE, ROOT, arguments, shares_of
 from safetensors.torch import load_file
 
 from trainers import gauss_newton
@@ -300,12 +300,9 @@ def test_processes_share_the_predictions(tiny, processes):
     """Each process predicts for every processes-th candidate; their sum has every prediction once and in its place."""
     batch, tokens = tiny.batch(2), tiny.tokens(5)
     model = FrozenModel(tiny.unet, tiny.text_encoder, tiny.prompts.rows)
-    shares = []
-    for rank in range(processes):
-        accelerator = SimpleNamespace(num_processes=processes, process_index=rank, device="cpu", reduce=lambda x, reduction: x)
-        shares.append(gauss_newton.shared_predictions(accelerator, model, batch, tokens))
-        own = [c for c in range(5) if shares[-1][c].any()]
-        assert own == list(range(rank, 5, processes))
+    shares = shares_of(processes, lambda accelerator: gauss_newton.shared_predictions(accelerator, model, batch, tokens))
+    for rank, share in enumerate(shares):
+        assert [c for c in range(5) if share[c].any()] == list(range(rank, 5, processes))
     alone = SimpleNamespace(num_processes=1, process_index=0)
     whole = gauss_newton.shared_predictions(alone, model, batch, tokens)
     # predictions of size 1 in batches of another size; those of two candidates differ by more

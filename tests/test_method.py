@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import arguments, run_cli, seeded
+from conftest import arguments, run_cli, seeded, shares_of
 from tiny import alphas_cumprod, scheduler_of
 
 from train_zoodip import (
@@ -456,10 +456,7 @@ def test_processes_share_the_candidates(tiny, processes):
     """Each process evaluates every processes-th candidate; their sum has every loss once and in its place."""
     batch, tokens = tiny.batch(1), tiny.tokens(5)
     model = FrozenModel(tiny.unet, tiny.text_encoder, tiny.prompts.rows)
-    shares = []
-    for rank in range(processes):
-        accelerator = SimpleNamespace(num_processes=processes, process_index=rank, device="cpu", reduce=lambda x, reduction: x)
-        shares.append(shared_losses(accelerator, model, batch, tokens))
+    shares = shares_of(processes, lambda accelerator: shared_losses(accelerator, model, batch, tokens))
     assert [int((share != 0).sum()) for share in shares] == [len(range(rank, 5, processes)) for rank in range(processes)]
     # the same sums in batches of another size
     torch.testing.assert_close(sum(shares), candidate_losses(model, batch, tokens), rtol=1e-6, atol=0)

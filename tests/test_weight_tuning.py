@@ -737,6 +737,7 @@ def test_the_rate_is_that_of_the_bits(bits, given, rate):
 
 @pytest.mark.parametrize(("interval", "more", "told"), [
     ((0, 500), {}, True), ((900, 1000), {}, True), ((0, 501), {}, False), ((0, 250), dict(t_min=0, t_max=250), False),
+    ((0, 500), dict(apply="everywhere"), False),
 ])  # fmt: skip
 def test_an_interval_that_is_never_evaluated_is_told(interval, more, told):
     """Outside its interval S1 uses the untuned scales, so that eval_loss would be a constant."""

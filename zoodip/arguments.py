@@ -292,7 +292,7 @@ def without_effect(flags: dict, parser: argparse.ArgumentParser) -> Iterator[str
         if name in given and sampling != "puts":
             yield f"--{name} {given[name]} affects only the evaluation set: --timestep_sampling is {sampling}"
     low, high = flags.get("train_interval") or (0, NUM_TRAIN_TIMESTEPS)
-    if high <= flags["t_min"] or flags["t_max"] <= low:
+    if (high <= flags["t_min"] or flags["t_max"] <= low) and flags["apply"] == "interval":
         yield (f"--train_interval {low} {high} is outside the evaluation set's timesteps: eval_loss will not show what is "
                f"learned; give --t_min {low} --t_max {high}")  # fmt: skip
     if flags["validation_prompt"] is None and not flags["final_picture"]:

@@ -153,8 +153,7 @@ def main(flags: dict) -> None:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--{what} {str(path)!r} cannot be created ({error.strerror}); choose another") from error
-    sheet = flags["sheet"] or output / "sheet.png"
-    set_aside(output, [output / "binding.json", output / "sheet.png"])
+    set_aside(output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(flags["model"], flags["quantization"], device=device, variant=variant)
     for path in flags["embedding"]:
@@ -168,18 +167,19 @@ def main(flags: dict) -> None:
             records += [write_picture(picture, k, method, output) for picture in drawn]  # at once: Ctrl-C keeps them
             rows.append(([picture.image for picture in drawn], f"{method}: {prompt.prompt}"))
     width, height = rows[0][0][0].size
-    write_image(sheet, picture_sheet(rows, columns=len(methods), aspect=width / height))
+    write_image(flags["sheet"] or output / "sheet.png", picture_sheet(rows, columns=len(methods), aspect=width / height))
     arguments = plain_arguments({name: value for name, value in flags.items() if name not in asdict(PLAIN)})
     used = {method: asdict(settings) for method, settings in methods.items()}
     record = dict(arguments=arguments, settings=used, pictures=records, **environment(device))
     write_json(output / "binding.json", record, indent=1)
 
 
-def set_aside(output: Path, others: Sequence[Path]) -> None:
-    """Move the pictures of an earlier command, and those of `others` that exist, to previous-N. Raises InputError."""
+def set_aside(output: Path) -> None:
+    """Move what an earlier command left in `output` to previous-N. Raises InputError."""
     from zoodip.run import move_aside
 
-    move_aside(output, [*sorted(output.glob("[0-9]*-*-[0-9]*.png")), *(path for path in others if path.exists())])
+    patterns = ("[0-9]*-*-[0-9]*.png", "sheet.png", "binding.json")
+    move_aside(output, [path for pattern in patterns for path in sorted(output.glob(pattern))])
 
 
 def write_picture(picture: Picture, k: int, method: str, output: Path) -> dict:

@@ -232,14 +232,18 @@ def read_tuned(path: Path) -> TunedFile:
             header = handle.metadata() or {}
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}
         file = TunedFile(path, header, tensors)
-        needed = [file.header[f"zoodip.{key}"] for key in ("base_model", "base_quantization", "model_digest", "settings")]
-        settings = json.loads(needed[-1])
-        if not isinstance(settings, dict):
-            raise ValueError("its settings are not a JSON object")
+        check_header(file.header)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(f"{path}: holds no tuned weights ({why_unreadable(path, error)}); give a file that a weight-tuning "
                          "trainer wrote") from error  # fmt: skip
     return file
+
+
+def check_header(header: dict[str, str]) -> None:
+    """Raises KeyError or ValueError if it lacks what every weight-tuning trainer writes into its files."""
+    *_, settings = (header[f"zoodip.{key}"] for key in ("base_model", "base_quantization", "model_digest", "settings"))
+    if not isinstance(json.loads(settings), dict):
+        raise ValueError("its settings are not a JSON object")
 
 
 def tuned_settings(tuned: Path) -> dict:
@@ -254,9 +258,7 @@ def unet_header(tuned: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as handle:
             header = handle.metadata() or {}
-        _, _, settings = (header[f"zoodip.{key}"] for key in ("base_model", "model_digest", "settings"))
-        if not isinstance(json.loads(settings), dict):
-            raise ValueError("its settings are not a JSON object")
+        check_header(header)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(f"{path}: was not written by trainers/dreambooth.py ({why_unreadable(path, error)}); give the folder "
                          "of one of its runs") from error  # fmt: skip
