@@ -430,14 +430,22 @@ def write_sheet(measures: Part, path: Path, budget: int, best: dict[int, dict[st
     return bool(lines)
 
 
+def count_scored(found: dict) -> int:
+    """Tokens that were scored: of all forms, at all budgets, of all runs."""
+    return sum(len(records) for of_form in found.values() for records in of_form.values())
+
+
 def write_report(folder: Path, name: str, text: str, found: dict, commits: list[str]) -> None:
-    """Write <NAME>.md and <name>.json."""
+    """Write <NAME>.md and <name>.json. Raises InputError if the record there has more: its runs may be on another machine."""
     folder.mkdir(parents=True, exist_ok=True)
+    path, here = folder / f"{name.lower()}.json", count_scored(found)
+    if path.exists() and (recorded := count_scored(read_found(path)[0])) > here:
+        raise InputError(f"{path} has {recorded} scored tokens and the runs here only {here}; give another --report, or move it")
     where = environment()
     foot = f"\nMade by `python -m reproduction.fewer_forwards` on {where['device']}; runs of commit {', '.join(commits)}, "
     foot += f"this page of {where['commit']}.\n"
     write_atomically(folder / f"{name}.md", (text.rstrip() + "\n" + foot).encode())
-    write_found(folder / f"{name.lower()}.json", found, commits)
+    write_found(path, found, commits)
     print(folder / f"{name}.md")
 
 

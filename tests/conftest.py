@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,8 +182,18 @@ def sample(cases, *kept) -> list:
 
 def shares_of(processes: int, evaluate) -> list[torch.Tensor]:
     """evaluate(accelerator) in each of several processes, without the sum over them."""
-    shared = dict(num_processes=processes, device="cpu", reduce=lambda tensor, reduction: tensor)
+
+    def own_share(tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        return tensor
+
+    shared = dict(num_processes=processes, device="cpu", reduce=own_share)
     return [evaluate(SimpleNamespace(process_index=rank, **shared)) for rank in range(processes)]
+
+
+def torchrun(processes: int, port: int) -> list[str]:
+    """Without the -- it takes the script's --n and --nu for its own. (accelerate launch starts one process on CPUs.)"""
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port), "--"]
 
 
 def seeded(seed: int = 0) -> torch.Generator:

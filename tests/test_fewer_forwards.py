@@ -51,6 +51,7 @@ from reproduction.fewer_forwards_tables import (
 )
 from reproduction.worlds import Miniature
 from trainers import gauss_newton
+from zoodip.errors import InputError
 from zoodip.prompts import read_embedding
 
 SMALL = Form("small", dict(basis_size=[6], directions=4, rebase_steps=[10]), budgets=(100, 200))  # 20 and 40 steps
@@ -68,12 +69,10 @@ def settings(tiny_model, subject, tmp_path) -> runs.Settings:
 
 def test_spare_breeds_are_others():
     """They share neither names nor looks with the breeds that results are reported on."""
-    names, looks = (
-        {of(breed) for breed in held_out_breeds()} for of in (lambda b: b.name, lambda b: b.critter.main_attributes())
-    )
+    looks = {breed.critter.main_attributes() for breed in held_out_breeds()}
     assert len({breed.name for breed in spare_breeds()}) == 6
     assert not {breed.name for breed in all_breeds()} & {breed.name for breed in spare_breeds()}
-    assert not looks & {breed.critter.main_attributes() for breed in spare_breeds()} and names
+    assert not looks & {breed.critter.main_attributes() for breed in spare_breeds()}
 
 
 @pytest.mark.parametrize("form", [*FORMS, *RIVALS, *SECOND_ROUND], ids=lambda form: form.label)
@@ -335,6 +334,30 @@ def test_records_are_read_as_they_were_written(tmp_path):
     assert fewer_forwards.searched_rivals(tmp_path) == {}  # there was no search
     write_found(tmp_path / "search.json", found, ["0123456"])
     assert fewer_forwards.searched_rivals(tmp_path) == best_rivals(found) != {}
+
+
+def test_a_report_does_not_replace_one_of_more_runs(tmp_path):
+    """--report_only on a fresh clone finds few runs or none; the record that came with it stays."""
+    found = invented()
+    fewer_forwards.write_report(tmp_path, "SEARCH", "all", found, ["0123456"])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    fewer = found | {RIVALS[0].label: {}}
+    with pytest.raises(InputError, match="search.json has [0-9]+ scored tokens and the runs here only [0-9]+; give another"):
+        fewer_forwards.write_report(tmp_path, "SEARCH", "fewer", fewer, [])
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    fewer_forwards.write_report(tmp_path, "SEARCH", "the same runs", found, ["0123456"])
+    assert "the same runs" in (tmp_path / "SEARCH.md").read_text()
+
+
+def test_the_page_and_the_report_have_the_tables_of_their_record():
+    """Their tables are those that the record makes now; only the sheets need the runs."""
+    report = ROOT / "reproduction/fewer_forwards"
+    found, _ = read_found(report / "results.json")
+    tables = measured_tables(found, DEFAULT.label, fewer_forwards.searched_rivals(report))
+    page = (ROOT / "docs/gauss_newton.md").read_text()
+    assert fill(page, tables) == page
+    text = (report / "RESULTS.md").read_text()
+    assert all(table.lines and table.markdown() in text for table in tables.values())
 
 
 def test_search_notes():

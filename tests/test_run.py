@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, arguments, make_model, make_subject, run_cli, sample
+from conftest import ROOT, arguments, make_model, make_subject, run_cli, sample, torchrun
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -474,11 +474,6 @@ def test_token_that_overflows(train, capsys):
     assert line.startswith("error: the token is NaN or Inf after step") and "--learning_rate" in line
     for path in out.glob("*.safetensors"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values() if tensor.is_floating_point())
-
-
-def torchrun(processes: int, port: int) -> list[str]:
-    """Without the -- it takes the script's --n and --nu for its own. (accelerate launch starts one process on CPUs.)"""
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port), "--"]
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ formulas come from.
     P <- gamma P + alpha C Y Y^T C^T        q <- gamma q + alpha (C Y Y^T C^T w - C Y r)
     w <- w + clip((P + I / prior^2)^-1 q - w)        theta = theta_0 + B w
 
-Run it with the flags of train_zoodip.py, but with --max_forwards instead of steps:
+It takes train_zoodip.py's flags for the model, the token, the photographs and the outputs, and --max_forwards in place of steps:
 
     sh train_zoodip.sh quick                                # the bundled miniature and subject, 600 forwards
     python -m trainers.gauss_newton --train_data_dir dataset/dog6 --initializer_token dog --use_cc --max_forwards 1500
@@ -34,9 +34,9 @@ from zoodip import arguments
 from zoodip.arguments import flags_for, require, require_at_least_one, require_positive
 from zoodip.errors import InputError, prepare_process, run_script
 
-METHOD_SETTINGS = (
-    "t_min t_max basis_size directions rho inflation prior clip memory memory_growth rebase_steps starts start_steps".split()
-)
+METHOD_SETTINGS = """
+    method t_min t_max basis_size directions rho inflation prior clip memory memory_growth rebase_steps starts start_steps
+""".split()
 SETTINGS = [*arguments.SHARED_SETTINGS, *METHOD_SETTINGS]
 RHO = {"fp32": 1e-2, "fp16": 5e-2, "bf16": 0.2}  # the shorter the mantissa, the longer the step needed to see a difference
 JUDGING_SAMPLES = 16  # forwards per start for the choice between several starts
@@ -44,7 +44,10 @@ JUDGING_SAMPLES = 16  # forwards per start for the choice between several starts
 
 def number_or_auto(text: str) -> float | None:
     """A number, or None for "auto"."""
-    return None if text == "auto" else float(text)
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,7 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--rho",
         type=float,
         default=None,
-        help="length of a finite difference; default: 1e-2 with fp32 activations, 5e-2 with fp16, 0.2 with bf16",
+        help="length of a finite difference, which does not scale with the token as --prior and --clip do; default: 1e-2 with "
+        "fp32 activations, 5e-2 with fp16, 0.2 with bf16, chosen for a token of length 0.7",
     )
     add(
         "--inflation",
@@ -91,15 +95,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--starts",
         type=int,
         default=1,
-        help="short starts from the same token; only the one with the lowest loss on the fixed evaluation set continues, so that "
-        "eval_loss is a little too low after the choice",
+        help="short starts from the same token; only the one with the lowest loss on 16 fixed (picture, timestep, noise) triples "
+        "continues; by default those of eval_loss, which is then a little too low",
     )
     add("--start_steps", type=int, default=8, help="steps per start, if there are several")
     add("--t_min", type=int, default=500, help="smallest timestep drawn (T_L of Eq. 9)")
     add("--t_max", type=int, default=900, help="end (excluded) of the timesteps drawn (T_U)")
     arguments.add_step_flags(add, "images per step; all candidates share them")
     arguments.add_run_flags(parser)
-    parser.set_defaults(output_dir="results/gauss_newton", eval_steps=10, checkpointing_steps=50)
+    parser.set_defaults(output_dir="results/gauss_newton", eval_steps=25, checkpointing_steps=50, method="gauss_newton")
     return parser
 
 
@@ -148,6 +152,7 @@ if __name__ == "__main__":
     prepare_process()
 
 import torch
+from accelerate.utils import broadcast
 from tqdm import tqdm
 
 from zoodip.diffusion import (
@@ -206,7 +211,7 @@ def text_sensitivity(
             gram += jacobian @ jacobian.T
     finally:
         text_encoder.to(precision)
-    return gram.clone()
+    return gram
 
 
 def sensitive_directions(gram: torch.Tensor, basis_size: int) -> torch.Tensor:
@@ -228,7 +233,7 @@ class Observation(NamedTuple):
     matrix: torch.Tensor  # A [k, k], Gauss-Newton matrix
     gradient: torch.Tensor  # g [k], half the gradient
     loss: float  # mean squared residual
-    seen: float  # the same for the residual's part in the span of the slopes: equal to `loss` for white noise
+    seen_variance: float  # the same for the residual's part in the span of the slopes: equal to `loss` for white noise
 
 
 def gauss_newton(noise_preds: torch.Tensor, target: torch.Tensor, mixtures: torch.Tensor, rho: float) -> Observation:
@@ -293,12 +298,12 @@ class GaussNewton:
     def step(self, mixtures: torch.Tensor, noise_preds: torch.Tensor, target: torch.Tensor) -> float | None:
         """Update theta from the candidates' predictions [m + 1, B, 4, h, w] -> the loss at theta.
 
-        Returns None, without an update, if a prediction is not finite.
+        Returns None, without an update, if a prediction is not finite, or if all are equal because `rho` is lost in rounding.
         """
-        matrix, gradient, loss, seen = gauss_newton(noise_preds, target, mixtures, self.rho)
-        if not (torch.isfinite(matrix).all() and math.isfinite(loss)):
+        matrix, gradient, loss, seen_variance = gauss_newton(noise_preds, target, mixtures, self.rho)
+        if not (torch.isfinite(matrix).all() and math.isfinite(loss) and matrix.any()):
             return None
-        variance = seen if self.inflation is None else self.inflation * loss
+        variance = seen_variance if self.inflation is None else self.inflation * loss
         self.variance = torch.tensor(variance).double() if self.steps == 0 else 0.9 * self.variance + 0.1 * variance
         certainty = 1 / self.variance  # alpha, per number of a prediction
         keep = 1 - 1 / (self.memory + self.memory_growth * self.steps.item())  # gamma
@@ -329,7 +334,7 @@ class Starts:
     A first step in a wrong direction is corrected only slowly. With one learner, it is simply that learner.
     """
 
-    remedy = "a smaller --clip or a larger --inflation"
+    remedy = "a smaller --clip, a larger --inflation or another --rho"
 
     def __init__(self, learners: list[GaussNewton], start_steps: int):
         self.learners, self.start_steps = learners, start_steps
@@ -352,9 +357,9 @@ class Starts:
             self.active = torch.tensor(number)
         return number == len(self.learners)
 
-    def choose(self, losses: list[float]) -> None:
-        """Continue with the learner that has the lowest loss; NaN counts as infinite."""
-        self.active = torch.tensor(losses).nan_to_num(math.inf).argmin()
+    def choose(self, losses: torch.Tensor) -> None:
+        """Continue with the learner that has the lowest of `losses` [S]; NaN counts as infinite."""
+        self.active = losses.cpu().nan_to_num(math.inf).argmin()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         states = {f"{i}.{name}": value for i, each in enumerate(self.learners) for name, value in each.state_dict().items()}
@@ -376,7 +381,7 @@ def shared_predictions(accelerator, model: FrozenModel, batch: Batch, tokens: to
     """Predictions [C, B, 4, h, w] for all candidates [C, V, d], each process computing its share."""
     processes, rank = accelerator.num_processes, accelerator.process_index
     if processes == 1:
-        return model.predict(batch, tokens).clone()
+        return model.predict(batch, tokens)
     predictions = torch.zeros(len(tokens), *batch.target.shape, device=accelerator.device)
     predictions[rank::processes] = model.predict(batch, tokens[rank::processes])
     return accelerator.reduce(predictions, reduction="sum")
@@ -391,9 +396,12 @@ def size_of_new_basis(done: int, sizes: list[int], rebase_steps: list[int]) -> i
 
 
 def take_basis(learner: GaussNewton, model: FrozenModel, data: Data, basis_size: int) -> None:
-    """Set a basis at the current token, from one of the training prompts: more would add cost and hardly a new direction."""
+    """Set a basis at the current token, from one of the training prompts: more would add cost and hardly a new direction.
+
+    Devices round differently, so all processes take the first one's.
+    """
     gram = text_sensitivity(model.text_encoder, model.rows, data.prompts.ids[:1], learner.theta)
-    learner.rebase(sensitive_directions(gram, basis_size))
+    learner.rebase(sensitive_directions(broadcast(gram.clone()), basis_size))
 
 
 def train(
@@ -413,7 +421,8 @@ def train(
     for step in run.steps(outputs):
         forwards = 0
         if starts.begin(step):
-            starts.choose([model.mean_loss(judging, learner.theta) for learner in starts.learners])
+            losses = [model.mean_loss(judging, learner.theta) for learner in starts.learners]
+            starts.choose(broadcast(torch.tensor(losses, device=run.accelerator.device)))
             forwards += len(judging) * len(starts.learners)
         learner = starts.learner
         if size := basis_size(int(learner.steps)):
@@ -435,6 +444,10 @@ def main(args: argparse.Namespace) -> int:
     args.rho = args.rho or RHO[args.mixed_precision]
     if max(args.basis_size) > (numbers := inputs.initial_token.numel()):
         raise InputError(f"--basis_size {max(args.basis_size)} is more than the token's {numbers} numbers; give fewer")
+    if not inputs.initial_token.any():
+        raise InputError(
+            f"--initializer_token {args.initializer_token}: is zero, so that steps have no length; start from a word"
+        )
     generator = torch.Generator().manual_seed(args.seed)
     learners = [GaussNewton(inputs.initial_token, **flags_for(GaussNewton, flags)) for _ in range(args.starts)]
     starts = Starts(learners, args.start_steps)
