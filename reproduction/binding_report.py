@@ -18,17 +18,31 @@ from zoodip.files import write_atomically
 from zoodip.records import mean_interval, table
 
 MAIN = {"S1": "right", "S2": "right", "S3": "owner", "S4": "owner", "S5": "looks"}  # the score whose differences are shown
-LEGEND = """Per cent; mean ± half width of a 95 % interval over prompts (S2, S4: over the twelve breeds), each the mean of its
+LEGEND = """The sets of prompts:
+
+- S1: two creatures of different colours, in a scene
+- S2: a learned breed and a creature of another colour
+- S3: as S1, with an accessory on one of the two
+- S4: as S2, with an accessory on each
+- S5: one creature, fully described, which shows whether a method does harm
+
+Per cent; mean ± half width of a 95 % interval over prompts (S2, S4: over the twelve breeds), each the mean of its
 pictures. Differences are paired by prompt or breed. **right**: the two halves are read as the two colours, in either order;
 **in_order**: the same, from left to right; **first**, **second**: that colour is read in at least one half; **leak**: both
 halves are read as one colour; **owner**: an accessory is more likely on its own half than on the other (a tie counts
 half), **margin**: by how much, **alone**: it is read on its own half and not on the other; **looks**: the attributes of the
 breed on its half (S2, S4) or of the description (S5); **other**: the other creature's colour on its half; **pattern_leak**: the
 other creature has the breed's pattern (for breeds that have one); **scene**: the scene is read in every half; **uninvited**:
-halves with an accessory that nobody asked for; **empty**, **several**: halves without a creature, with two; **empty_left**: left
-halves without; **one_each**: one creature in every half; **right_one_each**: **right** and **one_each**. Passes: samples through
-the UNet per picture. The second table of a set shows what a method may harm. The rows C to F are without the pose loss, as in the
-ToMe paper: compare them with "full without pose"."""
+halves with an accessory that nobody asked for; **empty**, **several**: halves without a creature, with two or more;
+**empty_left**: left halves without; **one_each**: one creature in every half; **right_one_each**: **right** and **one_each**.
+Passes: samples through the UNet per picture. The second table of a set shows what a method may harm.
+
+The rows plain, phrase, merge, full, control and published are the methods of docs/binding.md. Ceiling: each half is drawn from
+its own creature's prompt. ETS, end token substitution: the states of end and padding tokens are those of a prompt of the bare
+nouns. Noun: as phrase, but the states of a group's other words are erased. "Noun, losses for bias": the same without the bias,
+whose work control's losses on the latents do. The rows C to F are without the pose loss, as in the ToMe paper: compare them with
+"full without pose"."""
+COUNTED = {"0": "without a creature", "1": "with one", "2": "with two or more"}
 HARMED = ("right_one_each", "one_each", "several", "empty", "uninvited", "scene")
 FEWEST = 12  # values that decide an aim; a few equal ones would have an interval of width 0
 AIM_HEADER = ["aim", "weights", "figure", "reached"]
@@ -203,8 +217,8 @@ def cost_lines(costs: dict) -> list[list[str]]:
 def introduction(records: dict) -> str:
     arguments, counter = records["arguments"], records["counter"]
     measured = {name: records["costs"].get(name, records[name]) for name in ("device", "commit")}
-    right = ", ".join(f"{100 * share:.0f} % of those with {count}" for count, share in counter["right"].items())
-    drawn = ", ".join(f"{good} of {of} with {count}" for count, (good, of) in counter["drawn"].items())
+    right = ", ".join(f"{100 * share:.0f} % of halves {COUNTED[count]}" for count, share in counter["right"].items())
+    drawn = ", ".join(f"{good} of {of} {COUNTED[count]}" for count, (good, of) in counter["drawn"].items())
     judged = ", ".join(f"{name} {100 * share:.0f} %" for name, share in counter["classifier"].items())
     seeds: dict[tuple[str, str], set[int]] = {}
     for picture in records["pictures"]:
@@ -224,8 +238,8 @@ The breeds' tokens were learned in 4 bits.
 Pictures: {devices}, commit {commits}; read at commit {records["commit"]}.
 Costs: {measured["device"]}, commit {measured["commit"]}.
 
-The judges: the creature counter is right on {right} ({counter["fresh"]} halves of unseen renders, passed through the
-VAE). On halves of drawn pictures that were counted by eye it is right on {drawn}: its columns may be off by as much.
+The judges: the creature counter is right on {right} ({counter["fresh"]} halves of unseen renders, passed through the VAE).
+On halves of drawn pictures that were counted by eye it is right on {drawn}: its columns may be off by as much.
 On two renders of one scene side by side, passed through the VAE, the classifier is right on: {judged}."""
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_cli, sample, seeded
+from conftest import ROOT, arguments, run_cli, sample, seeded
 from PIL import Image
 from safetensors.torch import save_file
 from tiny import load, rewrite
@@ -37,6 +37,7 @@ from zoodip.binding_losses import THRESHOLDS, Predictor, binding_losses, context
 from zoodip.binding_settings import CONTROL, FULL, MERGE, METHODS, PHRASE, PLAIN, PUBLISHED
 from zoodip.binding_states import Encoder, bind_prompt, composite, merge_groups, substitute_end_tokens, tokens_of
 from zoodip.errors import InputError
+from zoodip.folder import WEIGHT_NAMES, resolve_model
 from zoodip.marks import parse_marks
 from zoodip.model import load_pipeline
 from zoodip.subject import OBJECT_TEMPLATES
@@ -44,6 +45,7 @@ from zoodip.subject import OBJECT_TEMPLATES
 TWO = "a photo of a [<sks>* with a red hat] and an [orange cat*] in the snow"
 SIZE = dict(height=16, width=32)
 SHORT = dict(steps=3, guidance=5.0)
+MODEL = "--pretrained_model_name_or_path"
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +65,8 @@ def folder(tiny_model, tmp_path_factory):
     return model
 
 
-def pipeline_of(folder, tmp_path_factory, vectors: int, quantization: str = "none"):
-    pipeline = load_pipeline(str(folder), quantization)
+def pipeline_of(folder, tmp_path_factory, vectors: int, quantization: str = "none", dtype: torch.dtype = torch.float32):
+    pipeline = load_pipeline(str(folder), quantization, dtype)
     path = tmp_path_factory.mktemp("word") / "learned_embeds.safetensors"
     save_file({"<sks>": 0.5 * torch.randn(vectors, 32, generator=seeded())}, path)
     pipeline.load_textual_inversion(str(path))
@@ -500,12 +502,13 @@ def test_which_latents_the_scheduler_steps_from(pipeline, step_from):
 # -------------------------------------------------------------------------------------------------------------- pictures
 
 
-def stock_latents(pipeline, prompt: str, seed: int = 0) -> torch.Tensor:
+def stock_latents(pipeline, prompt: str, seed: int = 0, negative: str | None = None) -> torch.Tensor:
     scheduler, pipeline.scheduler = pipeline.scheduler, scheduler_maker(pipeline, None, 3)()
     try:
         return pipeline(
-            prompt, num_inference_steps=3, guidance_scale=5.0, output_type="latent", generator=seeded(seed), **SIZE
-        ).images[0]
+            prompt, num_inference_steps=3, guidance_scale=5.0, output_type="latent", generator=seeded(seed),
+            negative_prompt=negative, **SIZE,
+        ).images[0]  # fmt: skip
     finally:
         pipeline.scheduler = scheduler
 
@@ -541,6 +544,34 @@ def test_the_methods_constants():
     assert (PHRASE.states, PHRASE.bias, PHRASE.merge, PHRASE.ets_step) == ("phrase", 6.0, "none", -1)
     assert replace(MERGE, sem_steps=5, map_steps=5, pose="auto") == FULL  # ETS from step 0, without losses
     assert replace(CONTROL, map_steps=0, pose="off") == PLAIN and (CONTROL.map_steps, CONTROL.pose) == (5, "auto")
+
+
+def test_the_negative_prompt_is_the_stock_pipelines(folder, tmp_path_factory):
+    """A learned word of several vectors is written out there, too."""
+    pipeline, text = pipeline_of(folder, tmp_path_factory, 3), parse_marks(TWO, ["<sks>"]).prompt
+    ours = latents_of(pipeline, PLAIN, negative_prompt="a red <sks>")
+    assert torch.equal(ours, stock_latents(pipeline, text, negative="a red <sks>"))
+
+
+def test_half_precision(folder, tmp_path_factory, pipeline):
+    """Nearly the picture in fp32, with every method whose steps have a fixed length: the published ones, 1e4 times a gradient,
+    throw each rounding far."""
+    half = pipeline_of(folder, tmp_path_factory, 1, dtype=torch.float16)
+    for name, settings in METHODS.items():
+        ours, exact = latents_of(half, settings), latents_of(pipeline, settings)
+        assert ours.dtype == torch.float16 and torch.isfinite(ours).all()
+        # fp16 rounds at 5e-4, and guidance of 5 and three steps amplify that: .003 to .008 of the length was seen
+        assert name == "published" or (ours.float() - exact).norm() < 0.03 * exact.norm(), name
+
+
+def test_small_gradients_in_half_precision():
+    """At 512 pixels the losses' slopes are so small that their squares are 0 in fp16; a step still has its length."""
+    latents = torch.zeros(2, 4, 8, 16, dtype=torch.float16, requires_grad=True)
+    slopes = 1e-6 * torch.randn(2, 4, 8, 16, generator=seeded())
+    (gradient,) = Predictor(None).gradients((slopes * latents.float()).sum(), [latents])
+    for step, slope in zip(latents_step(gradient, 0, FULL), slopes, strict=True):
+        # the gradient passes fp16 scaled by 1024, in which the smallest slopes have few digits
+        torch.testing.assert_close(step, 0.1 * slope / slope.square().mean().sqrt(), rtol=0, atol=1e-3, check_dtype=False)
 
 
 def test_every_method_changes_the_picture_and_leaves_the_pipeline(pipeline):
@@ -685,7 +716,7 @@ def command(*argv) -> subprocess.CompletedProcess:
 def test_the_command(folder, tmp_path):
     embedding, output = tmp_path / "learned_embeds.safetensors", tmp_path / "out"
     save_file({"<sks>": 0.5 * torch.randn(2, 32, generator=seeded())}, embedding)
-    done = command("--model", folder, "--embedding", embedding, "--prompt", TWO, "a [dog*]", "--seeds", 0, 1, "--steps", 2,
+    done = command(MODEL, folder, "--embedding", embedding, "--prompt", TWO, "a [dog*]", "--seeds", 0, 1, "--steps", 2,
                    "--width", 32, "--height", 16, "--output", output, "--sheet", tmp_path / "row.png",
                    "--parse", "spacy")  # fmt: skip
     assert done.returncode == 0, done.stderr  # marked prompts are not parsed, so spaCy is not needed
@@ -706,7 +737,7 @@ def test_pictures_are_written_as_they_are_drawn(folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return draw_bound(pipeline, marked, **how)
 
-    argv = ["--model", str(folder), "--prompt", "a [dog*]", "a [cat*]", "--steps", "1", "--width", "16", "--height", "16",
+    argv = [MODEL, str(folder), "--prompt", "a [dog*]", "a [cat*]", "--steps", "1", "--width", "16", "--height", "16",
             "--seeds", "0", "1", "--output", str(tmp_path)]  # fmt: skip
     flags = vars(binding.parse(binding.build_parser(), binding.check_flags, argv))
     monkeypatch.setattr(binding, "draw_bound", draw)
@@ -722,49 +753,183 @@ def test_pictures_are_written_as_they_are_drawn(folder, tmp_path, monkeypatch):
     assert (tmp_path / "previous-1" / "0-phrase-0.png").read_bytes() == first
 
 
-def test_a_copy_without_its_word_is_refused(folder, tmp_path):
-    """The copy for other programs has a key that is no word: a prompt with the learned word would be drawn as plain text."""
-    from zoodip.binding import read_words
-
-    save_file({"emb_params": torch.zeros(1, 32)}, tmp_path / "sks.safetensors")
-    with pytest.raises(InputError, match="does not name its word; give the run's learned_embeds.safetensors"):
-        read_words([tmp_path / "sks.safetensors"])
-
-
 def test_a_packed_folder_needs_no_flag(folder, tmp_path):
     """Weights that --save_quantized packed are used as they are; the record says how that was."""
     packed = tmp_path / "packed"
     assert run_cli(["--pretrained_model_name_or_path", str(folder), "--save_quantized", str(packed), "--cpu"]) == 0
-    done = command(
-        "--model", packed, "--prompt", "a [dog*]", "--steps", 1, "--width", 16, "--height", 16, "--output", tmp_path / "o"
-    )
+    done = command(MODEL, packed, "--prompt", "a [dog*]", "--steps", 1, "--width", 16, "--height", 16, "--output", tmp_path / "o")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "o" / "binding.json").read_text())["arguments"]["quantization"] == "nf4"
 
 
-@pytest.mark.parametrize(("argv", "said"), [
-    (["--prompt", "a [red cat"], "never closed"), (["--prompt", TWO, "--steps", "0"], "--steps must be at least 1"),
-    (["--prompt", TWO, "--width", "18"], "--width must be a positive multiple of 4"),
-    (["--prompt", TWO, "--embedding", "nowhere.safetensors"], "nowhere.safetensors"),
-    (["--prompt", "a cat and a dog", "--parse", "spacy"], 'pip install -e ".[parse]"'),
-])  # fmt: skip
-def test_the_command_refuses_in_one_line(folder, tmp_path, argv, said, capsys, monkeypatch):
+@pytest.fixture
+def draw(folder, tmp_path, monkeypatch):
+    """Runs the command in this process, one small picture in one step unless the flags say otherwise -> its exit code."""
     from zoodip.arguments import parse
     from zoodip.binding import check_flags, main
     from zoodip.errors import run_script
 
     monkeypatch.setitem(sys.modules, "spacy", None)  # as if it were not installed
-    argv = ["--model", str(folder), "--output", str(tmp_path / "out"), *argv]
-    if "--embedding" not in argv:
-        embedding = tmp_path / "word.safetensors"
-        save_file({"<sks>": torch.ones(1, 32)}, embedding)
-        argv += ["--embedding", str(embedding)]
-    try:
-        code = run_script(main, vars(parse(build_parser(), check_flags, argv)))
-    except SystemExit as error:
-        code = error.code
+    defaults = {MODEL: folder, "--output": tmp_path / "out", "--steps": 1, "--width": 16, "--height": 16}
+
+    def run(*argv) -> int | str | None:
+        given = [str(each) for name, value in defaults.items() if name not in argv for each in (name, value)]
+        try:
+            return run_script(main, vars(parse(build_parser(), check_flags, [*given, *map(str, argv)])))
+        except SystemExit as error:
+            return error.code
+
+    return run
+
+
+@pytest.fixture
+def word(tmp_path):
+    """Writes an embedding file -> its path."""
+
+    def write(name: str, key: str = "<sks>", vectors: int = 1, width: int = 32, seed: int = 0):
+        path = tmp_path / name / "learned_embeds.safetensors"
+        path.parent.mkdir()
+        save_file({key: 0.5 * torch.randn(vectors, width, generator=seeded(seed))}, path)
+        return path
+
+    return write
+
+
+def picture_of(folder) -> bytes:
+    return Image.open(folder / "0-phrase-0.png").tobytes()
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["a [red cat"], "never closed"), ([TWO, "--steps", "0"], "--steps must be at least 1"),
+    ([TWO, "--width", "18"], "--width must be a positive multiple of 4"),
+    (["a [dog*]", "--embedding", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["a cat and a dog", "--parse", "spacy"], 'pip install -e ".[parse]"'),
+    (["a [dog*]", "--embedding", "a", "b"], "its word <sks> is also that of"),
+    (["a [dog*]", "--embedding", "wide"], "its vectors have 16 numbers, but this model's words have 32"),
+    (["a [dog*]", "--embedding", "known"], "'dog' is already a word of this tokenizer"),
+    (["a [dog*]", "--embedding", "three", "first"], "'<sks>_1' is already a word of this tokenizer"),
+    (["a [dog*]", "--embedding", "copy"], "does not name its word; give the run's learned_embeds.safetensors"),
+    (["a [dog*]", "--embedding", "a=<Tom>"], "'<Tom>' cannot stand in a prompt"),
+    (["a [dog*]", "--embedding", "star"], "'<*>' cannot stand in a prompt"),
+    (["a [<tom>*] in the snow", "--embedding", "a"], "no embedding holds <tom> (loaded: <sks>)"),
+    (["a [dog*]", "--clean_prompt", "a <tom>"], "no embedding holds <tom> (loaded: none)"),
+    (["a [dog*]", "--negative_prompt", "a <tom>"], "no embedding holds <tom>"),
+    (["a [dog*]", "--negative_prompt", "<sks>" + " <sks>" * 30, "--embedding", "three"], "is 93 tokens long"),
+    (["a [dog*]", "--sheet", "row.webp"], "--sheet must end in .png, .jpg or .jpeg, got 'row.webp'"),
+    (["a [dog*]", MODEL, "no/model/here"], "--pretrained_model_name_or_path: there is no folder or file"),
+    (["a [dog*]", "--variant", "fp16"], "set or drop --variant"),
+], ids=lambda each: each if isinstance(each, str) else "")  # fmt: skip
+def test_the_command_refuses_in_one_line(draw, word, tmp_path, argv, said, capsys, monkeypatch):
+    """Before a model is loaded, and before an earlier command's pictures are set aside."""
+    monkeypatch.setattr("zoodip.model.load_pipeline", None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0-phrase-0.png").touch()
+    files = dict(a=word("a"), b=word("b"), wide=word("wide", width=16), known=word("known", "dog"), star=word("star", "<*>"),
+                 three=word("three", vectors=3), first=word("first", "<sks>_1"), copy=word("copy", "emb_params"))  # fmt: skip
+    named = ["=".join([str(files.get(name, name)), *more]) for name, *more in (each.split("=") for each in argv)]
+    if "--embedding" not in argv and TWO in argv:
+        named += ["--embedding", str(files["a"])]
+    assert draw("--prompt", *named) == 2
     captured = capsys.readouterr()
-    assert code == 2 and captured.err.startswith("error: ") and captured.err.count("\n") == 1 and said in captured.err
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and said in captured.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"0-phrase-0.png"}
+
+
+def test_words_of_several_files(draw, word, tmp_path, capsys):
+    """Two files with one word: the second is called otherwise and draws what it draws by itself. A path may contain =."""
+    first, second = word("a"), word("run=2", vectors=2, seed=1)
+    assert draw("--prompt", "a [<sks>*] and a [cat*]", "--embedding", second, "--output", tmp_path / "alone") == 0
+    assert "no prompt contains" not in capsys.readouterr().err
+    assert draw("--prompt", "a [<tom>*] and a [cat*]", "--embedding", first, f"{second}=<tom>") == 0
+    assert picture_of(tmp_path / "out") == picture_of(tmp_path / "alone")
+    assert f"--embedding {first}: no prompt contains its word <sks>" in capsys.readouterr().err
+    assert draw("--prompt", "a [<sks>*] and a [<tom>*]", "--embedding", first, f"{second}=<tom>") == 0
+    assert picture_of(tmp_path / "out") != picture_of(tmp_path / "alone") and "no prompt contains" not in capsys.readouterr().err
+    copy = word("copy", "emb_params", vectors=2, seed=1)  # for other programs: it does not name its word
+    assert draw("--prompt", "a [<tom>*] and a [cat*]", "--embedding", f"{copy}=<tom>") == 0
+    assert picture_of(tmp_path / "out") == picture_of(tmp_path / "alone")
+
+
+def test_a_word_that_no_embedding_holds_is_refused_in_python_too(pipeline):
+    for how in ({}, dict(clean_prompts=["a <tom>"]), dict(negative_prompt="a <tom>")):
+        text = "a [dog*]" if how else "a [<tom>*]"
+        with pytest.raises(InputError, match=r"no embedding holds <tom> \(loaded: <sks>\)"):
+            draw_bound(pipeline, [text], **SIZE, **how)
+
+
+def half_precision(folder, tmp_path, keep: tuple[str, ...] = ()):
+    """A copy of the model whose weights, except those of `keep`, are only in *.fp16.safetensors."""
+    import shutil
+
+    copy = shutil.copytree(folder, tmp_path / "half")
+    for component, stem in WEIGHT_NAMES.items():
+        move = shutil.copy if component in keep else shutil.move
+        move(copy / component / f"{stem}.safetensors", copy / component / f"{stem}.fp16.safetensors")
+    return copy
+
+
+def test_a_folder_with_half_precision_files_only(folder, subject, draw, tmp_path):
+    """They are taken without --variant, by the command, in Python and by training, which records it."""
+    half = half_precision(folder, tmp_path)
+    assert draw("--prompt", "a [dog*]", MODEL, half) == 0 and draw("--prompt", "a [dog*]", "--output", tmp_path / "whole") == 0
+    assert picture_of(tmp_path / "out") == picture_of(tmp_path / "whole")  # the same weights under other names
+    assert load_pipeline(str(half), "none").unet is not None
+    assert run_cli(arguments(half, subject, tmp_path / "run", max_train_steps=1)) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["variant"] == "fp16"
+
+
+@pytest.mark.parametrize(("keep", "variant"), [(tuple(WEIGHT_NAMES), None), (("unet", "vae"), "fp16"), ((), "fp16")])
+def test_which_files_of_a_folder_are_read(folder, tmp_path, keep, variant):
+    """Those without a variant, unless a component lacks them."""
+    assert resolve_model(str(half_precision(folder, tmp_path, keep)))[1] == variant
+
+
+def test_files_of_no_variant(copy):
+    """A folder that is complete in neither is refused as before."""
+    unet = copy / "unet" / f"{WEIGHT_NAMES['unet']}.safetensors"
+    unet.rename(unet.with_suffix(".fp16.safetensors"))
+    with pytest.raises(InputError, match="set or drop --variant"):
+        resolve_model(str(copy))
+
+
+def test_precision_of_the_command(folder, draw, tmp_path, monkeypatch):
+    """fp32 on a CPU unless the flag says otherwise; fp16 on a GPU, as in training."""
+    pictures = {}
+    for given in ((), ("--mixed_precision", "bf16")):
+        assert draw("--prompt", "a [dog*]", "--width", 32, *given) == 0
+        record = json.loads((tmp_path / "out" / "binding.json").read_text())
+        pictures[record["arguments"]["mixed_precision"]] = picture_of(tmp_path / "out")
+    assert set(pictures) == {"fp32", "bf16"} and pictures["fp32"] != pictures["bf16"]
+    asked = []
+
+    def load(name, quantization, dtype, device, **more):
+        asked.append((dtype, torch.device(device).type))
+        raise InputError("no further")
+
+    monkeypatch.setattr("zoodip.model.load_pipeline", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for given in ((), ("--mixed_precision", "fp32"), ("--cpu",)):
+        assert draw("--prompt", "a [dog*]", *given) == 2
+    assert asked == [(torch.float16, "cuda"), (torch.float32, "cuda"), (torch.float32, "cpu")]
+
+
+def test_the_command_moves_only_its_own_files(draw, tmp_path):
+    output, mine = tmp_path / "out", {"2024-05-12.png", "0-mine-1.png", "10-phrase-1.png.txt", "x0-phrase-1.png"}
+    ours = {"10-phrase-123.png", "0-published-0.png", "sheet.png", "binding.json"}
+    output.mkdir()
+    for name in mine | ours:
+        (output / name).touch()
+    assert draw("--prompt", "a [dog*]") == 0
+    left = {path.name for path in output.iterdir()}
+    assert left == mine | {"previous-1", "0-phrase-0.png", "sheet.png", "binding.json"}
+    assert {path.name for path in (output / "previous-1").iterdir()} == ours
+
+
+@pytest.mark.parametrize(("name", "kind"), [("row.jpeg", "JPEG"), ("row.JPG", "JPEG"), ("row.PNG", "PNG")])
+def test_the_sheet_is_what_its_name_says(draw, tmp_path, name, kind):
+    assert draw("--prompt", "a [dog*]", "--sheet", tmp_path / "sheets" / name) == 0
+    with Image.open(tmp_path / "sheets" / name) as sheet:
+        assert sheet.format == kind
 
 
 def test_steps_without_backpropagation(pipeline):

@@ -17,7 +17,17 @@ from miniature.words import ACCESSORIES
 from miniature.world import random_spec
 from reproduction import binding, binding_judges, binding_report
 from reproduction.binding_judges import SIDE, counted_picture, load_counter, middles_of, read_halves, score, train_counter
-from reproduction.binding_report import Table, above_control, aims, cost_ratios, tables_of, verdict, write_report
+from reproduction.binding_report import (
+    LEGEND,
+    Table,
+    above_control,
+    aims,
+    cost_ratios,
+    introduction,
+    tables_of,
+    verdict,
+    write_report,
+)
 from reproduction.binding_rows import ROWS, SWEEP, ceiling_latents, join_windows, passes, rows_of, settings_of, split_windows
 from reproduction.binding_sets import SEED, SETS, Task, Wanted, tasks_of
 from reproduction.binding_steps import left_at
@@ -288,6 +298,15 @@ def test_tables_come_from_the_records_alone(tmp_path):
     (tmp_path / "records.json.xz").write_bytes(b"torn")
     with pytest.raises(InputError, match="not a valid file of records"):
         binding.main(binding.parse_args(["--report_only", "--report", str(tmp_path)]))
+
+
+def test_the_report_on_test_prompts_says_what_its_words_mean():
+    """Every set, and every abbreviation in the names of rows; the page has the texts that the code writes."""
+    folder = binding.ROOT / "reproduction" / "binding"
+    said, page = introduction(binding_report.read_records(folder / "records.json.xz")), (folder / "RESULTS.md").read_text()
+    assert "99 % of halves without a creature" in said and "3 of 6 without a creature, 93 of 98 with one" in said
+    assert all(f"- {name}: " in LEGEND for name in SETS) and all(word in LEGEND for word in ("ETS", "Noun, losses for bias"))
+    assert said in page and LEGEND in page
 
 
 # --------------------------------------------------------------------------------------------------------------- command

@@ -244,7 +244,7 @@ def test_of_a_hub_model_the_half_precision_files_are_taken(monkeypatch, tmp_path
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, revision=None: published(*variants))
     assert hub_variant("someone/sd") == chosen
-    assert hub_variant(str(tmp_path)) is None  # for a folder, only what is asked for
+    assert hub_variant(str(tmp_path)) is None  # of a folder, `folder_variant` decides
 
 
 def test_half_precision_files_in_the_cache_are_found_without_network(monkeypatch, tmp_path):

@@ -258,6 +258,18 @@ def test_positions_of_photographs(tiny_model, tmp_path):
         assert not image.getexif() and not image.info
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_photographs_are_not_committed(tmp_path):
+    """Subjects' folders in dataset/ are ignored, with all that is in them, except the bundled one."""
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    assert subprocess.run(["git", "init", "-q"], cwd=tmp_path).returncode == 0
+    for name, ignored in (("my-dog/0.jpg", True), ("dog6/00.jpg", True), ("README.md", False), ("furmix/00.jpg", False)):
+        path = tmp_path / "dataset" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        assert (subprocess.run(["git", "check-ignore", "-q", path], cwd=tmp_path).returncode == 0) == ignored, name
+
+
 class Hub(http.server.BaseHTTPRequestHandler):
     """A hub that answers every request with a refusal that repeats the token it was sent."""
 

@@ -87,7 +87,8 @@ def add_model_flags(parser: argparse.ArgumentParser, packing: bool = True) -> Ca
     add(
         "--variant",
         default=None,
-        help="weight file variant, for example fp16 for *.fp16.safetensors; default: fp16 for a hub model that has it",
+        help="weight file variant, for example fp16 for *.fp16.safetensors; default: fp16 for a hub model that has it "
+        "and for a folder that has nothing else",
     )
     if packing:
         add(
@@ -103,7 +104,7 @@ def add_model_flags(parser: argparse.ArgumentParser, packing: bool = True) -> Ca
         choices=["fp16", "bf16", "fp32"],
         help="precision of activations; default: fp16 with CUDA, else fp32",
     )
-    add("--cpu", action="store_true", help="train on the CPU even if there is a GPU")
+    add("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     if packing:  # the layers of weight tuning, and their recomputation, are not tested with torch.compile
         add(
             "--compile",

@@ -1,26 +1,28 @@
 """Draw prompts in which every creature keeps its own attributes, with a frozen Stable Diffusion 1.x or 2.x.
 
-    python -m zoodip.binding --model miniature/model --embedding results/demo/learned_embeds.safetensors \\
-        --prompt "a [<sks>* wearing a red hat] and a [blue critter* wearing pink glasses] on the beach" --method phrase \\
-        --width 128 --height 64 --seeds 0 1 --output results/binding
+    python -m zoodip.binding --pretrained_model_name_or_path miniature/model --method phrase \\
+        --embedding results/demo/learned_embeds.safetensors --width 128 --height 64 --seeds 0 1 --output results/binding \\
+        --prompt "a [<sks>* wearing a red hat] and a [blue critter* wearing pink glasses] on the beach"
 
 `phrase` is our own and needs forward passes only. `merge` and `full` are token merging, ToMe (Hu et al., NeurIPS 2024, arXiv
-2411.07132), made for SDXL and adapted here; `published` follows its code as it stands, and `control` uses only its losses on
-the latents. docs/binding.md describes each method and what has been measured. (Unrelated: ToMe by Bolya et al., for speed.)
+2411.07132), made for SDXL and adapted here; `published` follows its constants and four of its faults, and `control` uses only
+its losses on the latents. docs/binding.md describes each method and what has been measured. (Unrelated: ToMe by Bolya et al., for
+speed.)
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from zoodip.arguments import new_parser, parse, require
+from zoodip.arguments import add_model_flags, new_parser, parse, require
 from zoodip.binding_settings import METHODS, PLAIN, Settings, check_settings
 from zoodip.errors import InputError, notice, prepare_process, run_script
-from zoodip.marks import MarkedPrompt, parse_marks
+from zoodip.marks import MarkedPrompt
 from zoodip.parsing import mark_prompt
 
 # ----------------------------------------------------------------------------------------------------------- command line
@@ -28,22 +30,23 @@ from zoodip.parsing import mark_prompt
 
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("Draw prompts whose creatures keep their own attributes.")
+    add_model_flags(parser, packing=False)(
+        "--quantization", default=None, choices=["nf4", "int8", "none"],
+        help="storage of the model's weights; default: none, or as --save_quantized packed them")  # fmt: skip
     add = parser.add_argument
-    add("--model", required=True, help="Stable Diffusion 1.x or 2.x: folder in diffusers format, or hub name")
-    add("--embedding", type=Path, nargs="*", default=[], help="learned_embeds.safetensors of each learned word")
+    add("--embedding", nargs="*", default=[], metavar="FILE",
+        help="learned_embeds.safetensors of each learned word; \"FILE=<word>\" calls it otherwise")  # fmt: skip
     add("--prompt", nargs="+", required=True, help="prompts with [groups], and a * after each group's noun")
     add("--parse", default=None, choices=["spacy"], help="parser that marks the groups in prompts without marks; needs spaCy")
     add("--clean_prompt", nargs="+", default=None, help="for each prompt, text for its end tokens; default: groups' nouns only")
     add("--negative_prompt", default="", help="text that guidance steers away from")
     add("--method", nargs="+", default=["phrase"], choices=list(METHODS), help="one or more, to compare; see docs/binding.md")
-    add("--quantization", default=None, choices=["nf4", "int8", "none"],
-        help="storage of the model's weights; default: none, or as --save_quantized packed them")  # fmt: skip
     add("--width", type=int, default=None, help="width of the picture in pixels; default: the model's own")
     add("--height", type=int, default=None, help="height of the picture in pixels; default: the model's own")
     add("--seeds", type=int, nargs="+", default=[0], help="one picture of every prompt is drawn for each seed")
     add("--batch_size", type=int, default=1, help="pictures drawn at once; changes rounding and memory")
     add("--output", type=Path, default=Path("results/binding"), help="folder for pictures, sheet.png and binding.json")
-    add("--sheet", type=Path, default=None, help="file for the sheet; default: sheet.png in --output")
+    add("--sheet", type=Path, default=None, help="file for the sheet, PNG or JPEG; default: sheet.png in --output")
     group = parser.add_argument_group("the method's settings (default: what --method sets)").add_argument
     for each in fields(Settings):
         group(
@@ -60,6 +63,8 @@ def check_flags(flags: dict) -> None:
     if flags["clean_prompt"] is not None:
         count = len(flags["prompt"])
         require(flags, "clean_prompt", len(flags["clean_prompt"]) == count, f"must be given for each of the {count} prompts")
+    if (sheet := flags["sheet"]) and sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise InputError(f"--sheet must end in .png, .jpg or .jpeg, got {str(sheet)!r}")
     for settings in settings_of_flags(flags).values():
         check_settings(settings)
 
@@ -78,60 +83,29 @@ import torch
 
 from zoodip.binding_drawing import Picture, canvas, check_groups, draw_bound
 from zoodip.binding_states import tokens_of
-from zoodip.files import read_json, write_image, write_json
+from zoodip.binding_words import Embedding, add_words, expand, parse_prompts, read_embeddings
+from zoodip.files import prove_folder, read_json, write_image, write_json
 
 # ---------------------------------------------------------------------------------------------------------------- drawing
 
 
-def read_words(paths: Sequence[Path]) -> dict[str, int]:
-    """{learned word: number of its vectors} from embedding files. Raises InputError."""
-    from safetensors import SafetensorError, safe_open
-
-    from zoodip.files import why_unreadable
-    from zoodip.prompts import SHARED_KEY, read_embedding
-
-    words = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"--embedding {path}: cannot be read ({why_unreadable(path, error)}); give a learned_embeds.safetensors"
-            ) from None
-        if len(names) != 1:
-            raise InputError(f"--embedding {path}: holds {len(names)} tensors; give a file with one learned word")
-        if names == [SHARED_KEY]:
-            raise InputError(f"--embedding {path}: does not name its word; give the run's learned_embeds.safetensors")
-        words[names[0]] = len(read_embedding(path, names[0])[0])
-    return words
-
-
-def checked_prompts(folder: Path, words: dict[str, int], flags: dict, methods: Iterable[Settings]) -> list[MarkedPrompt]:
-    """The prompts, with their marks and lengths checked before a model is loaded. Raises InputError."""
-    from zoodip.prompts import load_tokenizer
-
-    tokenizer = load_tokenizer(folder)
-    pieces = {word: [word, *(f"{word}_{i}" for i in range(1, count))] for word, count in words.items()}
-    tokenizer.add_tokens([piece for names in pieces.values() for piece in names])
-
-    def expand(text: str) -> str:
-        for word, names in pieces.items():
-            text = text.replace(word, " ".join(names))
-        return text
-
-    prompts = []
-    for k, text in enumerate(flags["prompt"]):
-        marked = mark_prompt(text, list(words)) if flags["parse"] else text
-        if marked != text:
-            notice(f"marked by {flags['parse']}: {marked}")
-        prompt = parse_marks(marked, list(words), expand)
+def checked_prompts(tokenizer, embeddings: Sequence[Embedding], flags: dict, methods: Iterable[Settings]) -> list[MarkedPrompt]:
+    """The prompts, with their marks, words and lengths checked before a model is loaded. Raises InputError."""
+    words, marked = [each.word for each in embeddings], []
+    for text in flags["prompt"]:
+        marked.append(mark_prompt(text, words) if flags["parse"] else text)
+        if marked[-1] != text:
+            notice(f"marked by {flags['parse']}: {marked[-1]}")
+    prompts, negative = parse_prompts(tokenizer, marked, flags["clean_prompt"]), expand(tokenizer, flags["negative_prompt"])
+    for prompt in prompts:
         for settings in methods:
             check_groups(prompt, settings, None)
-        clean = expand(flags["clean_prompt"][k]) if flags["clean_prompt"] else prompt.clean
-        for each in (prompt.prompt, clean, flags["negative_prompt"]):
-            tokens_of(tokenizer, each)
-        prompts.append(prompt)
+        for text in (prompt.prompt, prompt.clean, negative):
+            tokens_of(tokenizer, text)
+    texts = [*marked, *(flags["clean_prompt"] or []), flags["negative_prompt"]]
+    for each in embeddings:
+        if not any(each.word in text for text in texts):
+            notice(f"--embedding {each.path}: no prompt contains its word {each.word}")
     return prompts
 
 
@@ -140,24 +114,30 @@ def main(flags: dict) -> None:
     from zoodip.folder import packed_as, resolve_model
     from zoodip.model import load_pipeline
     from zoodip.pictures import picture_sheet
+    from zoodip.prompts import load_tokenizer, read_embedding_rows
+    from zoodip.quantize import DTYPES, default_precision
     from zoodip.records import environment, plain_arguments
 
     methods, output = settings_of_flags(flags), flags["output"]
-    folder, variant = resolve_model(flags["model"])
+    sheet = flags["sheet"] or output / "sheet.png"
+    embeddings = read_embeddings(flags["embedding"])
+    folder, variant = resolve_model(
+        flags["pretrained_model_name_or_path"], flags["revision"], flags["variant"], flags["model_config"]
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() and not flags["cpu"] else "cpu")
     flags["quantization"] = flags["quantization"] or packed_as(folder, variant) or "none"
+    flags["mixed_precision"] = flags["mixed_precision"] or default_precision(device)
     vae_levels = len(read_json(folder / "vae" / "config.json").get("block_out_channels", [0] * 4))
     canvas(read_json(folder / "unet" / "config.json"), 2 ** (vae_levels - 1), flags["height"], flags["width"])
-    prompts = checked_prompts(folder, read_words(flags["embedding"]), flags, methods.values())
-    for path, what in ((output, "output"), ((flags["sheet"] or output / "sheet.png").parent, "sheet")):
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--{what} {str(path)!r} cannot be created ({error.strerror}); choose another") from error
+    tokenizer = load_tokenizer(folder)
+    add_words(tokenizer, embeddings, width=read_embedding_rows(folder, variant, [0]).shape[1])
+    prompts = checked_prompts(tokenizer, embeddings, flags, methods.values())
+    for path, flag in {sheet.parent: "sheet", output: "output"}.items():
+        prove_folder(path, flag, 0)
+    pipeline = load_pipeline(str(folder), flags["quantization"], DTYPES[flags["mixed_precision"]], device, variant=variant)
+    if embeddings:
+        pipeline.load_textual_inversion([{each.word: each.vectors} for each in embeddings])
     set_aside(output)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = load_pipeline(flags["model"], flags["quantization"], device=device, variant=variant)
-    for path in flags["embedding"]:
-        pipeline.load_textual_inversion(str(path))
     how = {name: flags[name] for name in ("seeds", "height", "width", "negative_prompt", "batch_size")}
     records, rows = [], []
     for k, prompt in enumerate(prompts):
@@ -167,7 +147,7 @@ def main(flags: dict) -> None:
             records += [write_picture(picture, k, method, output) for picture in drawn]  # at once: Ctrl-C keeps them
             rows.append(([picture.image for picture in drawn], f"{method}: {prompt.prompt}"))
     width, height = rows[0][0][0].size
-    write_image(flags["sheet"] or output / "sheet.png", picture_sheet(rows, columns=len(methods), aspect=width / height))
+    write_image(sheet, picture_sheet(rows, columns=len(methods), aspect=width / height))
     arguments = plain_arguments({name: value for name, value in flags.items() if name not in asdict(PLAIN)})
     used = {method: asdict(settings) for method, settings in methods.items()}
     record = dict(arguments=arguments, settings=used, pictures=records, **environment(device))
@@ -178,8 +158,8 @@ def set_aside(output: Path) -> None:
     """Move what an earlier command left in `output` to previous-N. Raises InputError."""
     from zoodip.run import move_aside
 
-    patterns = ("[0-9]*-*-[0-9]*.png", "sheet.png", "binding.json")
-    move_aside(output, [path for pattern in patterns for path in sorted(output.glob(pattern))])
+    ours = re.compile(rf"\d+-({'|'.join(METHODS)})-\d+\.png|sheet\.png|binding\.json")
+    move_aside(output, [path for path in sorted(output.iterdir()) if ours.fullmatch(path.name)])
 
 
 def write_picture(picture: Picture, k: int, method: str, output: Path) -> dict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -25,8 +25,9 @@ from zoodip.attention import (
 from zoodip.binding_losses import THRESHOLDS, Predictor, binding_losses, contexts, gradient_step, pose_losses
 from zoodip.binding_settings import METHODS, Settings, check_settings
 from zoodip.binding_states import BoundGroup, BoundPrompt, Encoder, bind_prompt, substitute_end_tokens
+from zoodip.binding_words import expand, parse_prompts
 from zoodip.errors import InputError
-from zoodip.marks import MarkedPrompt, parse_marks
+from zoodip.marks import MarkedPrompt
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -226,7 +227,7 @@ def draw_bound(
     encode = Encoder(pipeline)
     mean = encode.mean() if settings.merge == "capped" else None
     bound = [bind_prompt(prompt, encode, settings, mean) for prompt in prompts]
-    null = encode(negative_prompt).states
+    null = encode(expand(pipeline.tokenizer, negative_prompt)).states
     size = (height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
     new_scheduler = scheduler_maker(pipeline, scheduler, settings.steps)
     wanted = with_seeds(bound, seeds)
@@ -247,16 +248,8 @@ def with_seeds(prompts: Sequence[Prompt], seeds: Sequence[int] | Sequence[Sequen
 def read_marked_prompts(
     pipeline: StableDiffusionPipeline, marked: Sequence[str], clean: Sequence[str] | None
 ) -> list[MarkedPrompt]:
-    """Parse marked prompts, writing out the pipeline's learned words that have several vectors. Raises InputError."""
-    words = [word for word in pipeline.tokenizer.added_tokens_encoder if word not in pipeline.tokenizer.all_special_tokens]
-
-    def expand(text: str) -> str:  # cast: the library returns a list only for a list
-        return cast(str, pipeline.maybe_convert_prompt(text, pipeline.tokenizer))
-
-    prompts = [parse_marks(text, words, expand) for text in marked]
-    if clean is None:
-        return prompts
-    return [replace(prompt, clean=expand(text)) for prompt, text in zip(prompts, clean, strict=True)]
+    """Parse marked prompts with a pipeline's learned words. Raises InputError."""
+    return parse_prompts(pipeline.tokenizer, marked, clean)
 
 
 def first_noises(pipeline: StableDiffusionPipeline, seeds: Sequence[int], size: Sequence[int], like: Tensor) -> Tensor:

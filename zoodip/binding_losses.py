@@ -28,13 +28,13 @@ class Predictor:
         return self.unet(latents, timestep, encoder_hidden_states=states, return_dict=False)[0]
 
     def gradients(self, loss: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-        """d loss / d inputs, with the loss scaled up in the backward pass for fp16, where gradients would underflow.
+        """d loss / d inputs in fp32, with the loss scaled up in the backward pass for fp16, where gradients would underflow.
 
         Inputs hold one row per sample, and each sample's loss depends on its own row alone.
         """
         self.backwards += len(inputs[0])
         scale = 1024.0 if inputs[0].dtype == torch.float16 else 1.0
-        return [gradient / scale for gradient in torch.autograd.grad(scale * loss, inputs)]
+        return [gradient.float() / scale for gradient in torch.autograd.grad(scale * loss, inputs)]
 
 
 def contexts(rows: Tensor, groups: Sequence[BoundGroup], sem: str) -> Tensor:
@@ -79,7 +79,7 @@ def gradient_step(
         rows = rows.detach().requires_grad_()
         (before,) = losses(rows[None])
         (gradients,) = predict.gradients(before.sum(), [rows])
-    return moved(rows.detach(), gradients, settings), before.detach()
+    return moved(rows.detach(), gradients, settings).to(rows.dtype), before.detach()
 
 
 def pose_losses(maps: Tensor, sides: Tensor) -> Tensor:

@@ -55,9 +55,10 @@ def copy_whole(source: str | Path, target: str | Path) -> None:
 
 
 def write_image(path: Path, image: Image.Image) -> None:
-    """Write a PNG, or a JPEG if the name ends in .jpg, whole or not at all. Raises InputError."""
+    """Write a PNG, or a JPEG if the name ends in .jpg or .jpeg, whole or not at all. Raises InputError."""
     content = io.BytesIO()
-    image.save(content, "JPEG" if path.suffix == ".jpg" else "PNG", quality=85)  # PNG ignores the quality
+    kind = "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG"
+    image.save(content, kind, quality=85)  # PNG ignores the quality
     write_atomically(path, content.getvalue())
 
 

@@ -86,8 +86,8 @@ def open_single_file(file: Path, model_config: str | None) -> Path:
 def resolve_model(
     name: str, revision: str | None = None, variant: str | None = None, model_config: str | None = None
 ) -> tuple[Path, str | None]:
-    """`find_model_folder`'s folder, and the variant to use: of a hub model by default the one that `hub_variant` chooses."""
-    variant = variant or hub_variant(name, revision)
+    """`find_model_folder`'s folder, and the variant to use: by default the one that `hub_variant` or `folder_variant` chooses."""
+    variant = variant or hub_variant(name, revision) or folder_variant(Path(name))
     return find_model_folder(name, revision, variant, model_config), variant
 
 
@@ -104,6 +104,19 @@ def hub_variant(name: str, revision: str | None = None) -> str | None:
         return "fp16" if set(wanted) <= set(HfApi().list_repo_files(name, revision=revision)) else None
     except Exception:  # network, authorisation, spelling: reported by whoever downloads
         return None
+
+
+def folder_variant(folder: Path) -> str | None:
+    """The variant of a local folder to use if the user names none: fp16 if its weights are complete only in that one."""
+    return "fp16" if not has_weights(folder, None) and has_weights(folder, "fp16") else None
+
+
+def has_weights(folder: Path, variant: str | None) -> bool:
+    """Whether a local folder has weights of this variant for every component."""
+    try:
+        return all(find_weights(folder, component, variant) for component in WEIGHT_NAMES)
+    except InputError:
+        return False
 
 
 def download_model(name: str, revision: str | None, variant: str | None, weights: bool = True) -> Path:

@@ -243,7 +243,7 @@ def read_embedding(path: Path, placeholder_token: str | None) -> tuple[torch.Ten
     except (SafetensorError, OSError, ValueError) as error:
         reason = why_unreadable(path, error)
         raise InputError(
-            f"{path}: does not hold the token {placeholder_token or 'to start training from'} ({reason}); give a "
+            f"{path}: does not hold {placeholder_token or 'one learned word'} ({reason}); give a "
             "learned_embeds.safetensors" + (", or its --placeholder_token" if placeholder_token else "")
         ) from error
     return theta, settings if isinstance(settings, dict) else {}
