@@ -48,12 +48,12 @@ COLUMNS = {
 }  # fmt: skip
 QUALITY = ("CLIP-T", "CLIP-I", "DINO")
 # in addition to the paper's scores; attributes only on the miniature
-LEARNED = ("likeness", "attributes", "attributes_corrected", "loss", "loss_all")
+OUR_SCORES = ("likeness", "attributes", "attributes_corrected", "loss", "loss_all")
 COST = ("peak_memory_gb", "stored_kb", "steps_per_second", "minutes", "forwards")
 OBEYED = ("scene", "accessory")  # what the prompt asks for besides the subject, on the miniature
 AT_THE_END = "stopped at the end"  # a row of `stats.STOPS`
 DRIFT = ("drift", "drift_CLIP-I", "drift_DINO")  # how much of the subject now appears for prompts with the class word alone
-CLAIM_COLUMNS = (*QUALITY, *LEARNED, "loss_at", "loss_path", "DINO_inter", "CLIP_inter", "removed", *DRIFT, "steps_per_second",
+CLAIM_COLUMNS = (*QUALITY, *OUR_SCORES, "loss_at", "loss_path", "DINO_inter", "CLIP_inter", "removed", *DRIFT, "steps_per_second",
                  "stored_kb")  # fmt: skip
 
 
@@ -87,9 +87,9 @@ class Histograms(Plot):
 
 @dataclass(frozen=True)
 class Scatter(Plot):
-    """`points`: label -> ((table, row) that gives CLIP-I, row of this table that gives the memory)."""
+    """`points`: world -> label -> ((table, row) that gives CLIP-I, row of this table that gives the memory)."""
 
-    points: dict[str, tuple[tuple[str, str], str]]
+    points: dict[str, dict[str, tuple[tuple[str, str], str]]]
 
 
 @dataclass(frozen=True)
@@ -118,17 +118,19 @@ class Row:
     flags: dict = field(default_factory=dict)  # as in the paper; `runs.make_spec` scales those that depend on the world's size
     method: str = "zoodip"
     published: dict = field(default_factory=dict)  # score -> the paper's figure
+    published_for: str = ""  # a setting of the paper's figure that is not the row's
     rate_of: str | None = None  # learns at this system's rate in the world; one of SYSTEMS
     rate_factor: float = 1.0  # multiplies that rate
     of_grid: bool = False  # uses the rate that the grid starts from, not the one chosen on it
     spread_of: tuple[str, ...] = ()  # has no run: the standard deviation of each score over these rows, run by run
     at: str = "last"  # the token that is scored; best: the snapshot with the best pictures, chosen on other pictures
     variation: tuple[str, ...] = ()  # from `variations.py`: which parts of the method are replaced
+    against: str | None = None  # the row from which its differences are printed, if not that of its table
 
 
 @dataclass(frozen=True)
 class Control:
-    """A row of Fig. 8 for a token that learns nothing: its `kind` in `stats.control_removed` and its `size` (tau, d).
+    """A row of Fig. 8 for a token that learns nothing: its `kind` in `controls.control_removed` and its `size` (tau, d).
 
     The default size is the world's. With a `share`, the row is just that share, and there is no token.
     """
@@ -160,7 +162,7 @@ class Experiment:
     chooses_rates: bool = False  # for SYSTEMS, on separate subjects; `rates.py` records the choice
     gap: tuple[str, str] | None = None  # rows whose losses are the two ends of the gap; the others close a share of it
     controls: tuple[Control, ...] = ()  # rows without a run
-    against: str | None = None  # the row from which the others' differences are printed, with intervals
+    against: str | None = None  # the row from which the differences of those that name none are printed, with intervals
     stops: str | None = None  # the row that is scored at the steps that `stats.STOPS` chooses
     plot: Plot | None = None
     curves: str | None = None  # title of its panel among the learning curves

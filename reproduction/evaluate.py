@@ -93,7 +93,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 @dataclass
-class Learned:
+class Evaluated:
     """What is judged, and what it is judged by."""
 
     name: str
@@ -104,7 +104,7 @@ class Learned:
     prompts: list[str]
 
 
-def read_learned(args: argparse.Namespace) -> list[Learned]:
+def read_learned(args: argparse.Namespace) -> list[Evaluated]:
     """The tokens or tuned weights named on the command line, read before a model is loaded. Raises InputError."""
     flags, learned = args.zoodip, []
     for path, folder in zip(args.embeddings or args.tuned, args.references, strict=True):
@@ -118,7 +118,7 @@ def read_learned(args: argparse.Namespace) -> list[Learned]:
                       f"{asked}", file=sys.stderr)  # fmt: skip
         name = folder.resolve().name
         references = [open_image(path) for path in find_images(folder)]
-        learned.append(Learned(name, what, settings, references, *read_prompts(args.prompts, name, args.class_word)))
+        learned.append(Evaluated(name, what, settings, references, *read_prompts(args.prompts, name, args.class_word)))
     if len({one.name for one in learned}) < len(learned):
         raise InputError("--references: two folders have the same name; name each after its subject")
     if len({one.what.shape for one in learned if isinstance(one.what, torch.Tensor)}) > 1:
@@ -150,7 +150,7 @@ def load_drawer(
     return Drawer(model, folder, flags.variant, flags.quantization, flags.resolution, steps, guidance, batch_size, scheduler)
 
 
-def learned_words(one: Learned, flags: argparse.Namespace, drawer: Drawer) -> Token | Words:
+def learned_words(one: Evaluated, flags: argparse.Namespace, drawer: Drawer) -> Token | Words:
     """What replaces {} in its prompts. Raises InputError if a token belongs to another model than the drawer's."""
     if isinstance(one.what, Path):
         weights = one.what / "unet" if (one.what / "unet").is_dir() else one.what

@@ -54,7 +54,7 @@ JUDGED_TUNING_FLAGS = (
     "cc_file pretrained_model_name_or_path revision variant identifier class_word mixed_precision resolution center_crop".split()
 )
 
-DRIFT = {"attributes": "drift", "CLIP-I": "drift_CLIP-I", "DINO": "drift_DINO"}  # score -> its name for the class word alone
+AS_DRIFT = {"attributes": "drift", "CLIP-I": "drift_CLIP-I", "DINO": "drift_DINO"}  # score -> its name for the class word alone
 
 
 def snapshot_steps(steps: int) -> list[int]:
@@ -319,7 +319,7 @@ class WeightJudge(Judge):
         texts = [text.replace("{}", word) for text in prompts]
         pictures, alone = drawn.pictures(prompts, range(self.settings.images)), drawn.pictures(texts, range(1))
         self.write_sheet("sheet.png", [*pictures, *alone], [*prompts, *texts])
-        drift = {DRIFT[name]: score for name, score in self.likeness("scores", alone).items() if name in DRIFT}
+        drift = {AS_DRIFT[name]: score for name, score in self.likeness("scores", alone).items() if name in AS_DRIFT}
         return dict(scores=self.likeness("scores", pictures) | drift)
 
 

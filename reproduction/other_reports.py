@@ -1,4 +1,4 @@
-"""Report sections on binding and fewer forwards, which have programs of their own: what was aimed at, and what was found.
+"""Report sections on binding and fewer forwards, which have programs of their own: their aims, and what was found.
 
 They are made from the records of `binding.py` and `fewer_forwards.py`; a record that does not exist has no section.
 """
@@ -49,7 +49,7 @@ def fewer_forwards_sections(folder: Path, fewer: Path) -> list[Section]:
     tables = measured_tables(found, DEFAULT.label, searched_rivals(fewer))
     note = f"{FEWER_NOTE} Runs of commit {', '.join(commit[:7] for commit in commits)}."
     return [
-        Section("Fewer forwards: what was aimed at", [note], table=tables["aims"]),
+        Section("Fewer forwards: the aims", [note], table=tables["aims"]),
         Section("Fewer forwards: at which budgets it wins", [VERDICT_NOTE], table=tables["verdicts"],
                 sheets=pictures(folder, sorted(fewer.glob("sheet-*.jpg")))),
     ]  # fmt: skip
@@ -61,7 +61,7 @@ def binding_sections(folder: Path, binding: Path) -> list[Section]:
     wanted = Table(AIM_HEADER, aims(tables_of(records["pictures"], CORE), records["costs"]))
     cost = Table(COST_HEADER, cost_lines(records["costs"]))
     return [
-        Section("Binding: what was aimed at", [f"{BINDING_NOTE} Pictures of commit {', '.join(commits)}."], table=wanted,
+        Section("Binding: the aims", [f"{BINDING_NOTE} Pictures of commit {', '.join(commits)}."], table=wanted,
                 sheets=pictures(folder, sorted(binding.glob("S*.jpg")))),
         Section("Binding: what a picture costs", [COST_NOTE], table=cost),
     ]  # fmt: skip

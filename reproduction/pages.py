@@ -54,7 +54,8 @@ def render(template: str, title: str, sections: list[Section]) -> bytes:
     templates = FileSystemLoader(Path(__file__).resolve().parent / "templates")
     environment = Environment(loader=templates, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                               autoescape=template.endswith(".html"), keep_trailing_newline=True)  # fmt: skip
-    environment.filters |= dict(text=html_text, verdict=lambda text: re.sub("[^a-z]", "-", text))
+    environment.filters |= dict(text=html_text, link=lambda text: re.sub(r"([\[\]])", r"\\\1", text),
+                                verdict=lambda text: re.sub("[^a-z]", "-", text))  # fmt: skip
     text = environment.get_template(template).render(title=title, sections=sections)
     return (re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n").encode()
 

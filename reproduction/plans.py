@@ -9,7 +9,8 @@ import numpy as np
 
 import train_zoodip
 from reproduction import stats
-from reproduction.declarations import Experiment, Row
+from reproduction.controls import control_removed
+from reproduction.declarations import COLUMNS, Experiment, Row
 from reproduction.experiments import BY_NAME
 from reproduction.runs import (
     ALONG_SEEDS,
@@ -38,13 +39,16 @@ def subjects_of(experiment: Experiment, settings: Settings) -> tuple[str, ...]:
 
 
 def seeds_of(experiment: Experiment, settings: Settings) -> tuple[int, ...]:
-    """For runs that measure cost, the rounds. With only one or two subjects, several seeds have to show the effect of chance."""
+    """For runs that measure cost, the rounds. With only one or two subjects, several seeds have to show the effect of chance.
+
+    A grid has one seed; if it has one subject, all that are given.
+    """
     if experiment.kind == "cost":
         return cost_rounds(settings)
-    grid = experiment.grid or experiment.chooses_rates
+    grid, subjects = experiment.grid or experiment.chooses_rates, subjects_of(experiment, settings)
     if settings.seeds:
-        return settings.seeds[:1] if grid else settings.seeds
-    few = len(subjects_of(experiment, settings)) <= 2 and not grid
+        return settings.seeds[:1] if grid and len(subjects) > 1 else settings.seeds
+    few = len(subjects) <= 2 and not grid
     return settings.world.seeds[: max(experiment.seeds, 3 if few else 1)]
 
 
@@ -59,7 +63,7 @@ def jobs_of(experiment: Experiment, row: Row, settings: Settings) -> list[Job]:
     fixed = row.method in (*UNTRAINED, *RENDERED)  # no random numbers are drawn before the first step
     seeds = seeds_of(experiment, settings)[: 1 if fixed else None]
     kinds = {experiment.kind} & {"scores", "inter"}
-    if not fixed and not tunes_weights(row.method) and (experiment.along or row.at == "best"):
+    if not fixed and not tunes_weights(row.method) and experiment.along:
         kinds |= {"along"}
     if row.at == "best":
         kinds = {"along", "best"}
@@ -108,11 +112,22 @@ def estimated_seconds(job: Job, settings: Settings) -> float:
     if spec.get("cost"):
         return seconds + 15
     judged = (SNAPSHOTS + 2) * settings.eval_samples
-    for kind in job.kinds:
-        pictures = evaluation(settings, kind)["images"] * (len(settings.prompts(spec["subject"], kind)) if kind != "inter" else 1)
-        pictures *= len(ALONG_SEEDS) * (SNAPSHOTS + 1) if kind == "along" else 1
-        judged += pictures * settings.inference_steps * (3 if kind == "scores" and tunes_weights(spec["method"]) else 2)
+    judged += sum(2 * settings.inference_steps * pictures_of(job, kind, settings) for kind in job.kinds)
     return seconds + judged * world.seconds_per_forward
+
+
+def pictures_of(job: Job, kind: str, settings: Settings) -> float:
+    """How many pictures an evaluation draws."""
+    pictures = evaluation(settings, kind)["images"] * (len(settings.prompts(job.spec["subject"], kind)) if kind != "inter" else 1)
+    pictures *= len(ALONG_SEEDS) * (SNAPSHOTS + 1) if kind == "along" else 1
+    return pictures * (1.5 if kind == "scores" and tunes_weights(job.spec["method"]) else 1)  # also of the class word
+
+
+def estimated_bytes(job: Job, settings: Settings) -> float:
+    """What a run leaves that is large: its pictures, and DreamBooth's weights; those of a run that measures cost are removed."""
+    world, spec = settings.world, job.spec
+    pictures = sum(pictures_of(job, kind, settings) for kind in job.kinds)
+    return pictures * world.picture_bytes + (world.unet_bytes if spec["method"] == "dreambooth" and not spec.get("cost") else 0)
 
 
 def collect(experiment: Experiment, settings: Settings) -> dict[str, stats.Records]:
@@ -136,7 +151,8 @@ def collect(experiment: Experiment, settings: Settings) -> dict[str, stats.Recor
         found[row.label] = records
     for row in experiment.rows:
         if row.spread_of:
-            found[row.label] = spread([found[label] for label in row.spread_of], experiment.columns)
+            columns = [score for score in experiment.columns if not COLUMNS[score].plain]  # those hardly vary
+            found[row.label] = spread([found[label] for label in row.spread_of], columns)
     if {"loss_at", "loss_path"} & set(experiment.columns):
         stats.add_equal_budgets(found)
     if experiment.gap is not None:
@@ -154,7 +170,7 @@ def collect(experiment: Experiment, settings: Settings) -> dict[str, stats.Recor
         if control.share is None:
             refreshes = 30 if control.size else settings.world.steps_of_paper(30_000) // tau  # as many as a run here has
             how = dict(refreshes=refreshes, variation=control.variation)
-            removed = [stats.control_removed(control.kind, tau, 1e-3, dim, seed=seed, **how) for seed in range(5)]
+            removed = [control_removed(control.kind, tau, 1e-3, dim, seed=seed, **how) for seed in range(5)]
             shown = stats.derived(dict(removed=sum(removed, [])), tau)
         found[control.label] = {(stats.NO_SUBJECT, 0): shown}
     return found

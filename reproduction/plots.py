@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import singledispatch
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 
 from reproduction.declarations import COLUMNS, HeatMaps, Histograms, PictureGrid, Plot, Scatter
+from reproduction.memory_claims import MEASURED_AS, measured_memory
 from reproduction.runs import Settings, pictures_path
 from reproduction.scores import slug
-from reproduction.stats import Records, spread_of_cells, values_of
+from reproduction.stats import Records, printed_spread, values_of
 from zoodip.files import write_image
 from zoodip.pictures import picture_sheet
-from zoodip.records import ROOT, mean_interval
+from zoodip.records import mean_interval
 from zoodip.subject import find_images, open_image
 
 Collect = Callable[[str], dict[str, Records]]  # name of a table -> its rows
@@ -90,12 +91,6 @@ def noise_of_cells(rows: dict[str, Records], score: str) -> str:
     return "" if spread is None else f"standard deviation of the cells {spread[0]}, of noise alone {spread[1]}"
 
 
-def printed_spread(rows: dict[str, Records], score: str) -> list[str] | None:
-    """`spread_of_cells`, printed with one digit more than the score."""
-    spread = spread_of_cells(rows, score)
-    return spread and [f"{value:.{COLUMNS[score].digits + 1}f}".removeprefix("0") for value in spread]
-
-
 @draw.register
 def histograms(plot: Histograms, name: str, collect: Collect, settings: Settings, path: Path) -> bool:
     """Shares of each row's values per bin, one panel below the other, so that none hides another."""
@@ -116,42 +111,32 @@ def histograms(plot: Histograms, name: str, collect: Collect, settings: Settings
 
 @draw.register
 def scatter(plot: Scatter, name: str, collect: Collect, settings: Settings, path: Path) -> bool:
-    """CLIP-I with its interval against peak memory, for the points of which both are known.
+    """CLIP-I with its interval against peak memory, for the points of which both are known; those without memory are named.
 
     The miniature's memory is the interpreter's, whatever the method: its quality is shown against Stable Diffusion v1.5's memory.
     """
-    own = settings.world.name == "sd15"
-    found = {}
-    for label, ((table, row), cost_row) in plot.points.items():
+    own, measured = settings.world.name == "sd15", measured_memory()
+    found, unmeasured = {}, []
+    for label, ((table, row), cost_row) in plot.points[settings.world.name].items():
         quality = values_of(collect(table).get(row, {}), "CLIP-I")
-        memory = values_of(collect(name).get(cost_row, {}), "peak_memory_gb") if own else sd15_memory(label)
+        gigabytes = measured.get(MEASURED_AS.get(label, ""))
+        memory = values_of(collect(name).get(cost_row, {}), "peak_memory_gb") if own else [gigabytes] if gigabytes else []
         if quality and memory:
             found[label] = (float(np.mean(memory)), *mean_interval(quality))
+        elif quality:
+            unmeasured.append(label)
     if len(found) < 2:  # nothing to compare
         return False
     figure, (axis,) = new_plot(1, 1, (6.6, 4))
     for label, (memory, quality, width) in found.items():
         axis.errorbar(memory, quality, yerr=width if np.isfinite(width) else None, fmt="o", label=label, capsize=2)
-    axis.set(xlabel="peak memory, GB" if own else "memory at Stable Diffusion v1.5's size, as nvidia-smi shows it, GB",
-             ylabel="CLIP-I" if own else "CLIP-I of the miniature's pictures")  # fmt: skip
+    what = "peak memory" if own else "memory at Stable Diffusion v1.5's size, as nvidia-smi shows it"
+    left_out = fill(f"not shown, as their memory was not measured: {'; '.join(unmeasured)}", 90) if unmeasured else ""
+    axis.set_xlabel(f"{what}, GB\n{left_out}".strip())
+    axis.set_ylabel("CLIP-I" if own else "CLIP-I of the miniature's pictures")
     axis.set_xlim(0, 1.1 * max(memory for memory, _, _ in found.values()))
     save_plot(figure, path)
     return True
-
-
-# point of the plot of quality and memory -> system of benchmarks/gpu.py
-SD15_SYSTEMS = {
-    "TI, not quantised": "gradient TI, fp32", "TI, NF4": "gradient TI, NF4", "GF-TI, INT8": "GF-TI, INT8",
-    "ZOODiP, not quantised": "ZOODiP, not quantised", "ZOODiP, INT8": "ZOODiP, INT8", "ZOODiP, NF4": "ZOODiP, NF4",
-    "DreamBooth": "DreamBooth, fp32", "QLoRA": "QLoRA, NF4", "PEQA": "PEQA, INT8", "TuneQDM": "TuneQDM, INT8",
-    "DiffuseKronA": "DiffuseKronA, NF4",
-}  # fmt: skip
-
-
-def sd15_memory(label: str, record: Path = ROOT / "benchmarks" / "gpu.json") -> list[float]:
-    """What nvidia-smi shows for a method's script at Stable Diffusion v1.5's size, [GB]; empty if it was not measured."""
-    measured = json.loads(record.read_text())["results"].get("systems", {}).get(SD15_SYSTEMS.get(label, ""), {})
-    return [measured["nvidia_smi"] / 1e9] if "nvidia_smi" in measured else []
 
 
 @draw.register
@@ -240,11 +225,14 @@ def learning_curves(rows: dict[str, Records], score: str = "loss") -> dict[str, 
     return lines
 
 
-CURVE_SCORES = {"loss": "loss on unseen pictures", "CLIP-I": "CLIP-I of pictures", "attributes": "attributes right"}
+CURVE_SCORES = {"loss": "loss on {}", "CLIP-I": "CLIP-I of pictures", "attributes": "attributes right"}
 
 
-def draw_curves(panels: dict[str, dict[str, Records]], path: Path) -> None:
-    """{title: rows}: the loss on unseen pictures and scores of pictures against the forwards used; one column per table."""
+def draw_curves(panels: dict[str, dict[str, Records]], judged_on: str, path: Path) -> None:
+    """{title: rows}: the loss and scores of pictures against the forwards used; one column per table.
+
+    `judged_on`: what the loss is on.
+    """
     lines = {(score, title): learning_curves(rows, score) for score in CURVE_SCORES for title, rows in panels.items()}
     shown = [score for score in CURVE_SCORES if score == "loss" or any(lines[score, title] for title in panels)]
     figure, axes = new_plot(len(shown), len(panels), (3.9, 3.3))
@@ -258,5 +246,5 @@ def draw_curves(panels: dict[str, dict[str, Records]], path: Path) -> None:
                 name = label if score == "loss" else None
                 axis.plot(x, mean, marker=".", markersize=4, linewidth=1, label=name, color=f"C{k}")
                 axis.fill_between(x, mean - width, mean + width, alpha=0.15, color=f"C{k}")
-        axis.set(title=title if score == "loss" else "", xlabel="forwards used", ylabel=CURVE_SCORES[score])
+        axis.set(title=title if score == "loss" else "", xlabel="forwards used", ylabel=CURVE_SCORES[score].format(judged_on))
     save_plot(figure, path)

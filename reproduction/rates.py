@@ -28,10 +28,20 @@ def read_rates(path: Path, model_id: str) -> dict[str, float]:
     found = read_json(path) if path.is_file() else {}
     if found.get("model") == model_id:
         return {system: float(rate) for system, rate in found["chosen"].items()}
-    why = f"is of other weights ({found['model']}, not {model_id})" if found else "is not there"
+    why = f"was chosen for other weights ({found['model']}, not {model_id})" if found else "is not there"
     print(f"{path}: {why}; weight tuning learns at the middle of the grid of rates until --tables TuningRates has chosen",
           file=sys.stderr)  # fmt: skip
     return {}
+
+
+def rates_note(settings: Settings) -> str:
+    """At which rates the rows learn that have those of their system."""
+    if settings.rates:
+        spare = ", ".join(settings.world.grid_subjects)
+        return f"Weight tuning learns at rates chosen by pictures of spare breeds ({spare}), for the same prompts as here."
+    if settings.world.grid_subjects:
+        return "Weight tuning learns at the middle of the grid of rates, because none has been chosen for these weights."
+    return "Weight tuning learns at its published rates."
 
 
 def choose_rates(settings: Settings) -> dict | None:

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from reproduction import archives, plans, plots, runs
-from reproduction.claims import CLAIMS, OURS, Claim
+from reproduction.claims import CLAIMS, OTHERS, OURS, Claim
 from reproduction.declarations import CLAIM_COLUMNS, COLUMNS, Experiment, Row
 from reproduction.experiments import BY_NAME, CLASS_WORD, EXPERIMENTS
 from reproduction.memory_claims import memory_claims
 from reproduction.other_reports import other_reports
 from reproduction.pages import Image, Section, Table, write_pages
+from reproduction.rates import rates_note
 from reproduction.runs import Job, Settings
 from reproduction.stats import (
     CONTRADICTED,
@@ -30,6 +31,7 @@ from reproduction.stats import (
     Records,
     judge,
     paired_differences,
+    printed_spread,
     signals,
     smallest_effect,
     spread_of_seeds,
@@ -37,7 +39,7 @@ from reproduction.stats import (
     values_of,
 )
 from zoodip.files import write_atomically
-from zoodip.records import mean_interval
+from zoodip.records import mean_interval, plain_arguments
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures
@@ -54,18 +56,18 @@ def interval(mean: float, half_width: float, score: str, sign: bool = False) -> 
     return f"{text} ± {number(half_width, score)}" if np.isfinite(half_width) and half_width > 0 else text
 
 
-def cell(values: list[float], score: str, published: float | None) -> str:
-    """Our figure with its interval and, if there is one, the published figure."""
+def cell(values: list[float], score: str, published: float | None, published_for: str = "") -> str:
+    """Our figure with its interval and, if there is one, the published figure, with the setting that only it has."""
     if not values:
-        return "-" if published is None else f"- (published {number(published, score)})"
-    if COLUMNS[score].plain:
+        text = "-"
+    elif COLUMNS[score].plain:
         mean, (low, high) = float(np.median(values)), (number(min(values), score), number(max(values), score))
         text = number(mean, score) + (f" [{low} to {high}]" if low != high else "")
     else:
         mean, half_width = mean_interval(values)
         text = interval(mean, half_width, score)
     if published is not None:
-        text += f" (published {number(published, score)})"
+        text += f" (published {number(published, score)}{f', for {published_for}' if published_for else ''})"
     return text
 
 
@@ -93,7 +95,7 @@ def table_of(experiment: Experiment, rows: dict[str, Records]) -> Table:
     lines, controls = [], {control.label for control in experiment.controls}
     for row in declared:
         records = rows.get(row.label, {})
-        cells = [cell(values_of(records, score), score, row.published.get(score)) for score in present]
+        cells = [cell(values_of(records, score), score, row.published.get(score), row.published_for) for score in present]
         scored = str(sum(any(score in record for score in present) for record in records.values()))
         lines.append([row.label, "-" if row.label in controls else scored, *cells])
     return Table(["", "runs", *[COLUMNS[score].heading for score in present]], lines)
@@ -103,7 +105,7 @@ def grid_note(experiment: Experiment, rows: dict[str, Records]) -> str:
     """The spread of a grid's cells, beside what noise alone would give; empty if the runs cannot tell."""
     parts = []
     for score in experiment.columns:
-        if spread := plots.printed_spread(rows, score):
+        if spread := printed_spread(rows, score):
             parts.append(f"{COLUMNS[score].heading} {spread[0]} ({spread[1]})")
     return ("Standard deviation of the cells' means and, in brackets, what would be expected if no cell were better, "
             "from how single runs vary (noise, and breeds that prefer different cells): "
@@ -123,14 +125,16 @@ def seeds_note(experiment: Experiment, rows: dict[str, Records]) -> str:
             ) if parts else ""  # fmt: skip
 
 
-def differences_from(label: str, experiment: Experiment, rows: dict[str, Records]) -> Table | None:
-    """Every other row's paired differences from row `label`, as `difference_of` gives them; None if no runs can be paired."""
+def differences_of(experiment: Experiment, rows: dict[str, Records]) -> Table | None:
+    """Paired differences of rows from the row that each names, or that the table names; None if no runs can be paired."""
     scores = [score for score in experiment.columns if not COLUMNS[score].plain]
-    found = {(other.label, score): paired_differences(rows.get(other.label, {}), rows.get(label, {}), score)
-             for other in declared_rows(experiment) if other.label != label for score in scores}  # fmt: skip
+    pairs = {row.label: row.against or experiment.against for row in declared_rows(experiment)}
+    found = {(row, score): paired_differences(rows.get(row, {}), rows.get(other, {}), score)
+             for row, other in pairs.items() if other not in (None, row) for score in scores}  # fmt: skip
     shown = [score for score in scores if any(values for (_, of), values in found.items() if of == score)]
-    others = dict.fromkeys(other for (other, _), values in found.items() if values)  # in the order of the rows
-    lines = [[other, *[difference_of(found[other, score], score) for score in shown]] for other in others]
+    compared = dict.fromkeys(row for (row, _), values in found.items() if values)  # in the order of the rows
+    name = "{0}" if experiment.against else "{0} - {1}"
+    lines = [[name.format(row, pairs[row]), *[difference_of(found[row, score], score) for score in shown]] for row in compared]
     return Table(["", *[COLUMNS[score].heading for score in shown]], lines) if lines else None
 
 
@@ -146,15 +150,15 @@ def difference_of(values: list[float], score: str) -> str:
 
 
 def signals_note(experiment: Experiment, rows: dict[str, Records]) -> str:
-    """Whether a signal that needs no pictures shows when pictures get worse."""
+    """Whether a cheaper signal shows when pictures get worse."""
     parts = []
     for score in ("CLIP-I", "attributes"):
         for name, (mean, half_width) in signals(rows.get(experiment.stops or "", {}), score).items():
             width = f" ± {half_width:.2f}" if np.isfinite(half_width) else ""
             parts.append(f"{SIGNALS[name]} with {COLUMNS[score].heading} {mean:+.2f}{width}")
-    return ("Rank correlation along a run, from its first snapshot on, of signals that need no pictures with scores of pictures "
-            "(a loss that always falls as pictures get better has -1; the last is a second sample of pictures, which shows how "
-            "much could be seen): " + "; ".join(parts) + ".") if parts else ""  # fmt: skip
+    return ("Rank correlation along a run, from its first snapshot on, of signals with scores of pictures (a loss that always "
+            "falls as pictures get better has -1; CLIP-I of other pictures, the only signal that needs pictures, shows how much "
+            "could be seen): " + "; ".join(parts) + ".") if parts else ""  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,16 +172,25 @@ def said(finding: Finding) -> str:
     return answers.get(finding.verdict, finding.verdict)
 
 
-def sentence(finding: Finding) -> str:
-    """A claim and its verdict, in one line of plain English."""
+def sentence(finding: Finding, world: str) -> str:
+    """A claim and its verdict, in one line of plain English.
+
+    A published difference is compared with the interval only if both are measured alike: on the miniature another CLIP scores
+    other pictures, and a speed is a machine's.
+    """
     claim, score = finding.claim, finding.score
     mean, half_width, count = finding.differences[score]
     unit = finding.unit if count != 1 else finding.unit.removesuffix("s")
-    known = [f"{COLUMNS[score].heading} differs by {interval(mean, half_width, score, sign=True)} over {count} {unit}"]
+    measure = claim.rule.measure.format(COLUMNS[score].heading)
+    known = [f"{measure} differs by {interval(mean, half_width, score, sign=True)} over {count} {unit}"]
     if finding.above is not None and count > 1:
         known[0] += f", {finding.above} of them above 0"
+    if count == 2:
+        known.append("an interval of one degree of freedom")
     published = finding.published.get(score)
-    if published is not None:
+    if published is not None and (world == "miniature" or score == "steps_per_second"):
+        known.append(f"the paper: {number(published, score, sign=True)}")
+    elif published is not None:
         inside = abs(published - mean) <= half_width
         known.append(f"the paper's {number(published, score, sign=True)} is {'in' if inside else 'outside'} this interval")
         digits = COLUMNS[score].digits  # compared as printed
@@ -185,6 +198,8 @@ def sentence(finding: Finding) -> str:
             known[-1] += ", but too small to be seen with these runs"
     if finding.margin is not None:
         known.append(f"as good is no more than {number(finding.margin, score)} worse")
+    if finding.mixed:
+        known.append(f"{finding.mixed} of {count} pairs {'was' if finding.mixed == 1 else 'were'} made on two machines")
     than = f"; one larger than {number(finding.smallest, score)} would probably have shown" * (finding.verdict == NOTHING_FOUND)
     asked = "?" if finding.verdict in (NOTHING_FOUND, UNDECIDED, TOO_FEW) else ""
     return f"**{said(finding)}{than}**: {claim.text}{asked} ({'; '.join(known)})." + f" {claim.remark}".rstrip()
@@ -214,8 +229,8 @@ def claims_table(findings: list[Finding]) -> Table:
     return Table(["claim", "", *[COLUMNS[score].heading for score in shown]], lines)
 
 
-def claims_section(findings: list[Finding], unjudged: list[str]) -> Section:
-    """`unjudged`: claims whose runs are not done."""
+def claims_section(findings: list[Finding], unjudged: list[str], world: str) -> Section:
+    """`unjudged`: one line for each claim without a finding."""
     rules: dict[str, list[str]] = {}
     for finding in findings:
         rule = finding.claim.rule
@@ -230,12 +245,19 @@ def claims_section(findings: list[Finding], unjudged: list[str]) -> Section:
         for finding in ranked:
             if finding.claim.source == source:
                 again = same.get(finding.claim.text)
-                line = sentence(finding) + (f' These are the runs of "{again}".' if again else "")
+                line = sentence(finding, world) + (f' These are the runs of "{again}".' if again else "")
                 lines.append(line + ("" if source == Claim.source else f" [{source}]"))
-    lines += [f"**not judged**, for lack of runs: {text}." for text in unjudged]
-    return Section("Verdicts on the claims", [CLAIMS_NOTE], table=claims_table(findings), bullets=lines,
+    return Section("Verdicts on the claims", [CLAIMS_NOTE], table=claims_table(findings), bullets=[*lines, *unjudged],
                    after=[MORE_ON_CLAIMS, several_note(findings), "Which score decides, and why:"],
                    after_bullets=decided)  # fmt: skip
+
+
+def not_judged(claim: Claim, settings: Settings) -> str:
+    """Why a claim has no finding. The best other row is chosen on other runs of each cell, which a single run does not leave."""
+    experiment, why = BY_NAME[claim.experiment], "for lack of runs"
+    if claim.b == OTHERS and len(plans.subjects_of(experiment, settings)) == len(plans.seeds_of(experiment, settings)) == 1:
+        why = "as one run per cell cannot decide it; give --seeds"
+    return f"**not judged**, {why}: {claim.text}."
 
 
 def same_runs(findings: list[Finding]) -> dict[str, str]:
@@ -277,8 +299,9 @@ answered with yes or no."""
 MORE_ON_CLAIMS = """A subject's seeds are averaged, and the rows are then paired over subjects (for a single subject: over its
 seeds or rounds). One score decides a claim, chosen before the runs (bold in the table); all others are given for comparison. For
 losses, lower is better. The tenth that "as good" may give up is measured on the same runs, and its own error is not counted.
-"The best other row" is chosen on the other subjects. Rounds are of one machine, and their intervals hold for it alone. "Mean loss
-on the way there" is the mean of the learning curve over the forwards that every row has used."""
+"The best other row" is chosen on the other subjects. "Made on two machines" means that the pair's runs differ in device or in
+versions of the libraries. Rounds are of one machine, and their intervals hold for it alone. "Mean loss on the way there" is the
+mean of the learning curve over the forwards that every row has used."""
 
 
 MEMORY_NOTE = """What nvidia-smi shows on a GPU for each method's own script at Stable Diffusion v1.5's size, with 512 pixels,
@@ -304,7 +327,7 @@ def command_of(names: list[str], settings: Settings) -> str:
     for name, values in (("subjects", settings.subjects), ("seeds", settings.seeds)):
         if values and not ((settings.quick or dry) and values in implied):
             command += f" --{name} {' '.join(map(str, values))}"
-    for name, value in settings.extra.items():
+    for name, value in (plain_arguments(settings.given) | settings.extra).items():
         command += f" --{name} {value}" if not isinstance(value, bool) else f" --{name}" if value else f" --no-{name}"
     return command
 
@@ -326,12 +349,9 @@ def introduction(names: list[str], settings: Settings, jobs: list[Job], done: in
     records = [record for job in jobs if (record := runs.read_run(job.spec, settings)) is not None]
     hours = sum(record.get("seconds", 0) for record in records) / 3600
     commits = sorted({shortened(commit) for record in records for commit in record["commits"]}) or ["unknown"]
-    made_with = {
-        name: sorted({json.dumps(record[name]) for record in records if name in record}) for name in ("device", "versions")
-    }
-    devices = " and ".join(map(json.loads, made_with["device"]))
-    versions = "; or ".join(", ".join(f"{package} {version}" for package, version in json.loads(text).items())
-                            for text in made_with["versions"])  # fmt: skip
+    machines = [json.loads(machine) for record in records for machine in record["machines"]]
+    devices = " and ".join(sorted({device for device, _ in machines}))
+    versions = "; or ".join(sorted({", ".join(map(" ".join, packages.items())) for _, packages in machines}))
     text = [
         f"{done} of {len(jobs)} runs, {hours:.1f} hours of training in all (summed over processes that ran side by side). "
         f"Made by `{command_of(names, settings)}` on {devices}, commit {', '.join(commits)}; {versions}. The tokens, curves "
@@ -356,14 +376,16 @@ def introduction(names: list[str], settings: Settings, jobs: list[Job], done: in
 def section_of(experiment: Experiment, collect: plots.Collect, settings: Settings, folder: Path) -> Section:
     """A table with its notes, its plot and the sheets of its rows."""
     rows = collect(experiment.name)
-    notes = [experiment.note, grid_note(experiment, rows) if experiment.grid else "", seeds_note(experiment, rows),
-             signals_note(experiment, rows)]  # fmt: skip
+    chosen = any(row.rate_of and not row.of_grid for row in experiment.rows)
+    notes = [experiment.note, rates_note(settings) if chosen else "", grid_note(experiment, rows) if experiment.grid else "",
+             seeds_note(experiment, rows), signals_note(experiment, rows), machines_note(experiment, settings)]  # fmt: skip
     section = Section(experiment.heading, [], table=table_of(experiment, rows), after=[note for note in notes if note])
     subjects = plans.subjects_of(experiment, settings)
-    if len(subjects) < len(settings.subjects or settings.world.subjects):
-        section.after.append(f"This table uses only {', '.join(subjects)}.")
-    if experiment.against and (differences := differences_from(experiment.against, experiment, rows)):
-        section.after.append(f'Differences from the row "{experiment.against}", paired by subject:')
+    if subjects != (settings.subjects or (() if settings.world.paper_subjects else settings.world.subjects)):
+        section.after.append(f"Subjects of this table: {', '.join(subjects)}.")
+    if differences := differences_of(experiment, rows):
+        of = f'Differences from the row "{experiment.against}"' if experiment.against else "Differences between two rows"
+        section.after.append(f"{of}, paired by {'subject' if len(subjects) > 1 else 'seed'}:")
         section.after_table = differences
     plot = experiment.plot
     if plot and plots.draw(plot, experiment.name, collect, settings, folder / "plots" / plot.file):
@@ -378,8 +400,26 @@ def section_of(experiment: Experiment, collect: plots.Collect, settings: Setting
     return section
 
 
+def machines_note(experiment: Experiment, settings: Settings) -> str:
+    """A warning if a table's speed and memory were measured on several machines."""
+    jobs_of = plans.jobs_of if experiment.kind == "cost" else plans.cost_jobs
+    jobs = [job for row in experiment.rows for job in jobs_of(experiment, row, settings)]
+    records = [record for job in jobs if (record := runs.read_run(job.spec, settings)) is not None]
+    machines = {machine for record in records for machine in record["machines"]}
+    devices = sorted({json.loads(machine)[0] for machine in machines})
+    return (f"Speed and memory were measured on {len(machines)} machines ({', '.join(devices)}), so rows need not be comparable "
+            "in them.") if len(machines) > 1 else ""  # fmt: skip
+
+
+def sheets_of(page: Path) -> dict[str, set[str]]:
+    """{title of a section, up to its colon: the sheets that it shows} of a RESULTS.md; empty if there is none."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    sections = (section.partition("\n") for section in re.split("^## ", text, flags=re.MULTILINE)[1:])
+    return {title.partition(":")[0]: set(re.findall(r"\((sheets/\w+\.jpg)\)", content)) for title, _, content in sections}
+
+
 def write_report(names: list[str], jobs: list[Job], settings: Settings, folder: Path) -> None:
-    """Write the whole report into `folder`."""
+    """Write the whole report into `folder`. What is there of other tables stays: their runs in the archive, and their sheets."""
     folder.mkdir(parents=True, exist_ok=True)
     collect = lru_cache(lambda name: plans.collect(BY_NAME[name], settings))
     done = sum(job.done(settings) for job in jobs)
@@ -388,8 +428,9 @@ def write_report(names: list[str], jobs: list[Job], settings: Settings, folder: 
     findings = {claim: judge(claim, collect(claim.experiment), untrained) for claim in claims}
     sections = [introduction(names, settings, jobs, done)]
     if any(findings.values()):
-        unjudged = [claim.text for claim, finding in findings.items() if finding is None]
-        sections.append(claims_section([finding for finding in findings.values() if finding is not None], unjudged))
+        unjudged = [not_judged(claim, settings) for claim, finding in findings.items() if finding is None]
+        judged = [finding for finding in findings.values() if finding is not None]
+        sections.append(claims_section(judged, unjudged, settings.world.name))
     if {"2", "S10"} & set(names) and settings.world.name == "miniature":  # the other world measures its own memory
         sections.append(Section("Memory", [MEMORY_NOTE], bullets=memory_claims()))
     sections += [section_of(BY_NAME[name], collect, settings, folder) for name in names]
@@ -397,12 +438,13 @@ def write_report(names: list[str], jobs: list[Job], settings: Settings, folder: 
         sections += other_reports(folder)
     panels = {BY_NAME[name].curves: last_tokens(BY_NAME[name], collect) for name in names if BY_NAME[name].curves}
     if panels:
-        plots.draw_curves(panels, folder / "plots" / "curves.png")
+        plots.draw_curves(panels, settings.world.judged_on, folder / "plots" / "curves.png")
         sections.append(Section("Learning curves", [CURVES_NOTE], images=[Image("curves", "plots/curves.png")]))
+    before, titles = sheets_of(folder / "RESULTS.md"), {BY_NAME[name].heading.partition(":")[0] for name in names}
     shown = {sheet.path for section in sections for sheet in section.sheets}
-    for sheet in (folder / "sheets").glob("*.jpg"):
-        if f"sheets/{sheet.name}" not in shown:  # stale: its row has more runs by now
-            sheet.unlink()
+    shown |= {sheet for title, sheets in before.items() if title not in titles for sheet in sheets}
+    for sheet in set().union(*before.values()) - shown:  # stale: its row has more runs by now
+        (folder / sheet).unlink(missing_ok=True)
     write_pages(f"Results: {settings.world.name}", sections, folder)
     everything = {name: {label: list(map(figures_of, records.values())) for label, records in collect(name).items()}
                   for name in names}  # fmt: skip
@@ -419,6 +461,5 @@ def last_tokens(experiment: Experiment, collect: Callable[[str], dict[str, Recor
 
 def figures_of(record: dict) -> dict:
     """What the tables use of a record; curves and environments are in the archive, once per run."""
-    return {
-        name: value for name, value in record.items() if name not in ("curve", "versions", "python", "device", "removed_shares")
-    }
+    left_out = ("curve", "versions", "python", "device", "machines", "removed_shares")
+    return {name: value for name, value in record.items() if name not in left_out}

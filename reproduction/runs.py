@@ -1,10 +1,10 @@
 """What a run is: a specification with a hash, the command line that does it, the files that it leaves, and their content.
 
 A run is a JSON-serialisable dict (world, model, method, subject, seed, flags); the hash of its content names its folder under
-<output>/runs. There it leaves what it learned (`LEARNED`), result.json once it has learned and been judged and, for each
-evaluation of its pictures, scores-<hash of the evaluation>.json and the folder pictures-<the same hash>. Existing files are not
-made again, so any interrupted command continues, several machines can share or merge their folders, and tables that need the same
-run share it.
+<output>/runs. There it leaves what it learned (a token, or what `TUNED` names), result.json once it has learned and been judged
+and, for each evaluation of its pictures, scores-<hash of the evaluation>.json and the folder pictures-<the same hash>. Existing
+files are not made again, so any interrupted command continues, several machines can share or merge their folders, and tables that
+need the same run share it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ METHODS = {"zoodip": train_zoodip, "ti": textual_inversion, "gf_ti": gf_ti, "gau
 # Nothing is learned: the token of the class word or those of a full description; or the model itself, in a script's bits.
 UNTRAINED = {"initial": train_zoodip, "described": train_zoodip, "untuned": qlora, "untuned_integers": tuneqdm}
 RENDERED = ("renders", "other_renders")  # without a model: true pictures of the subject or of the others
-# What a method leaves. The methods listed here tune weights and name the subject by an identifier and its class word.
-LEARNED = {dreambooth: "unet", qlora: "pytorch_lora_weights.safetensors", tuneqdm: "tuned_scales.safetensors",
-           diffusekrona: "pytorch_lokr_weights.safetensors"}  # fmt: skip
+# The methods that tune weights, with what they leave; they name the subject by an identifier and its class word.
+TUNED = {dreambooth: "unet", qlora: "pytorch_lora_weights.safetensors", tuneqdm: "tuned_scales.safetensors",
+         diffusekrona: "pytorch_lokr_weights.safetensors"}  # fmt: skip
 
 SNAPSHOTS = 8  # tokens of a run shown by the learning curve, in addition to the first
 QUICK_SPEEDUP = 4  # factor by which --quick reduces the steps
@@ -52,6 +52,7 @@ class Settings:
     seeds: tuple[int, ...] | None = None
     rates: dict[str, float] = field(default_factory=dict)  # chosen for the systems of weight tuning; they override the world's
     extra: dict = field(default_factory=dict)  # flags of train_zoodip.py for every run
+    given: dict = field(default_factory=dict)  # flags that replace the world's model, scorers and files, for the report
     missing: set[str] = field(default_factory=set)  # scorers that are not available
     quick: bool = False
     dry_steps: int | None = None
@@ -93,12 +94,12 @@ def script_of(method: str) -> ModuleType:
 
 
 def tunes_weights(method: str) -> bool:
-    return method not in RENDERED and script_of(method) in LEARNED
+    return method not in RENDERED and script_of(method) in TUNED
 
 
 def learned_path(spec: dict, settings: Settings) -> Path:
     """The file or folder that a run leaves."""
-    return settings.folder(spec) / LEARNED.get(script_of(spec["method"]), "learned_embeds.safetensors")
+    return settings.folder(spec) / TUNED.get(script_of(spec["method"]), "learned_embeds.safetensors")
 
 
 def stored_bytes(spec: dict, settings: Settings) -> int:
@@ -127,7 +128,8 @@ def make_spec(
 ) -> dict:
     """The specification of a run; `flags` are the paper's, and those that depend on the size of a token are scaled here.
 
-    paper_steps: steps in proportion to the paper's 30,000 for ZOODiP. For runs that measure cost, the seed is the round.
+    paper_steps: steps in proportion to the paper's 30,000 for ZOODiP. mu: left out where it is the script's own default, so that
+    the run is that of the other tables. For runs that measure cost, the seed is the round.
     """
     world = settings.world
     if method in RENDERED:
@@ -136,7 +138,10 @@ def make_spec(
     if (paper_steps := scaled.pop("paper_steps", None)) is not None:
         scaled["max_train_steps"] = world.steps_of_paper(paper_steps)
     extra = {name: value for name, value in settings.extra.items() if name in flag_names(method)}
-    all_flags = {**world.methods[method], **extra, **scaled}
+    all_flags = world.methods[method] | extra
+    if scaled.get("mu") == 1e-3 and "mu" not in all_flags and all_flags.get("mixed_precision") != "bf16":
+        del scaled["mu"]
+    all_flags |= scaled
     if "max_train_steps" in all_flags:
         steps = settings.dry_steps or round(all_flags["max_train_steps"] / (QUICK_SPEEDUP if settings.quick else 1))
         all_flags["max_train_steps"] = (settings.dry_steps or world.cost_steps) if cost else steps
@@ -233,9 +238,9 @@ def scored(folder: Path, settings: Settings, kind: str) -> bool:
 
 
 def read_run(spec: dict, settings: Settings, at: str = "last") -> dict | None:
-    """result.json with all existing scores and the commits that made them; None if the run is not done.
+    """result.json with all existing scores; None if the run is not done. `at`: the token whose scores are read.
 
-    `at`: the token whose scores are read.
+    commits, machines: what made any of its files; a machine is the JSON of [device, versions].
     """
     folder = settings.folder(spec)
     if not (folder / "result.json").exists():
@@ -245,7 +250,9 @@ def read_run(spec: dict, settings: Settings, at: str = "last") -> dict | None:
     found = {kind: json.loads(path.read_text()) for kind, path in files.items() if path.exists()}
     if at == "best" and "best" not in found:
         return None
-    record["commits"] = sorted({content["commit"] for content in (record, *found.values()) if content.get("commit")})
+    contents = (record, *found.values())
+    record["commits"] = sorted({content["commit"] for content in contents if content.get("commit")})
+    record["machines"] = sorted({json.dumps([made["device"], made["versions"]]) for made in contents if "device" in made})
     for kind, content in found.items():
         if kind == "along":  # pictures of the snapshots join the points of the curve
             points = {point["step"]: point for point in content["points"]}

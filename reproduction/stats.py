@@ -9,17 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
-import torch
 
-import train_zoodip
 from reproduction.claims import OTHERS, Claim
 from reproduction.declarations import AT_THE_END, CLAIM_COLUMNS, COLUMNS
 from reproduction.experiments import BY_NAME
-from reproduction.variations import varied
-from train_zoodip import low_variance_directions
 from zoodip.records import T_975, mean_interval, quantile
 
 Run = tuple[str, int]  # subject, seed
@@ -112,6 +107,17 @@ def paired_differences(a: Records, b: Records, score: str) -> list[float]:
     return [ours[run] - theirs[run] for run in ours if run in theirs]
 
 
+def mixed_pairs(a: Records, b: Records, score: str) -> int:
+    """How many of `paired_differences` are between runs of two machines: another device or other versions of the libraries."""
+    ours, theirs = ({run: record.get("machines", []) for run, record in records.items() if score in record} for records in (a, b))
+    several = len({subject for subject, _ in ours} & {subject for subject, _ in theirs}) > 1
+    made: list[dict] = [{}, {}]
+    for machines, records in zip(made, (ours, theirs), strict=True):
+        for run, names in records.items():
+            machines.setdefault(run[0] if several else run, set()).update(names)
+    return sum(len(made[0][unit] | made[1][unit]) > 1 for unit in made[0].keys() & made[1].keys())
+
+
 def best_of_others(rows: dict[str, Records], label: str, score: str) -> Records:
     """For each subject, its records in the best of all other rows, chosen on the other subjects (for a single one, other seeds).
 
@@ -164,6 +170,12 @@ def spread_of_cells(rows: dict[str, Records], score: str) -> tuple[float, float]
     residual = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
     noise = (residual**2).sum() / ((cells - 1) * (subjects - 1))
     return float(table.mean(1).std(ddof=1)), float(np.sqrt(noise / subjects))
+
+
+def printed_spread(rows: dict[str, Records], score: str) -> list[str] | None:
+    """`spread_of_cells`, printed with one digit more than the score."""
+    spread = spread_of_cells(rows, score)
+    return spread and [f"{value:.{COLUMNS[score].digits + 1}f}".removeprefix("0") for value in spread]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,6 +256,7 @@ class Finding:
     published: dict[str, float]  # a - b
     unit: str = "subjects"  # or seeds, for a single subject, or rounds, for what is measured in rounds
     above: int | None = None  # units whose difference in the deciding score is above 0
+    mixed: int = 0  # units whose two rows were made on two machines
 
     @property
     def p(self) -> float:
@@ -285,7 +298,7 @@ def judge(claim: Claim, rows: dict[str, Records], untrained: Records) -> Finding
         unit = "rounds"
     above = sum(value > 0 for value in values[score])
     said = verdict(advantage(mean, score), half_width, margin)
-    return Finding(claim, score, said, margin, differences, published, unit, above)
+    return Finding(claim, score, said, margin, differences, published, unit, above, mixed_pairs(a, b, score))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,32 +355,3 @@ def signals(records: Records, score: str) -> dict[str, tuple[float, float]]:
         if values:
             found[name] = mean_interval(units(values))
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Controls of Fig. 8
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@lru_cache
-def control_removed(
-    kind: str, tau: int, nu: float, dim: int, refreshes: int, seed: int = 0, variation: tuple[str, ...] = ()
-) -> list[int]:
-    """How many directions of the buffer SG would remove at each of `refreshes`, for a token that learns nothing.
-
-    walk: independent Gaussian steps. noise: the method's own update (with a `variation`), given losses that are pure noise.
-    """
-    generator, removed = torch.Generator().manual_seed(seed), []
-    if kind == "walk":
-        for _ in range(refreshes):
-            history = torch.randn(tau, dim, generator=generator).cumsum(0)
-            removed.append(len(low_variance_directions(history, nu)))
-        return removed
-    with varied(variation):
-        zo = train_zoodip.ZOAdam(torch.zeros(1, dim), learning_rate=1e-2, tau=tau, nu=nu)
-    while len(removed) < refreshes:
-        directions, _ = zo.candidates(generator)
-        zo.step(directions, 5e-6 * torch.randn(3, generator=generator))  # as large as the miniature's differences at mu
-        if len(zo.subspace.token_history) == 0:
-            removed.append(len(zo.subspace.projection))
-    return removed

@@ -24,6 +24,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import train_zoodip
 from reproduction import archives, plans, rates, report, runs, workers
@@ -66,7 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rates", type=Path, default=rates.FILE, help="learning rates for weight tuning, chosen by --tables TuningRates")
     add("--jobs", type=int, default=1, help="runs at once")
     add("--threads", type=int, default=1, help="CPU threads per run")
-    add("--shard", default=None, metavar="I/K", help="do only every K-th run, from the I-th; write no report")
+    add("--shard", default=None, metavar="I/K", help="do only every K-th run, from the I-th, and write no report; runs that "
+        "measure cost are the first shard's")  # fmt: skip
     add("--dry_run", action="store_true", help="only print what would run, and an estimate of the hours")
     add("--dry_steps", type=int, default=None, help="run everything for this many steps with one picture, as a smoke test")
     add("--report_only", action="store_true", help="run nothing; report on the finished runs")
@@ -88,7 +90,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     args.tables = args.tables or [name for name, experiment in BY_NAME.items() if experiment.is_default_in(args.world)]
     if elsewhere := [name for name in args.tables if args.world not in BY_NAME[name].worlds]:
-        parser.error(f"--tables: {elsewhere[0]} is not of --world {args.world}; leave it out")
+        parser.error(f"--tables: {elsewhere[0]} cannot be made in --world {args.world}; leave it out")
     train_zoodip.parse_args(["--train_data_dir", "x", "--initializer_token", "x", *rest])  # exits if a value is wrong
     args.extra = given_flags(rest)
     if forbidden := SUITE_FLAGS & set(args.extra):
@@ -123,11 +125,14 @@ def make_settings(args: argparse.Namespace) -> Settings:
     world = WORLDS[args.world](output, args.data, args.prompts)
     model, variant = args.model or world.model, args.extra.get("variant")
     local = Path(model).is_dir()
+    defaults = vars(build_parser().parse_args([])) | dict(model=world.model, clip=world.clip, dino=world.dino)
+    given = {name: value for name in ("model", "clip", "dino", "data", "prompts", "rates")
+             if (value := getattr(args, name)) not in (None, defaults[name])}  # fmt: skip
     settings = Settings(
         world, output, model, model_digest(find_model_folder(model, None, variant), variant)[:12] if local else model,
         args.clip or world.clip, args.dino or world.dino, subjects=args.subjects and tuple(args.subjects),
-        seeds=args.seeds and tuple(args.seeds), extra=args.extra, images=world.images, inference_steps=world.inference_steps,
-        threads=args.threads, redraw=args.redraw,
+        seeds=args.seeds and tuple(args.seeds), extra=args.extra, given=given, images=world.images,
+        inference_steps=world.inference_steps, threads=args.threads, redraw=args.redraw,
     )  # fmt: skip
     if args.quick:
         settings.quick, settings.images, settings.inter_images, settings.eval_samples = True, 1, 12, 32
@@ -142,9 +147,15 @@ def make_settings(args: argparse.Namespace) -> Settings:
     return settings
 
 
-def print_plan(jobs: list[Job], args: argparse.Namespace, settings: Settings) -> None:
-    """Print every run with its seconds, then the hours of every table; a run counts in the first table that needs it."""
-    seconds = {runs.digest(job.spec): 0.0 if job.done(settings) else plans.estimated_seconds(job, settings) for job in jobs}
+def print_plan(jobs: list[Job], args: argparse.Namespace, settings: Settings, archived: Settings) -> None:
+    """Print every run with its seconds, then the hours of every table; a run counts in the first table that needs it.
+
+    `archived`: the settings with the runs of the report's archive.
+    """
+    waiting = [job for job in jobs if not (job.done(settings) or job.done(archived))]
+    seconds = dict.fromkeys((runs.digest(job.spec) for job in jobs), 0.0)
+    seconds |= {runs.digest(job.spec): plans.estimated_seconds(job, settings) for job in waiting}
+    gigabytes = sum(plans.estimated_bytes(job, settings) for job in waiting) / 1e9
     for job in jobs:
         spec, duration = job.spec, seconds[runs.digest(job.spec)]
         flags = " ".join([*(f"--{name} {value}" for name, value in spec["flags"].items()), *spec.get("variation", [])])
@@ -161,7 +172,7 @@ def print_plan(jobs: list[Job], args: argparse.Namespace, settings: Settings) ->
     print(table(["", "runs", "hours of one process", "not in a table above", f"hours of these, --jobs {args.jobs}"], lines))
     print(f"{len(jobs)} runs, {sum(value > 0 for value in seconds.values())} to do: about {sum(hours.values()):.1f} hours of one "
           f"process on {settings.world.speed_of}, {sum(shared.values()):.1f} with --jobs {args.jobs} if there is room for them; "
-          "runs that measure cost go alone")  # fmt: skip
+          f"runs that measure cost go alone; all pictures and weights take about {gigabytes:.1f} GB")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
@@ -169,15 +180,16 @@ def main(args: argparse.Namespace) -> None:
     settings = make_settings(args)
     jobs = plans.plan((BY_NAME[name] for name in args.tables), settings)
     folder = args.report or settings.output
-    if not args.dry_run:
-        archives.unpack_runs(folder / archives.ARCHIVE, settings.output)
     if args.dry_run:
-        print_plan(jobs, args, settings)
+        with TemporaryDirectory() as restored:
+            archives.unpack_runs(folder / archives.ARCHIVE, Path(restored))
+            print_plan(jobs, args, settings, replace(settings, output=Path(restored)))
         return
+    archives.unpack_runs(folder / archives.ARCHIVE, settings.output)
     failures = []
     settings.missing = {name for name in (settings.clip, settings.dino) if name and load_scorer(name) is None}
     if not args.report_only:
-        mine = jobs[args.shard[0] - 1 :: args.shard[1]] if args.shard else jobs
+        mine = workers.share_of(jobs, args.shard) if args.shard else jobs
         if args.redraw:  # and nothing else
             mine = [job for job in mine if job.done(replace(settings, redraw=False))]
         settings.world.prepare({job.spec["subject"] for job in jobs})  # for all shards, so that each writes the same
@@ -185,7 +197,7 @@ def main(args: argparse.Namespace) -> None:
     if args.shard is None:
         report.write_report(args.tables, jobs, settings, folder)
         if any(BY_NAME[name].chooses_rates for name in args.tables):
-            trial = args.quick or args.dry_steps  # its rates mean nothing
+            trial = args.quick or args.dry_steps or args.subjects or args.seeds or args.extra  # not for other tables
             rates.write_rates(settings, folder / args.rates.name if trial else args.rates)
     if failures:
         raise InputError(f"{len(failures)} runs failed, the first: {failures[0]}; fix it and start the same command again")

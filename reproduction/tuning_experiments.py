@@ -25,10 +25,10 @@ TUNERS = ("DreamBooth", "QLoRA", "PEQA", "TuneQDM", "DiffuseKronA")  # the syste
 GRID_FACTORS = dict.fromkeys(SYSTEMS, (1 / 3, 1.0, 3.0)) | dict.fromkeys(("QLoRA", "TuneQDM, 4 bit"), (1 / 9, 1 / 3, 1.0, 3.0))
 
 
-def tuned(system: str, label: str = "", published: dict | None = None, **flags) -> Row:
+def tuned(system: str, label: str = "", published: dict | None = None, against: str | None = None, **flags) -> Row:
     """A row of a system, at the world's rate for that system."""
     method, own, _ = SYSTEMS[system]
-    return Row(label or system, own | flags, method, published or {}, rate_of=system)
+    return Row(label or system, own | flags, method, published or {}, rate_of=system, against=against)
 
 
 def at_published_rate(system: str) -> Row:
@@ -111,20 +111,21 @@ TUNING_EXPERIMENTS = (
         chooses_rates=True,
         note="On two spare breeds, on which nothing else is reported. The choice is made by pictures: by the sum of the shares "
              "of attributes, scenes and accessories that are right. The loss plays no part in it."),
-    Experiment("Tuning", "Weight tuning: the five systems", (
+    Experiment("Tuning", "The five systems that tune weights", (
         UNTUNED_NF4, UNTUNED_INT8, *(tuned(system) for system in TUNERS),
     ), TUNING_COLUMNS, on_request=True,
         plot=PictureGrid("tuning.jpg", {"untuned": "untuned, NF4"} | {system: system for system in TUNERS}, SHOWN),
         note="Every photograph has the prompt \"a photo of sks\" followed by its class. Drift is measured on pictures of the "
              "class word alone; the untuned rows show how much of it is chance."),
-    Experiment("Prompts", "Weight tuning: captions and prior preservation", (
-        *(row for system in TUNERS for row in (tuned(system), tuned(system, f"{system}, captions", use_cc=True))),
-        *(tuned(system, f"{system}, prior preservation, {steps} steps", prior_preservation=True, num_class_images=64,
-                max_train_steps=steps)
+    Experiment("Prompts", "Captions and prior preservation in weight tuning", (
+        *(row for system in TUNERS
+          for row in (tuned(system), tuned(system, f"{system}, captions", against=system, use_cc=True))),
+        *(tuned(system, f"{system}, prior preservation, {steps} steps", against=system, prior_preservation=True,
+                num_class_images=64, max_train_steps=steps)
           for system, steps in (("DreamBooth", 400), ("DreamBooth", 800), ("QLoRA", 500), ("QLoRA", 1000))),
-    ), TUNING_COLUMNS, on_request=True, breeds=4, against="DreamBooth",
+    ), TUNING_COLUMNS, on_request=True, breeds=4,
         note="Without captions every photograph has the prompt \"a photo of sks\" followed by its class."),
-    Experiment("TuneQDM", "TuneQDM: the claims of its paper", (
+    Experiment("TuneQDM", "The claims of its paper", (
         UNTUNED_INT8, PEQA_8, N2_OUT_8, N1_8, N2_8, N4_8, OWN_8, s_in_row(1e-3), S1_OF_PUTS,
         UNTUNED_INT4, PEQA_4, N4_4, OWN_4,
     ), (*TUNING_COLUMNS, "travel", "trained"), on_request=True,
@@ -132,11 +133,11 @@ TUNING_EXPERIMENTS = (
                                          "N = 4": N4_8.label, "S1": S1_OF_PUTS.label, "4 bit, PEQA": PEQA_4.label,
                                          "4 bit, N = 4": N4_4.label}, SHOWN),
         note="All rows have equal steps, as published. Rows of the same bit width have one rate, PEQA's, except for two: they "
-             "have the rate that the grid chose for TuneQDM itself, and share the runs of the rows above if it is the same. Rate "
-             "x steps / median scale shows how far Adam can move a scale. s_in at its own rate has no weight decay and is our "
-             "own addition. The sources do not say what S1 does outside its interval: \"interval\" leaves the untuned scales "
-             "there. The published figures are one subject's, and their DINO is not DINOv2."),
-    Experiment("Scales", "TuneQDM: scales, experts, bits, S1", (
+             "have TuneQDM's own rate, and share the runs of the rows above if it is the same. Rate x steps / median scale shows "
+             "how far Adam can move a scale. s_in at its own rate has no weight decay and is our own addition. The sources do "
+             "not say what S1 does outside its interval: \"interval\" leaves the untuned scales there. The published figures are "
+             "one subject's, and their DINO is not DINOv2."),
+    Experiment("Scales", "Scales, experts, bits and S1 of TuneQDM", (
         *(scales_row(bits, scales, experts) for bits in (8, 4) for scales in SCALES for experts in (1, 2, 4)),
         *(Row(f"8 bit, s_out and s_in, N = {experts}, {400 * experts} steps",
               dict(experts=experts, max_train_steps=400 * experts), "tuneqdm", rate_of="PEQA") for experts in (2, 4)),
@@ -145,16 +146,17 @@ TUNING_EXPERIMENTS = (
     ), (*TUNING_COLUMNS, "travel"), on_request=True, breeds=4, against=PEQA_8.label,
         note="The whole grid, on four breeds. N experts share the steps, so two rows have as many steps per expert as N = 1."),
     Experiment("KronA", "DiffuseKronA compared with LoRA", (
-        UNTUNED_NF4, factor_row(4, 64), factor_row(4, 16),
+        UNTUNED_NF4, factor_row(4, 64), factor_row(4, 16), factor_row(8, 64),
         tuned("QLoRA", "LoRA r = 2"), *kron_rates("DiffuseKronA"), *kron_rates("QLoRA"),
     ), (*TUNING_COLUMNS, "trained"), on_request=True,
         plot=PictureGrid("krona.jpg", {"untuned": "untuned, NF4", "KronA (4, 64)": "KronA (4, 64)",
-                                       "KronA (4, 16)": "KronA (4, 16)", "LoRA": "LoRA r = 2"}, SHOWN),
-        note="LoRA r = 2 has as many parameters as (4, 64) in Stable Diffusion v1.5; on the miniature it lies between (4, 16) "
-             "and (2, 16). The four rates are the same for both systems, around KronA's. KronA's paper uses another model, "
-             "other subjects and another DINO (Stable Diffusion v1.4, 12 subjects; CLIP-I, CLIP-T, DINO: LoRA .808, .260, .710, "
-             "(8, 64) .822, .269, .732)."),
-    Experiment("Factors", "DiffuseKronA: Kronecker factors", (
+                                       "KronA (4, 16)": "KronA (4, 16)", "KronA (8, 64)": "KronA (8, 64)",
+                                       "LoRA": "LoRA r = 2"}, SHOWN),
+        note="LoRA r = 2 has as many parameters as (4, 64) in Stable Diffusion v1.5; on the miniature (8, 64) is nearest to it, "
+             "and the rows at four rates are of (4, 16), which has fewer (last column). The four rates are the same for both "
+             "systems, around KronA's. KronA's paper uses another model, other subjects and another DINO (Stable Diffusion v1.4, "
+             "12 subjects; CLIP-I, CLIP-T, DINO: LoRA .808, .260, .710, (8, 64) .822, .269, .732)."),
+    Experiment("Factors", "Kronecker factors of DiffuseKronA", (
         *(factor_row(a1, 64) for a1 in (2, 4, 8, 16)), *(factor_row(a1, 16) for a1 in (2, 4)),
     ), (*TUNING_COLUMNS, "trained"), on_request=True, breeds=4, against="KronA (4, 64)"),
 )  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,7 +104,8 @@ def leave_untrained(spec: dict, settings: Settings) -> None:
 def measure_cost(spec: dict, settings: Settings) -> None:
     """Measure speed and peak memory over a few steps by the method's own script, in a fresh process alone on the machine.
 
-    The machine's load before the run is also recorded; it shows whether the process was alone.
+    The machine's load before the run is also recorded; it shows whether the process was alone. What was learned is removed: its
+    size is all that tables use.
     """
     folder, load = settings.folder(spec), os.getloadavg()[0]
     argv = [*runs.spec_argv(spec, settings), "--eval_steps", "0", "--checkpointing_steps", "0"]
@@ -117,6 +119,8 @@ def measure_cost(spec: dict, settings: Settings) -> None:
     write_json(folder / "result.json", dict(
         spec=spec, **{name: run[name] for name in names}, forwards=run["unet_forwards"],
         stored_bytes=runs.stored_bytes(spec, settings), load=load))  # fmt: skip
+    learned = runs.learned_path(spec, settings)
+    shutil.rmtree(learned) if learned.is_dir() else learned.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,8 +158,10 @@ def do(job: Job, settings: Settings) -> None:
             write_json(folder / "result.json", judge().result(None))
         else:
             run = learn(spec, settings)
-            seen = seen_at_refreshes(folder, spec["flags"].get("tau", 128))
-            write_json(folder / "result.json", judge().result(run) | seen)
+            result = judge().result(run) | seen_at_refreshes(folder, spec["flags"].get("tau", 128))
+            for path in folder.glob("scores-*.json"):  # of an archive: they are of the weights that it lacked
+                path.unlink()
+            write_json(folder / "result.json", result)
             for path in list_checkpoints(folder):  # they were for resuming
                 path.unlink()
     for kind in job.to_score(settings):
@@ -183,6 +189,13 @@ def do_in_worker(job: Job, settings: Settings, do: Callable[[Job, Settings], Non
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.log").write_text(re.sub(r"[^\n]*\r", "", log.getvalue()) + traceback.format_exc())
         return f"{type(error).__name__}: {error}"
+
+
+def share_of(jobs: list[Job], shard: tuple[int, int]) -> list[Job]:
+    """The jobs of shard (I, K): every K-th from the I-th. Those that measure cost are all the first's: rounds of one machine."""
+    number, count = shard
+    together, alone = ([job for job in jobs if bool(job.spec.get("cost")) is cost] for cost in (False, True))
+    return together[number - 1 :: count] + (alone if number == 1 else [])
 
 
 def run_jobs(jobs: list[Job], settings: Settings, workers: int, do: Callable[[Job, Settings], None] = do) -> list[str]:

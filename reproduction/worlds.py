@@ -64,10 +64,13 @@ class World:
     guidance: float
     clip: str
     dino: str | None
+    judged_on: str  # what the losses are on
     cost_steps: int  # of the runs that measure time and memory
     seconds_per_step: float  # per step, whatever its candidates, and
     seconds_per_forward: float  # per sample, on
     speed_of: str  # this machine: for the estimate of --dry_run
+    picture_bytes: float  # of a picture's file, and
+    unet_bytes: float  # of a tuned UNet's, for the same estimate
     caveats = ""  # printed before the tables; {steps} and {rate} are ZOODiP's
 
     data: Path  # folder of the subjects' folders
@@ -100,7 +103,7 @@ class World:
 
     def description(self, subject: str) -> str:
         """The words that fully describe a subject. Raises InputError if they are not known."""
-        raise InputError(f"{self.name}: nobody has described {subject} in words; leave out the row that wants it")
+        raise InputError(f"{self.name}: there is no description of {subject}; make other tables (--tables)")
 
     def judging_subject(self, subject: str) -> str:
         """The name of the folder, next to the subject's, with the pictures on which the loss of its tokens is judged."""
@@ -111,7 +114,7 @@ class World:
 
         Raises InputError if there are none.
         """
-        raise InputError(f"{self.name}: nobody has true pictures of {subject} for the prompts; leave out the row that wants them")
+        raise InputError(f"{self.name}: there are no true pictures of {subject} for the prompts; make other tables (--tables)")
 
     def picture_scores(self, pictures: dict[str, list[Image.Image]], subject: str) -> dict[str, float]:
         """Scores of pictures {prompt: [one for each seed]} in addition to those of CLIP and DINO."""
@@ -146,7 +149,8 @@ class Miniature(World):
         "gf_ti": dict(max_train_steps=433, intrinsic_dim=85, quantization="nf4"),
         "initial": dict(use_cc=True), "described": dict(use_cc=True),
         "gauss_newton": dict(use_cc=True),
-        **TUNERS, "diffusekrona": TUNERS["diffusekrona"] | dict(a1=4, a2=16),  # nearest to the size of LoRA r = 2
+        # a quarter fewer numbers than LoRA r = 2, to whose size (8, 64) is nearest: the table KronA has both
+        **TUNERS, "diffusekrona": TUNERS["diffusekrona"] | dict(a1=4, a2=16),
     }  # fmt: skip
     # 3 to 30 times the published ones, at which so small a model hardly changes. They were best on a first grid on ronfo and
     # zafpux, which are reported breeds: so these are only the middles of a grid, and the choice is made on spare breeds.
@@ -157,7 +161,9 @@ class Miniature(World):
     # 25 steps of PNDM give half of the pictures a wrong colour; these 15 are as good as 50 of PNDM (miniature/schedulers.json)
     images, scheduler, inference_steps, guidance = 2, "dpmsolver++", 15, 5.0
     clip, dino = str(ROOT / "miniature" / "clip"), None
+    judged_on = "unseen pictures"
     cost_steps, seconds_per_step, seconds_per_forward, speed_of = 200, 0.023, 0.0127, "one of two busy CPU cores"
+    picture_bytes, unet_bytes = 7e3, 23e6
     caveats = """Subjects are breeds that the miniature has never seen. The scorer is the miniature's own CLIP, and the
 miniature's attribute classifier reads whether the subject's looks are right. The losses are on renders that no run saw, in
 scenes that no run saw. There is no DINO for this world. The published figures beside ours are Stable Diffusion v1.5's on
@@ -311,7 +317,11 @@ class StableDiffusion15(World):
     subjects, paper_subjects = ("shiny_sneaker",), True
     images, scheduler, inference_steps, guidance = 5, "pndm", 50, 7.5  # the paper's
     clip, dino = CLIP, DINO
+    judged_on = "the photographs learned from"
     cost_steps, seconds_per_step, seconds_per_forward, speed_of = 200, 0.016, 0.016, "the paper's RTX 3090"  # Table S6
+    picture_bytes, unet_bytes = 450e3, 1.72e9
+    caveats = """The losses are on the photographs that the runs learn from, because a subject has no others: a low loss shows
+that a run fits these, and only pictures show whether it knows the subject."""
 
     def __init__(self, output: Path, data: Path, prompts: Path):
         self.data, self.captions, self.prompts_file = data, ROOT / "cc.json", prompts

@@ -24,8 +24,8 @@ def test_sections_are_of_the_records(tmp_path):
     wins = sections["Fewer forwards: at which budgets it wins"]
     assert len(wins.table.lines) == 4 * len(BUDGETS) and wins.table.lines[0][2] == "wins"
     assert wins.sheets[0].path == "../fewer/sheet-400.jpg"
-    assert "0123456" in sections["Fewer forwards: what was aimed at"].paragraphs[0]
-    aimed = sections["Binding: what was aimed at"]
+    assert "0123456" in sections["Fewer forwards: the aims"].paragraphs[0]
+    aimed = sections["Binding: the aims"]
     assert any("at least 85 % of S1" in line[0] for line in aimed.table.lines) and aimed.sheets
     (tmp_path / "report").mkdir()
     write_pages("x", list(sections.values()), tmp_path / "report")

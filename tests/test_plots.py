@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import gpu
-from reproduction import plots
+from reproduction import memory_claims, plots
 from reproduction.declarations import HeatMaps, Scatter
-from reproduction.experiments import QUALITY_AND_MEMORY
+from reproduction.experiments import BY_NAME, QUALITY_AND_MEMORY
 from reproduction.stats import spread_of_cells
 
 
@@ -59,11 +59,11 @@ def test_quality_stands_beside_the_memory_of_stable_diffusion(tmp_path, drawn, m
     systems = {"ZOODiP, NF4": dict(nvidia_smi=6e8), "gradient TI, NF4": dict(nvidia_smi=2e9), "GF-TI, INT8": dict(error="none")}
     file = tmp_path / "gpu.json"
     file.write_text(json.dumps(dict(results=dict(systems=systems))))
-    monkeypatch.setattr(plots.sd15_memory, "__defaults__", (file,))
-    points = {name: (("S8", name), name) for name in ("ZOODiP, NF4", "TI, NF4", "ZOODiP, INT8", "GF-TI, INT8")}
+    monkeypatch.setattr(memory_claims.measured_memory, "__defaults__", (file,))
+    points = {name: (("S8", name), name) for name in ("ZOODiP, NF4", "TI, NF4", "ZOODiP, INT8", "GF-TI, NF4 (memory: INT8)")}
     rows = {name: records("CLIP-I", 0.4, 0.5, 0.6) for name in points}
     own = {name: {("breed 0", 0): dict(peak_memory_gb=0.5)} for name in points}
-    plot = Scatter("quality_memory.png", points)
+    plot = Scatter("quality_memory.png", dict(miniature=points, sd15=points))
 
     def draw(world: str) -> bool:
         settings = SimpleNamespace(world=SimpleNamespace(name=world))
@@ -77,6 +77,9 @@ def test_quality_stands_beside_the_memory_of_stable_diffusion(tmp_path, drawn, m
     assert shown(drawn[0]) == {"ZOODiP, NF4": 0.6, "TI, NF4": 2.0}  # the others were not measured
     assert shown(drawn[1]) == dict.fromkeys(points, 0.5)
     assert "Stable Diffusion" in drawn[0].axes[0].get_xlabel() and "Stable" not in drawn[1].axes[0].get_xlabel()
+    words = " ".join(drawn[0].axes[0].get_xlabel().split())
+    assert words.endswith("not shown, as their memory was not measured: ZOODiP, INT8; GF-TI, NF4 (memory: INT8)")
+    assert "not shown" not in drawn[1].axes[0].get_xlabel()
     for figure in drawn:
         assert_nothing_is_covered(figure)
     file.write_text(json.dumps(dict(results={})))
@@ -84,7 +87,14 @@ def test_quality_stands_beside_the_memory_of_stable_diffusion(tmp_path, drawn, m
 
 
 def test_every_point_of_the_plot_names_a_measured_system():
-    assert set(plots.SD15_SYSTEMS) == set(QUALITY_AND_MEMORY) and set(plots.SD15_SYSTEMS.values()) <= set(gpu.SYSTEMS)
+    assert set(QUALITY_AND_MEMORY["miniature"]) <= set(memory_claims.MEASURED_AS)
+    assert set(memory_claims.MEASURED_AS.values()) <= set(gpu.SYSTEMS)
+
+
+@pytest.mark.parametrize("world", ["miniature", "sd15"])
+def test_points_of_one_plot_are_of_the_same_subjects(world):
+    tables = [BY_NAME[table] for (table, _), _ in QUALITY_AND_MEMORY[world].values()]
+    assert len({table.breeds if world == "miniature" else table.paper_subjects for table in tables}) == 1
 
 
 def test_legends_cover_no_curve(tmp_path, drawn):
@@ -96,7 +106,8 @@ def test_legends_cover_no_curve(tmp_path, drawn):
                                "GF-TI, as published, 20 forwards a step (the script)",
                                "GF-TI, as published, 30 forwards a step (the paper)", "ZOODiP"),
               "estimator": curves("RGE", "SPSA"), "directions n": curves("n = 1")}  # fmt: skip
-    plots.draw_curves(panels, tmp_path / "curves.png")
+    plots.draw_curves(panels, "the photographs learned from", tmp_path / "curves.png")
+    assert drawn[0].axes[0].get_ylabel() == "loss on the photographs learned from"
     assert all(axis.get_legend() for axis in drawn[0].axes)
     legends = [axis.get_legend().get_window_extent() for axis in drawn[0].axes]
     assert all(0 <= legend.x0 and legend.x1 <= drawn[0].bbox.width for legend in legends)

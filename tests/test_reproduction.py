@@ -32,6 +32,7 @@ from test_single_file import single_file
 import train_zoodip
 from reproduction import (
     archives,
+    controls,
     evaluate,
     judging,
     memory_claims,
@@ -52,7 +53,7 @@ from reproduction import (
 from reproduction.claims import CLAIMS, OTHERS, OURS
 from reproduction.declarations import CLAIM_COLUMNS, COLUMNS
 from reproduction.experiments import BY_NAME, EXPERIMENTS, QUALITY_AND_MEMORY, TAUS
-from reproduction.tuning_experiments import GRID_FACTORS, SYSTEMS
+from reproduction.tuning_experiments import GRID_FACTORS, SYSTEMS, TUNERS
 from zoodip.errors import InputError
 from zoodip.model import load_unet
 from zoodip.prompts import read_embedding, save_embedding
@@ -437,6 +438,106 @@ def test_the_plan_says_how_long_each_table_takes(tmp_path, capsys):
     assert (table_5[2].strip(), table_5[4].strip()) == ("36", "12")  # uniform and PUTS are Table 3's
 
 
+TUNER_PAIRS = [{system, f"{system}, published rate"} for system in TUNERS]
+OWN_RATE = [{f"{bits} bit, s_out and s_in, N = 4", f"{bits} bit, N = 4, its own rate"} for bits in (8, 4)]
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    ((), {"TuneQDM": OWN_RATE[1:], "KronA": [{"KronA (4, 16)", "DiffuseKronA, 1 x KronA's rate"}]}),
+    (("--world", "sd15"), {"1": TUNER_PAIRS, "S9": TUNER_PAIRS, "S10": TUNER_PAIRS, "TuneQDM": OWN_RATE,
+                           "KronA": [{"LoRA r = 2", "QLoRA, 0.2 x KronA's rate"}]}),
+], ids=["miniature", "sd15"])  # fmt: skip
+def test_rows_of_a_table_are_different_runs(tmp_path, flags, expected):
+    """Except where a rate that was chosen, or the published one, is that of another row."""
+    tables_of_world = [experiment for experiment in EXPERIMENTS if ("sd15" if flags else "miniature") in experiment.worlds]
+    settings = settings_of(tmp_path, *flags, "--tables", *(experiment.name for experiment in tables_of_world))
+    shared = {}
+    for experiment in tables_of_world:
+        labels: dict[tuple, set[str]] = {}
+        for row in experiment.rows:
+            if not row.spread_of:
+                specs = [runs.digest(job.spec) for job in plans.jobs_of(experiment, row, settings)]
+                labels.setdefault((row.at, *specs), set()).add(row.label)
+        if found := [names for names in labels.values() if len(names) > 1]:
+            shared[experiment.name] = found
+    assert shared == expected
+
+
+def flags_of(table: str, settings: runs.Settings) -> dict[str, dict]:
+    """{row: the flags of its first run}."""
+    jobs = {row.label: plans.jobs_of(BY_NAME[table], row, settings) for row in BY_NAME[table].rows}
+    return {label: of_row[0].spec["flags"] for label, of_row in jobs.items() if of_row}
+
+
+def test_a_row_has_the_setting_of_its_label(tmp_path):
+    """Whatever the world's default and the precision are; where it is the default, the run is that of other tables."""
+    habits = flags_of("Habits", settings_of(tmp_path, "--world", "sd15"))
+    assert [flags["learning_rate"] for flags in habits.values()] == [5e-3, 1e-2, 1e-2, 1e-2, 1e-2]
+    assert flags_of("1", settings_of(tmp_path, "--world", "sd15"))["TI, six times the paper's share of steps"][
+        "max_train_steps"] == 30000  # fmt: skip
+    mus = {flags: [row.get("mu") for row in flags_of("S5", settings_of(tmp_path, *flags)).values()]
+           for flags in ((), ("--mixed_precision", "fp16"), ("--mixed_precision", "bf16"), ("--mu", "1e-2"))}  # fmt: skip
+    assert mus == {flags: [1e-2, 1e-3 if "bf16" in flags or "--mu" in flags else None, 1e-4] for flags in mus}
+
+
+def test_kronecker_factors_of_lora_s_size_are_compared_with_it(tmp_path):
+    """Of (8, 64), the nearest on the miniature; the default pair stays (4, 16), which the rates were chosen for."""
+    rows = flags_of("KronA", settings_of(tmp_path))
+    assert (rows["KronA (8, 64)"]["a1"], rows["KronA (8, 64)"]["a2"]) == (8, 64)
+    assert {claim.a for claim in CLAIMS if claim.b == "LoRA r = 2"} == {
+        f"KronA ({a1}, {a2})" for a1, a2 in ((4, 64), (4, 16), (8, 64))
+    }
+    assert (worlds.Miniature.methods["diffusekrona"]["a1"], worlds.Miniature.methods["diffusekrona"]["a2"]) == (4, 16)
+
+
+def test_the_runs_of_an_archive_are_done_in_a_plan(tmp_path, capsys):
+    """Nothing is unpacked to find out."""
+    argv = ["--tables", "5", "--subjects", "furmix", "--seeds", "0"]
+    settings = settings_of(tmp_path / "first", *argv)
+    jobs = plan_of(settings, "5")
+    (tmp_path / "report").mkdir()
+    for job in jobs[:2]:
+        fake_run(settings, job.spec, forwards=3, loss=0.1, scores={"CLIP-I": 0.5})
+    archives.pack_runs(jobs, settings, tmp_path / "report" / archives.ARCHIVE)
+    tables.main(
+        tables.parse_args([*argv, "--dry_run", "--output", str(tmp_path / "second"), "--report", str(tmp_path / "report")])
+    )
+    assert "3 runs, 1 to do" in capsys.readouterr().out and not (tmp_path / "second").exists()
+
+
+def test_the_plan_says_how_much_disk_it_takes(tmp_path, capsys):
+    """Pictures, of tuned weights half as many again for the class word; of weights DreamBooth's, but not after a cost run."""
+    settings = settings_of(tmp_path, "--world", "sd15")
+    world = settings.world
+    spec = runs.make_spec(settings, "dreambooth", "dog6", 0, {})
+    pictures = 5 * len(world.prompts("dog6"))
+    assert plans.estimated_bytes(runs.Job(spec, {"scores"}), settings) == world.unet_bytes + 1.5 * pictures * world.picture_bytes
+    assert plans.estimated_bytes(runs.Job(spec | {"cost": True}, set()), settings) == 0
+    token = runs.Job(runs.make_spec(settings, "zoodip", "dog6", 0, {}), {"scores", "inter"})
+    assert plans.estimated_bytes(token, settings) == (pictures + 50) * world.picture_bytes
+    tables.main(tables.parse_args(["--dry_run", "--tables", "3", "--output", str(tmp_path)]))
+    assert re.search(r"pictures and weights take about \d+\.\d GB$", capsys.readouterr().out.strip())
+
+
+def test_shards_together_do_every_run_once_and_one_of_them_all_that_measure_cost(tmp_path):
+    """Otherwise the rows of a round would be measured beside one another, and on different machines."""
+    jobs = plan_of(settings_of(tmp_path), "5", "2")
+    shares = [workers.share_of(jobs, (number, 3)) for number in (1, 2, 3)]
+    assert sorted(runs.digest(job.spec) for share in shares for job in share) == sorted(runs.digest(job.spec) for job in jobs)
+    assert [sum(job.spec.get("cost", False) for job in share) for share in shares] == [5 * len(BY_NAME["2"].rows), 0, 0]
+    assert [sum(not job.spec.get("cost") for job in share) for share in shares] == [12, 12, 12]
+
+
+def test_a_grid_of_one_subject_uses_all_seeds_that_are_given(tmp_path):
+    """Without them one, whose best cell nothing can judge, and the report says what would."""
+    for flags, seeds in (((), (0,)), (("--seeds", "3", "4"), (3, 4))):
+        settings = settings_of(tmp_path, "--world", "sd15", *flags)
+        assert plans.seeds_of(BY_NAME["4"], settings) == seeds
+        (claim,) = [claim for claim in CLAIMS if claim.experiment == "4"]
+        assert ("one run per cell cannot decide it; give --seeds" in report.not_judged(claim, settings)) is (not flags)
+    assert plans.seeds_of(BY_NAME["4"], settings_of(tmp_path, "--seeds", "3", "4")) == (3,)  # of four breeds
+
+
 WAITING = """
 import os, pathlib, sys, time
 from reproduction.workers import in_processes
@@ -493,7 +594,9 @@ def test_cost_is_measured_in_rounds(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [(), ("--quick",), ("--quick", "--subjects", "neddom"), ("--dry_steps", "3"),
                                    ("--tables", "3", "S4", "--subjects", "meppor", "--seeds", "4", "5", "--learning_rate", "3e-3",
-                                    "--no-use_cc", "--center_crop", "--n", "1", "--max_train_steps", "77")])  # fmt: skip
+                                    "--no-use_cc", "--center_crop", "--n", "1", "--max_train_steps", "77"),
+                                   ("--tables", "3", "S7", "--model", "a/model", "--clip", "a/clip", "--rates", "own.json"),
+                                   ])  # fmt: skip
 def test_the_report_names_the_command_that_makes_it(tmp_path, flags):
     """Given again, the command that the report states plans the very same runs; and the report states their steps."""
     args = tables.parse_args(list(flags))
@@ -504,9 +607,34 @@ def test_the_report_names_the_command_that_makes_it(tmp_path, flags):
     command = re.search("`python -m reproduction.tables ([^`]*)`", text)[1].split()
     again = tables.parse_args(command)
     assert [job.spec for job in plan_of(tables.make_settings(again), *again.tables)] == [job.spec for job in jobs]
+    assert (again.model, again.clip) == (args.model, args.clip)
     steps = {job.spec["flags"]["max_train_steps"] for job in jobs if job.spec["method"] == "zoodip" and "cost" not in job.spec}
     assert f"- {min(steps):,} steps at learning rate " in text
     assert steps <= {min(steps), 3 * min(steps)}  # the table Stop has three times as many
+
+
+def test_the_command_names_what_replaces_the_world_s_own(tmp_path):
+    """Not what is the world's own already; and of a path outside the repository only the name."""
+    flags = ("--world", "sd15", "--data", "elsewhere", "--dino", "someone/dino", "--clip", worlds.CLIP, "--tables", "3")
+    command = report.command_of(["3"], settings_of(tmp_path, *flags))
+    assert command.endswith(" --world sd15 --tables 3 --dino someone/dino --data elsewhere --prompts prompts.txt")
+
+
+def test_a_row_s_differences_are_from_the_row_that_it_names(tmp_path):
+    """Captions against none within each system, whatever the systems' own levels are."""
+    prompts_table = BY_NAME["Prompts"]
+    level = {row.label: TUNERS.index(row.label.partition(",")[0]) / 10 + 0.03 * ("captions" in row.label)
+             for row in prompts_table.rows}  # fmt: skip
+    rows = {label: {("x", seed): {"CLIP-I": value + seed, "spec": {}} for seed in range(2)} for label, value in level.items()}
+    differences = report.differences_of(prompts_table, rows)
+    assert differences is not None
+    column = differences.header.index("CLIP-I")
+    found = {line[0]: line[column] for line in differences.lines}
+    assert all(found[f"{system}, captions - {system}"].startswith("+.030 ") for system in TUNERS)
+    assert "QLoRA, prior preservation, 500 steps - QLoRA" in found and len(found) == len(TUNERS) + 4
+    settings = settings_of(tmp_path, "--tables", "Prompts", "--subjects", "furmix", "--seeds", "0", "1")
+    after = report.section_of(prompts_table, lambda name: rows, settings, tmp_path).after
+    assert after[-1] == "Differences between two rows, paired by seed:"
 
 
 def test_a_table_prints_differences_from_the_row_it_names(tmp_path):
@@ -519,7 +647,7 @@ def test_a_table_prints_differences_from_the_row_it_names(tmp_path):
                 settings, job.spec, forwards=30, loss=0.02, loss_all=0.1, commit="0123456789-dirty", scores={"CLIP-I": level}
             )
     rows = plans.collect(demo, settings)
-    differences = report.differences_from(demo.against, demo, rows)
+    differences = report.differences_of(demo, rows)
     assert differences is not None
     ((label, *cells),) = differences.lines
     seen = "+.030 ± .127 (.141 would be seen)"  # 12.706 and 1.376 x .01, of two subjects
@@ -567,12 +695,39 @@ def test_rates_are_chosen_by_pictures_and_read_from_their_file(tmp_path, capsys)
 
     path.write_text(json.dumps(notes | dict(model="another")))
     assert settings_of(tmp_path, "--tables", "1", "--rates", str(path)).rates == {}
-    assert "of other weights" in capsys.readouterr().err
+    assert "was chosen for other weights" in capsys.readouterr().err
     (settings.folder(job.spec) / "result.json").unlink(missing_ok=True)
     (job, *_) = plans.jobs_of(grid, grid.rows[0], settings)
     (settings.folder(job.spec) / "result.json").unlink()
     rates.write_rates(settings, tmp_path / "none.json")
     assert not (tmp_path / "none.json").exists() and "none is chosen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [(), ("--quick",), ("--subjects", "furmix"), ("--seeds", "1"), ("--n", "4")])
+def test_rates_of_a_trial_do_not_replace_the_project_s(tmp_path, monkeypatch, given):
+    """Chosen on reported breeds, with other seeds or other flags, they are for nobody else."""
+    written = []
+    monkeypatch.setattr(workers, "run_jobs", lambda *rest: [])
+    monkeypatch.setattr(report, "write_report", lambda *rest: None)
+    monkeypatch.setattr(worlds.Miniature, "prepare", lambda *rest: None)
+    monkeypatch.setattr(rates, "write_rates", lambda settings, path: written.append(path))
+    tables.main(tables.parse_args(["--tables", "TuningRates", "--output", str(tmp_path), *given]))
+    assert written == [tmp_path / rates.FILE.name if given else rates.FILE]
+
+
+def test_a_table_says_at_which_rates_weights_are_tuned_and_of_which_subjects(tmp_path):
+    """As they are in this world and for these weights, not as they usually are."""
+    (tmp_path / "none.json").write_text(json.dumps(dict(model="another", chosen={})))
+    for flags, words in (((), "chosen by pictures of spare breeds (dixpi, vakvik)"),
+                         (("--rates", str(tmp_path / "none.json")), "none has been chosen for these weights"),
+                         (("--world", "sd15"), "learns at its published rates")):  # fmt: skip
+        settings = settings_of(tmp_path, *flags, "--tables", "S7")
+        empty = {row.label: {} for row in BY_NAME["S7"].rows}
+        after = report.section_of(BY_NAME["S7"], lambda name, empty=empty: empty, settings, tmp_path).after
+        assert [words in note for note in after] == [False, True, False][: len(after)]
+        assert ("Subjects of this table: shiny_sneaker." in after) is ("sd15" in flags)
+    static = " ".join(experiment.note for experiment in EXPERIMENTS if experiment.name != "TuningRates")
+    assert "rates of weight tuning were chosen" not in static and "the grid chose" not in static
 
 
 def test_the_spread_of_rows_is_theirs_run_by_run(tmp_path):
@@ -586,14 +741,16 @@ def test_the_spread_of_rows_is_theirs_run_by_run(tmp_path):
             wide = 0.1 if row.method == "qlora" else 0.01
             shift = {"furmix": 0, "meppor": 1, "vaxmo": 2}[job.spec["subject"]] / 1000
             score = 0.5 + (wide + shift) * row.rate_factor if row.rate_of == "DiffuseKronA" else 0.5
-            fake_run(settings, job.spec, forwards=400, loss=0.1, scores={"CLIP-I": score})
+            fake_run(settings, job.spec, forwards=400, loss=0.1, trained=47872, scores={"CLIP-I": score})
     rows = plans.collect(experiment, settings)
     spread = rows["QLoRA, spread over the four rates"]
+    assert "trained" in rows["LoRA r = 2"]["meppor", 0] and "trained" not in spread["meppor", 0]  # which do not spread
     assert {run[0] for run in spread} == {"furmix", "meppor", "vaxmo"}
     assert spread["meppor", 0]["CLIP-I"] == pytest.approx(np.std([0.101 * f for f in (0.2, 0.4, 1.0, 2.0)], ddof=1))
     (claim,) = [claim for claim in CLAIMS if "varies more" in claim.text]
     finding = stats.judge(claim, rows, {})
     assert (finding.score, finding.verdict) == ("CLIP-I", "reproduced") and finding.differences["CLIP-I"][2] == 3
+    assert "(the standard deviation of CLIP-I over the rates differs by +.0" in report.sentence(finding, "miniature")
     section = report.section_of(experiment, lambda name: rows, settings, tmp_path)
     assert sum("spread over the four rates" in line[0] for line in section.table.lines) == 2
 
@@ -654,8 +811,11 @@ def test_what_is_declared_exists():
         if isinstance(grid, plots.PictureGrid):
             assert set(grid.columns.values()) <= labels[experiment.name] and set(grid.prompts) <= set(worlds.MINIATURE_PROMPTS)
         assert all(row.rate_of in (None, *SYSTEMS) and set(row.spread_of) <= labels[experiment.name] for row in experiment.rows)
-    for (name, quality_row), cost_row in QUALITY_AND_MEMORY.values():
-        assert quality_row in labels[name] and cost_row in labels["2"]
+        assert {row.against for row in experiment.rows} - {None} <= labels[experiment.name]
+        assert experiment.heading.count(":") == 1 and experiment.title.split()[0].strip(":") != experiment.name  # said once
+    for points in QUALITY_AND_MEMORY.values():
+        for (name, quality_row), cost_row in points.values():
+            assert quality_row in labels[name] and cost_row in labels["2"]
     assert set(worlds.Miniature.start_rates) == set(SYSTEMS)
 
 
@@ -820,11 +980,12 @@ def test_a_table_and_its_claims_from_files(tmp_path):
     assert finding.verdict == "reproduced" and finding.published["CLIP-I"] == pytest.approx(0.759 - 0.732)
     assert "removed" not in finding.differences  # of runs without a refresh
     line = "Of two directions, RGE beats SPSA at equal steps (CLIP-I differs by +.053 ± .025 over 2 subjects, 2 of them above 0; "
-    line += "the paper's +.027 is outside this interval)."
-    assert report.sentence(finding) == f"**reproduced**: {line}"
+    line += "an interval of one degree of freedom; "
+    assert report.sentence(finding, "sd15") == f"**reproduced**: {line}the paper's +.027 is outside this interval)."
+    assert report.sentence(finding, "miniature") == f"**reproduced**: {line}the paper: +.027)."  # another CLIP, other pictures
     beaten = stats.judge(next(claim for claim in CLAIMS if claim.a == "SPSA"), rows, {})
     assert beaten.verdict == "contradicted"  # SPSA - one-point = -.07
-    assert report.sentence(beaten).startswith(
+    assert report.sentence(beaten, "sd15").startswith(
         "**contradicted**: Of two directions, SPSA beats the one-point estimate (CLIP-I differs by -.070"
     )
     line = report.claims_table([finding]).lines[-1]
@@ -855,7 +1016,7 @@ def test_what_would_have_been_found_stands_beside_nothing_found():
     for published, where in ((0.015, "outside this interval"), (0.002, in_it)):
         finding = stats.Finding(SG_CLAIM, "CLIP-I", stats.verdict(0.003, 0.008), None, {"CLIP-I": (0.003, 0.008, 12)},
                                 {"CLIP-I": published}, above=7)  # fmt: skip
-        assert report.sentence(finding) == (
+        assert report.sentence(finding, "sd15") == (
             f"**no difference found; one larger than {known} would probably have shown**: {SG_CLAIM.text}? "
             f"(CLIP-I differs by +.003 ± .008 over 12 subjects, 7 of them "
             f"above 0; the paper's +{published:.3f} is {where}).".replace("+0.", "+.")
@@ -891,6 +1052,41 @@ def test_holm_s_correction_by_hand():
     assert "Holm" not in report.several_note([nothing])
 
 
+def test_the_paper_s_speed_is_not_compared_with_this_machine_s():
+    """Nor is another CLIP's score of other pictures (above), and a figure for another setting says so."""
+    (claim,) = [claim for claim in CLAIMS if claim.a == "ZOODiP, INT8, n = 2" and claim.b == "GF-TI, INT8"]
+    score = claim.rule.scores[0]
+    finding = stats.Finding(claim, score, "reproduced", None, {score: (9.0, 1.0, 5)}, {score: 15.36}, "rounds")
+    for world in ("miniature", "sd15"):
+        assert "; the paper: +15.36). The paper's GF-TI takes 30 forwards" in report.sentence(finding, world)
+    for name, label, score in (("2", "GF-TI, INT8", "steps_per_second"), ("S9", "GF-TI", "DINO_inter")):
+        (line,) = [line for line in report.table_of(BY_NAME[name], {label: {("x", 0): {score: 1.0}}}).lines if line[0] == label]
+        assert any(cell.endswith(", for 30 forwards a step)") for cell in line)
+
+
+def test_pairs_of_two_machines_are_counted():
+    """By subject or, for a single one, by seed; a score that was made elsewhere counts as the run does."""
+
+    def records(*machines: str, subjects=("x", "y", "z")) -> dict:
+        return {(subject, 0): {"CLIP-I": 0.5, "machines": list(names)} for subject, names in zip(subjects, machines, strict=True)}
+
+    a, b = records("p", "p", "p"), records("p", "q", "pq")
+    assert stats.mixed_pairs(a, b, "CLIP-I") == 2 and stats.mixed_pairs(a, b, "DINO") == 0
+    one = {("x", seed): {"CLIP-I": 0.5, "machines": [name]} for seed, name in enumerate("pq")}
+    assert stats.mixed_pairs(one, {run: record | {"machines": ["p"]} for run, record in one.items()}, "CLIP-I") == 1
+    assert stats.mixed_pairs(a, {(stats.NO_SUBJECT, 0): {"CLIP-I": 0.5}}, "CLIP-I") == 0
+    finding = stats.judge(SG_CLAIM, {"SG and PUTS": a, "PUTS": b}, {})
+    assert "; 2 of 3 pairs were made on two machines)." in report.sentence(finding, "miniature")
+    assert "machines" not in report.figures_of(a["x", 0])
+
+
+def test_the_reason_of_a_rule_stands_alone():
+    """A report may have one claim only; and no rule gives a reason that is not its claim's."""
+    reasons = {claim.text: claim.rule.why for claim in CLAIMS}
+    assert all(why.startswith("the claim is ") for why in reasons.values())
+    assert "backward" not in reasons["Two directions are as good as eight"]
+
+
 def test_claims_on_memory(tmp_path):
     """Less is less, with the ratio; what the record lacks is not reported."""
     held = {"ZOODiP, INT8": 2.0, "gradient TI, fp32": 8.0, "QLoRA, NF4": 1.6}
@@ -912,7 +1108,7 @@ def test_every_claim_has_one_line_whatever_comes_out():
             score = claim.rule.scores[0]
             advantage = -mean if COLUMNS[score].lower_is_better else mean
             said = stats.verdict(advantage, width, claim.rule.margin)
-            line = report.sentence(stats.Finding(claim, score, said, claim.rule.margin, {score: (mean, width, 12)}, {}))
+            line = report.sentence(stats.Finding(claim, score, said, claim.rule.margin, {score: (mean, width, 12)}, {}), "sd15")
             decided = "yes|no" if claim.source == OURS else "reproduced|contradicted"
             nothing = r"no difference found; one larger than \.?\d+\.?\d* would probably have shown"
             assert re.match(rf"\*\*({decided}|not decided|{nothing})\*\*: [A-Z\[tm]", line)
@@ -969,6 +1165,75 @@ def test_a_run_of_an_archive_that_is_stopped_while_it_is_learned_again_is_not_sc
         patch.setattr(workers, "seen_at_refreshes", lambda folder, tau: {})
         workers.do(job, settings)
     assert learned == [job.spec] and not workers.stopped_on_the_way(job, settings)
+
+
+def test_a_run_that_is_learned_again_loses_the_scores_of_its_old_weights(tmp_path, monkeypatch):
+    """Nor does the archive bring them back, as they are not of the new result; and a new report has the new run alone."""
+    settings, path = settings_of(tmp_path), tmp_path / archives.ARCHIVE
+    job = runs.Job(runs.make_spec(settings, "zoodip", "furmix", 0, {}), {"along"})  # whose snapshots the archive lacks
+    fake_run(settings, job.spec, forwards=30, loss=0.02, scores={"CLIP-I": 0.9})
+    old = runs.scores_path(settings.folder(job.spec), settings, "scores")
+    archives.pack_runs([job], settings, path)
+    monkeypatch.setattr(
+        workers, "open_judge", lambda *_: SimpleNamespace(result=lambda run: {"loss": 0.01}, score=lambda kind: 0)
+    )
+    monkeypatch.setattr(workers, "learn", lambda spec, settings: {})
+    workers.do(job, settings)
+    assert result_of(settings, job.spec)["loss"] == 0.01 and not old.exists()
+    archives.unpack_runs(path, settings.output)
+    assert not old.exists()
+    archives.pack_runs([job], settings, path)
+    assert set(archives.read_archive(path)[runs.digest(job.spec)]) == {"spec.json", "result.json"}
+
+
+def test_a_record_names_all_machines_that_made_it(tmp_path):
+    """A run may be scored elsewhere than it was learned."""
+    settings = settings_of(tmp_path, "--tables", "5", "--subjects", "furmix", "--seeds", "0")
+    jobs = plan_of(settings, "5")
+    made = dict(device="a CPU", versions=dict(torch="2"))
+    fake_run(settings, jobs[0].spec, forwards=3, loss=0.1, scores={"CLIP-I": 0.5}, **made)
+    assert runs.read_run(jobs[0].spec, settings)["machines"] == [json.dumps(["a CPU", dict(torch="2")])]
+    path = runs.scores_path(settings.folder(jobs[0].spec), settings, "scores")
+    path.write_text(json.dumps(json.loads(path.read_text()) | made | dict(device="a GPU")))
+    assert len(runs.read_run(jobs[0].spec, settings)["machines"]) == 2
+    assert " on a CPU and a GPU, commit" in report.introduction(["5"], settings, jobs, 1).paragraphs[0]
+
+
+def test_rounds_of_several_machines_are_told(tmp_path):
+    settings = settings_of(tmp_path)
+    for name in ("2", "S10"):
+        row = next(row for row in BY_NAME[name].rows if row.method == "ti")
+        cost = plans.jobs_of if name == "2" else plans.cost_jobs
+        for k, job in enumerate(cost(BY_NAME[name], row, settings)[:2]):
+            assert report.machines_note(BY_NAME[name], settings) == ""
+            fake_run(settings, job.spec, forwards=3, loss=0.1, scores={}, device=f"GPU {k}", versions={})
+        assert "measured on 2 machines (GPU 0, GPU 1)" in report.machines_note(BY_NAME[name], settings)
+
+
+def test_a_report_of_some_tables_leaves_the_others(tmp_path):
+    """Their runs and the snapshots of shared ones stay in the archive, byte for byte; a sheet goes only with its own table."""
+    argv = ["--tables", "3", "5", "--subjects", "furmix", "meppor", "--seeds", "0"]
+    settings, folder = settings_of(tmp_path, *argv), tmp_path / "report"
+    (folder / "sheets").mkdir(parents=True)
+    jobs = plan_of(settings, "3", "5")
+    for job in jobs:
+        fake_run(settings, job.spec, forwards=3, loss=0.1, loss_all=0.1, scores={"CLIP-I": 0.5})
+        for name in ("learned_embeds", "learned_embeds-steps-125"):
+            (settings.folder(job.spec) / f"{name}.safetensors").write_bytes(job.spec["subject"].encode())
+        job.kinds.add("along")
+    archives.pack_runs(jobs, settings, folder / archives.ARCHIVE)
+    before = (folder / archives.ARCHIVE).read_bytes()
+    assert sum(name.startswith("learned_embeds-steps") for run in archives.read_archive(folder / archives.ARCHIVE).values()
+               for name in run) == len(jobs)  # fmt: skip
+    for name in ("three", "five", "both", "older"):
+        (folder / "sheets" / f"{name}.jpg").touch()
+    (folder / "RESULTS.md").write_text("# Results\n\n## Table 3: x\n\n[a](sheets/three.jpg); [S1 \\[b)](sheets/both.jpg)\n\n"
+                                       "## Table 5: y\n\n[c](sheets/five.jpg); [d](sheets/both.jpg)\n")  # fmt: skip
+    for name in ("3", "5"):  # the second is another machine's, from the archive alone
+        tables.main(tables.parse_args(["--tables", name, *argv[3:], "--report_only", "--output", str(tmp_path / name),
+                                       "--report", str(folder)]))  # fmt: skip
+        assert (folder / archives.ARCHIVE).read_bytes() == before
+        assert {path.stem for path in (folder / "sheets").iterdir()} == {"five", "both", "older"}
 
 
 def test_a_sheet_is_not_replaced_by_one_of_fewer_subjects(tmp_path, monkeypatch):
@@ -1044,19 +1309,21 @@ def test_both_pages_say_the_same(tmp_path):
     """The HTML page is whole, its pictures are there, markup in a text is text, and every cell of the Markdown is on it."""
     section = pages.Section(
         "Table <1> & 2", ["a **bold** `x < y` <script>"], ["one", "two"], pages.Table(["", "b"], [["c", "d*"]]), ["after"],
-        ["three"], pages.Table(["e"], [["f"]]), [pages.Image("plot", "plots/a.png")], [pages.Image("row", "sheets/b.jpg")],
+        ["three"], pages.Table(["e"], [["f"]]), [pages.Image("plot", "plots/a.png")],
+        [pages.Image("row [0, 250)", "sheets/b.jpg")],
     )  # fmt: skip
     text = pages.render("results.md", "Results: x", [pages.Section("", ["first"]), section]).decode()
     paragraphs = ["# Results: x", "first", "## Table <1> & 2", "a **bold** `x < y` <script>", "- one\n- two",
                   "|  | b |\n|---|---|\n| c | d* |", "after", "- three", "| e |\n|---|\n| f |", "![plot](plots/a.png)",
-                  "Pictures: [row](sheets/b.jpg)"]  # fmt: skip
+                  "Pictures: [row \\[0, 250)](sheets/b.jpg)"]  # fmt: skip
     assert text == "\n\n".join(paragraphs) + "\n"
     page = pages.render("results.html", "Results: x", [pages.Section("", ["first"]), section]).decode()
     reader = PageReader()
     reader.feed(page)
     assert reader.open == [] and reader.pictures == ["plots/a.png", "sheets/b.jpg"]
     words = " ".join(" ".join(reader.words).split())
-    for part in ("first", "Table <1> & 2", "bold x < y <script>", "one", "two", "c d*", "after", "three", "e f", "Pictures: row"):
+    for part in ("first", "Table <1> & 2", "bold x < y <script>", "one", "two", "c d*", "after", "three", "e f",
+                 "Pictures: row [0, 250)"):  # fmt: skip
         assert part in words
     assert "<strong>bold</strong> <code>x &lt; y</code> &lt;script&gt;" in page
 
@@ -1074,11 +1341,11 @@ def test_a_missing_score_is_made_up_for_later(tmp_path):
 
 def test_removed_share_of_controls():
     """A random walk's columns have a spectrum like 1 / k^2, whose tail carries more than 1e-3 up to nearly its end."""
-    walk = stats.control_removed("walk", 43, 1e-3, 256, 5)
+    walk = controls.control_removed("walk", 43, 1e-3, 256, 5)
     assert len(walk) == 5 and all(count / 43 < 0.1 for count in walk)
-    noise = stats.control_removed("noise", 43, 1e-3, 256, 8)
+    noise = controls.control_removed("noise", 43, 1e-3, 256, 8)
     for variation in ("half_adam", "momentum"):
-        assert stats.control_removed("noise", 43, 1e-3, 256, 8, variation=(variation,)) != noise
+        assert controls.control_removed("noise", 43, 1e-3, 256, 8, variation=(variation,)) != noise
     assert len(noise) == 8 and all(0.3 < count / 43 < 1 for count in noise)  # momentum smooths the walk
 
 
@@ -1405,6 +1672,25 @@ def test_the_other_captions(tmp_path):
     world.captions.write_text(json.dumps({"dog6": {"00.jpg": "a photo of {} on a mat", "01.jpg": "a {} in an {}"}}))
     world.write_other_captions()
     assert json.loads(world.other_captions.read_text()) == {"dog6": {"00.jpg": "a photo of a {} on a mat", "01.jpg": "{} in {}"}}
+
+
+def test_what_a_cost_run_learned_is_measured_and_removed(tiny_settings, monkeypatch):
+    """Five rounds of DreamBooth would otherwise leave 9 GB with Stable Diffusion v1.5."""
+    monkeypatch.setattr(TinyWorld, "cost_steps", 3, raising=False)
+    spec = runs.make_spec(tiny_settings, "dreambooth", "dog6", 0, {}, cost=True)
+    unet = runs.learned_path(spec, tiny_settings)
+
+    def script(*_, **__) -> SimpleNamespace:
+        unet.mkdir(parents=True)
+        (unet / "weights").write_bytes(bytes(1000))
+        run = dict(steps_per_second=1.0, peak_memory_gb=1.0, device="x", versions={}, commit="y", unet_forwards=3)
+        (unet.parent / "run.json").write_text(json.dumps(run))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(workers.subprocess, "run", script)
+    job = runs.Job(spec, set())
+    workers.do(job, tiny_settings)
+    assert result_of(tiny_settings, spec)["stored_bytes"] == 1000 and not unet.exists() and job.done(tiny_settings)
 
 
 @pytest.mark.slow
