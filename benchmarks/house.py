@@ -174,8 +174,8 @@ def markdown_of(results: dict, core: int) -> str:
     return "\n".join(case_table(case, found) for case, found in results.items()) + (
         "\nn = 2, three candidates in one forward. A figure for each round; of the ratios the geometric mean over the rounds "
         "with its 95 % interval (Student's t): that interval is the noise. Both versions ran at once, with one thread each, on "
-        f"core {core}, one standing still while the other ran, a second each: other programs shared the machine, so the seconds "
-        "are no figures of speed, only their ratio is one.\n"
+        f"core {core}, one standing still while the other ran, a second each: other programs shared the machine, so only "
+        "the ratio is meaningful, not the seconds.\n"
     )
 
 

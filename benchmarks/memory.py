@@ -4,7 +4,8 @@
 
 torch's profiler reports every allocation and release of a tensor on a CPU, including the operators' workspaces; the peak is the
 maximum of their running sum. Pages of memory-mapped weight files, which the profiler also reports, belong to the system and are
-left out. `watch_script.py` counts the live bytes of a whole training script.
+left out. `watch_script.py` counts the live bytes of a whole training script, which may be another version's, so nothing of
+`zoodip` is imported here before it is needed.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
-
-from zoodip.records import peak_resident_bytes
 
 STAGE, LAYER = "stage:", "layer:"  # prefixes of profiler range names
 
@@ -112,6 +111,8 @@ def peak_counters(device: str) -> dict[str, int]:
             reserved=torch.cuda.max_memory_reserved(),
             nvidia_smi=gpu_bytes()[os.getpid()],
         )
+    from zoodip.records import peak_resident_bytes
+
     return dict(rss=peak_resident_bytes())
 
 

@@ -125,7 +125,7 @@ class GaussNewtonSplit(GaussNewton):
 class GaussNewtonBasis(GaussNewton):
     """Takes the basis instead of a step, as a run does a few times."""
 
-    label, forwards = "a basis of Gauss-Newton's", 0
+    label, forwards = "one Gauss-Newton basis", 0
 
     def start_from(self, token: torch.Tensor) -> None:
         self.learner = gauss_newton.GaussNewton(token)

@@ -17,14 +17,14 @@ def page(results: dict, device: str) -> str:
     text = []
     for key, found in results.items():
         world, precision = key.split()
-        text.append(f"\n## {TITLES[world]}, activations in {precision}\n\nn = 2: three candidates a step.\n")
+        text.append(f"## {TITLES[world]}, activations in {precision}\n\nn = 2: three candidates a step.\n")
         if "time" in found:
             text.append(time_table(found["time"]))
         if "memory" in found and device == "cuda":
             text.append(cuda_table(found["memory"]))
         elif "memory" in found:
             text.append(memory_table(found["memory"], found.get("byte_floor", {})))
-            text += [peak_table(name, counts) for name, counts in found["memory"].items()]
+            text += [made_of for name, counts in found["memory"].items() if (made_of := peak_table(name, counts))]
     return "\n".join(text)
 
 

@@ -6,7 +6,7 @@
 
 The script runs unmodified in this process. A step is the time from one UNet forward to the next, so under `steps` it has to
 make one forward per step: no evaluation, no pictures, all candidates at once. Nothing but the byte counter is imported from the
-repository, so that the script can be another version's.
+repository, and that imports nothing of `zoodip`, so that the script can be another version's with its own package.
 """
 
 from __future__ import annotations

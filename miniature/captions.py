@@ -9,9 +9,10 @@ from miniature.words import ACCESSORY_PHRASES, CLASS_NOUN, SCENE_PHRASES, TEMPLA
 from miniature.world import SceneSpec
 
 
-def _pattern_phrase(critter: Critter) -> str:
-    nouns = {"plain": "", "spotted": "spots", "striped": "stripes", "patched": "patches"}
-    return f"{critter.pattern_colour} {nouns[critter.pattern]}" if critter.pattern != "plain" else ""
+def pattern_phrase(critter: Critter) -> str:
+    """The pattern with its colour, such as "white spots"; "" for a plain critter."""
+    nouns = {"spotted": "spots", "striped": "stripes", "patched": "patches"}
+    return "" if critter.pattern == "plain" else f"{critter.pattern_colour} {nouns[critter.pattern]}"
 
 
 def _join(parts: list[str]) -> str:
@@ -26,7 +27,7 @@ def _tail_phrase(critter: Critter) -> str:
 def describe(critter: Critter, noun: str = CLASS_NOUN) -> str:
     """All attributes, without an article: "tall blue critter with white spots, ... and green eyes"."""
     plain = "plain " if critter.pattern == "plain" else ""
-    features = [_pattern_phrase(critter), f"{critter.ears} ears", _tail_phrase(critter), f"{critter.eyes} eyes"]
+    features = [pattern_phrase(critter), f"{critter.ears} ears", _tail_phrase(critter), f"{critter.eyes} eyes"]
     return f"{critter.shape} {plain}{critter.colour} {noun} with {_join([part for part in features if part])}"
 
 
@@ -63,7 +64,7 @@ def _partial_description(critter: Critter, rng: np.random.Generator) -> str:
         adjectives.append(critter.colour)
     features = []
     if 0.15 <= keep["pattern"] < 0.85 and critter.pattern != "plain":
-        features.append(_pattern_phrase(critter))
+        features.append(pattern_phrase(critter))
     if keep["ears"] < 0.75:
         features.append(f"{critter.ears} ears")
     if keep["tail"] < 0.55:
@@ -137,7 +138,7 @@ def said(caption: str, spec: SceneSpec) -> dict[str, bool]:
     """Which attributes of `spec` its caption tells: those that it words, and all of the critter's if it names the breed."""
     words, critter = set(caption.replace(",", "").split()), spec.critter
     named = spec.breed is not None and spec.breed in words
-    pattern = _pattern_phrase(critter)
+    pattern = pattern_phrase(critter)
     return {
         "scene": any(phrase in caption for phrase in SCENE_PHRASES[spec.scene]),
         "accessory": any(phrase and phrase in caption for phrase in ACCESSORY_PHRASES[spec.accessory]),

@@ -24,8 +24,8 @@ from miniature.captions import class_caption, describe, sample_caption
 from miniature.classifier import load_classifier, truth
 from miniature.critters import random_critter
 from miniature.diffusion import snr_weights
-from miniature.drawing import render
-from miniature.rendering import to_float, training_spec
+from miniature.measures import to_pixels
+from miniature.rendering import training_spec
 from miniature.words import ACCESSORIES, SCENES, SHAPES
 from miniature.world import ATTRIBUTES, SceneSpec, random_spec, scene_spec, swapped
 from zoodip.records import environment
@@ -72,11 +72,6 @@ def unseen_specs(count: int) -> list[SceneSpec]:
     return [scene_spec(random_critter(rng), str(rng.choice(SCENES)), str(rng.choice(ACCESSORIES)), rng=rng) for _ in range(count)]
 
 
-def pixels_of(specs: list[SceneSpec]) -> Tensor:
-    """float [N, 3, 64, 64] in [-1, 1]."""
-    return to_float(torch.from_numpy(np.stack([np.asarray(render(spec)) for spec in specs])))
-
-
 @torch.no_grad()
 def text_report(pipeline: StableDiffusionPipeline, count: int = 3000) -> dict:
     """{attribute: accuracy of a ridge regression from the final states, tested on an unseen third of the captions}."""
@@ -113,11 +108,11 @@ def area_report(pipeline: StableDiffusionPipeline, count: int = 128) -> dict:
     """{attribute: share of pixels that differ by 0.1 of the range, cells in which the latents differ by half a std}."""
     rng = np.random.default_rng([SEED, 2])
     specs = unseen_specs(count)
-    before = pixels_of(specs)
+    before = to_pixels(specs)
     latents = pipeline.vae.encode(before).latent_dist.mean
     report = {}
     for name in ATTRIBUTES:
-        after = pixels_of([swapped(spec, rng, name) for spec in specs])
+        after = to_pixels([swapped(spec, rng, name) for spec in specs])
         change = (pipeline.vae.encode(after).latent_dist.mean - latents).abs().amax(1, keepdim=True)  # [N, 1, 16, 16]
         report[name] = {
             "pixels": round(float(((after - before).abs().amax(1) > 0.2).float().mean()), 4),
@@ -131,7 +126,7 @@ def area_report(pipeline: StableDiffusionPipeline, count: int = 128) -> dict:
 def vae_report(pipeline: StableDiffusionPipeline, count: int = 1000) -> dict:
     """{attribute: the classifier's accuracy on renders and on round trips}, and for the tail also by shape."""
     specs = [random_spec(np.random.default_rng([SEED, 3, index]), held_out=True) for index in range(count)]
-    renders = pixels_of(specs)
+    renders = to_pixels(specs)
     trips = torch.cat(
         [pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) for x in renders.split(50)]
     )
@@ -168,7 +163,7 @@ def loss_report(pipeline: StableDiffusionPipeline, count: int = 192) -> dict:
     rng = np.random.default_rng([SEED, 4])
     generator = torch.Generator().manual_seed(SEED)
     specs = unseen_specs(count)
-    latents = pipeline.vae.encode(pixels_of(specs)).latent_dist.mean * pipeline.vae.config.scaling_factor
+    latents = pipeline.vae.encode(to_pixels(specs)).latent_dist.mean * pipeline.vae.config.scaling_factor
     noise = torch.randn(latents.shape, generator=generator)
     texts = {"mse": [described(spec) for spec in specs]}
     texts |= {name: [described(swapped(spec, rng, name)) for spec in specs] for name in ATTRIBUTES}

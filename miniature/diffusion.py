@@ -22,6 +22,7 @@ from miniature.classifier import LABELS, truth
 from miniature.rendering import detail_mask, rendered, to_float, training_spec
 from miniature.tokenizer import MAX_LENGTH, build_tokenizer, save_tokenizer
 from miniature.trainer import Draws, Trainer, autocast, edit_json, replace_folder
+from miniature.vae import vae_folder
 from miniature.world import SceneSpec
 
 STAGE = 1
@@ -253,14 +254,10 @@ def train_diffusion(
 ) -> bool:
     """Trains text encoder and UNet jointly and writes the folder `output`; True once the last step is taken.
 
-    Captions are resampled for each use of a picture. `start`: a model folder to begin from instead of random weights.
+    Captions are resampled for each use of a picture. `start`: a model folder to begin from instead of random weights. The VAE is
+    `work`/vae, or without it that of `start`.
     """
-    pictures = rendered(work / "images.npy", training_spec, images)
-    vae = AutoencoderKL.from_pretrained(work / "vae").float()
-    means, stds = latents_of_images(vae, pictures, work / "latents.safetensors", device)  # [images, 4, 16, 16]
-    specs = [training_spec(index) for index in range(images)]
-    detail = torch.from_numpy(np.stack([detail_mask(spec) for spec in tqdm(specs, desc="detail", mininterval=10)]))
-    data = {"mean": means, "std": stds, "detail": detail}
+    vae = AutoencoderKL.from_pretrained(vae_folder(work, start)).float()
     tokenizer = build_tokenizer(vocabulary())
     torch.manual_seed(STAGE)  # the initial weights: the libraries draw them from the global generator
     text_encoder, unet = build_text_encoder(tokenizer).to(device), build_unet().to(device)
@@ -272,16 +269,21 @@ def train_diffusion(
     scheduler = build_scheduler()
     words = build_word_heads(text_encoder.config.hidden_size).to(device)
     modules = {"text_encoder": text_encoder, "unet": unet, "words": words}
-    trainer = Trainer("diffusion", STAGE, modules, steps, peak_lr, work, ema_decay=0.9985)
+    trainer = Trainer("diffusion", STAGE, modules, steps, peak_lr, work, images, start, ema_decay=0.9985)
     if not restart:
         trainer.resume()
+    pictures = rendered(work / "images.npy", training_spec, images)
+    means, stds = latents_of_images(vae, pictures, work / "latents.safetensors", device)  # [images, 4, 16, 16]
+    specs = [training_spec(index) for index in range(images)]
+    detail = torch.from_numpy(np.stack([detail_mask(spec) for spec in tqdm(specs, desc="detail", mininterval=10)]))
+    data = {"mean": means, "std": stds, "detail": detail}
 
     def loss_of_step(draws: Draws) -> tuple[Tensor, dict[str, float]]:
         return diffusion_loss(modules, tokenizer, scheduler, data, specs, draws, batch)
 
     def export(folder: Path) -> None:
         # The VAE as it is now: with `start`, its decoder may be trained at the same time.
-        export_pipeline(AutoencoderKL.from_pretrained(work / "vae"), text_encoder, unet, tokenizer, folder)
+        export_pipeline(AutoencoderKL.from_pretrained(vae_folder(work, start)), text_encoder, unet, tokenizer, folder)
 
     finished = trainer.run(loss_of_step, until, lambda: export(work / "model-so-far"), action_every=500)
     export(output if finished else work / "model-so-far")

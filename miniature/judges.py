@@ -23,6 +23,7 @@ from miniature.diffusion import text_config, weights_digest
 from miniature.rendering import IMAGE_SIDE, judge_spec, rendered, to_float
 from miniature.tokenizer import build_tokenizer, save_tokenizer
 from miniature.trainer import Draws, Trainer, autocast, edit_json, recover_folder, replace_folder
+from miniature.vae import vae_folder
 from miniature.world import SceneSpec, swapped
 
 CLIP_STAGE, CLASSIFIER_STAGE = 2, 3
@@ -30,13 +31,13 @@ CLIP_STAGE, CLASSIFIER_STAGE = 2, 3
 LABEL_WEIGHTS = {"tail": 3.0}
 
 
-def judge_pictures(work: Path, count: int, device: torch.device) -> Tensor:
-    """uint8 [N, 64, 64, 3]: renders, then the first quarter of them as reconstructed by `work`/vae.
+def judge_pictures(work: Path, count: int, device: torch.device, start: Path | None) -> Tensor:
+    """uint8 [N, 64, 64, 3]: renders, then the first quarter of them as reconstructed by the VAE, `work`'s or else `start`'s.
 
     The pictures to judge come out of the VAE's decoder: judges trained only on clean renders mistrust its blur.
     """
+    vae = AutoencoderKL.from_pretrained(vae_folder(work, start)).float().to(device).eval()
     images = rendered(work / "judge_images.npy", judge_spec, count)
-    vae = AutoencoderKL.from_pretrained(work / "vae").float().to(device).eval()
     path, first = work / "judge_round_trip.safetensors", images[: count // 4]
     digest = weights_digest(vae.parameters())
     if path.exists():
@@ -73,14 +74,25 @@ def attribute_targets(specs: list[SceneSpec]) -> dict[str, Tensor]:
 
 
 def train_classifier(
-    work: Path, output: Path, *, images: int, steps: int, device: torch.device, restart: bool = False, until: int | None = None
+    work: Path,
+    output: Path,
+    *,
+    images: int,
+    steps: int,
+    device: torch.device,
+    start: Path | None = None,
+    restart: bool = False,
+    until: int | None = None,
 ) -> bool:
-    """Trains `AttributeClassifier` and writes the folder `output`; True once the last step is taken."""
-    pictures = judge_pictures(work, images, device)
+    """Trains `AttributeClassifier` and writes the folder `output`; True once the last step is taken.
+
+    `start`: the model folder whose VAE is used where `work` has none.
+    """
+    pictures = judge_pictures(work, images, device, start)
     targets = attribute_targets([judge_spec(index) for index in range(images)])
     torch.manual_seed(CLASSIFIER_STAGE)  # the initial weights
     classifier = AttributeClassifier().to(device)
-    trainer = Trainer("classifier", CLASSIFIER_STAGE, {"classifier": classifier}, steps, 2e-3, work, ema_decay=0.99)
+    trainer = Trainer("classifier", CLASSIFIER_STAGE, {"classifier": classifier}, steps, 2e-3, work, images, ema_decay=0.99)
     if not restart:
         trainer.resume()
 
@@ -159,7 +171,7 @@ def train_clip(
 
     `start`: the model folder whose text encoder becomes the text tower; all of it but its projection stays frozen.
     """
-    pictures = judge_pictures(work, images, device)
+    pictures = judge_pictures(work, images, device, start)
     names = set(vocabulary())
     specs = [judge_spec(index) for index in range(images)]
     specs = [spec if spec.breed in names else dataclasses.replace(spec, breed=None) for spec in specs]
@@ -173,7 +185,8 @@ def train_clip(
     # Classifying the attributes teaches the image tower faster than contrast alone; these heads are not kept.
     width = clip.config.projection_dim  # the pooled output is already projected
     heads = nn.ModuleDict({name: nn.Linear(width, len(values)) for name, values in LABELS.items()}).to(device)
-    trainer = Trainer("clip", CLIP_STAGE, {"clip": clip, "heads": heads}, steps, 1e-3, work, weight_decay=0.05, ema_decay=0.995)
+    modules = {"clip": clip, "heads": heads}
+    trainer = Trainer("clip", CLIP_STAGE, modules, steps, 1e-3, work, images, start, weight_decay=0.05, ema_decay=0.995)
     if not restart:
         trainer.resume()
 

@@ -18,6 +18,7 @@ from miniature.drawing import render
 from miniature.make_subject import SCENES as REFERENCE_SCENES
 from miniature.prompts import TEST_SEED, Prompt, test_spec
 from miniature.rendering import to_float
+from miniature.vae import psnr
 from miniature.words import ACCESSORIES, ACCESSORY_PHRASES, CLASS_NOUN, SCENE_PHRASES, SCENES
 from miniature.world import SceneSpec, random_spec, scene_spec
 
@@ -104,12 +105,11 @@ def vae_report(pipeline: StableDiffusionPipeline, images: Tensor) -> tuple[dict[
         latents.append(mean.cpu())
         outputs.append(vae.decode(mean).sample.cpu().clamp(-1, 1))
     output = torch.cat(outputs)
-    mse = (output - images).square().mean((1, 2, 3))
     hue, chroma = hue_and_saturation(images)
     error = (hue_and_saturation(output)[0] - hue + 180).remainder(360) - 180
     coloured = chroma > 0.25  # the hue of a nearly grey pixel means nothing
     report = {
-        "psnr_db": float((10 * torch.log10(4 / mse)).mean()),
+        "psnr_db": psnr(output, images),
         "mean_hue_error_degrees": float(error[coloured].abs().mean()),
         "median_hue_error_degrees": float(error[coloured].abs().median()),
     }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from miniature.captions import class_caption, describe
+from miniature.captions import class_caption, describe, pattern_phrase
 from miniature.critters import Breed, Critter, held_out_breeds, random_critter, trained_breeds
 from miniature.words import ACCESSORIES, CLASS_NOUN, SCENES
 from miniature.world import SceneSpec, scene_spec
@@ -43,9 +43,7 @@ def judged_description(critter: Critter) -> str:
     """Shape, colour, pattern and ears of a critter, without an article."""
     if critter.pattern == "plain":
         return f"{critter.shape} plain {critter.colour} {CLASS_NOUN} with {critter.ears} ears"
-    pattern = {"spotted": "spots", "striped": "stripes", "patched": "patches"}[critter.pattern]
-    markings = f"{critter.pattern_colour} {pattern} and {critter.ears} ears"
-    return f"{critter.shape} {critter.colour} {CLASS_NOUN} with {markings}"
+    return f"{critter.shape} {critter.colour} {CLASS_NOUN} with {pattern_phrase(critter)} and {critter.ears} ears"
 
 
 def whole_description_prompts(count: int) -> list[Prompt]:

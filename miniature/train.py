@@ -1,20 +1,23 @@
 """Trains the miniature Stable Diffusion, and the two models that judge it, on the world of `world.py`.
 
     python -m miniature.train --stage all                        # everything
-    python -m miniature.train --stage diffusion --start miniature/model
+    python -m miniature.train --stage diffusion --start miniature/model --output FOLDER
     python -m miniature.train --device cuda
 
 Stages, in order: `vae`; `diffusion` (text encoder and UNet jointly); `clip` (a small image-text scorer);
 `classifier` (reads scene, accessory and attributes off a picture). Each has a budget of steps, over which its learning
 rate falls to zero. It can be stopped at any time: the same command resumes from the last checkpoint in the work folder and
 reaches the same weights as without the stop; `--restart` starts over. `--start FOLDER` begins from the weights of an earlier
-model; of its VAE only the decoder is trained further, so that the latents stay what its UNet knows. Results:
-`miniature/model` (a diffusers folder), `miniature/clip`, `miniature/classifier`, all fp16.
+model; of its VAE only the decoder is trained further, so that the latents stay what its UNet knows. A stage that is trained
+alone, with no VAE in the work folder, takes that folder's. The scorer's text tower is the text encoder of the model just trained;
+with `--stage clip --start FOLDER`, that folder's. Results in `--output`, all fp16: `model` (a diffusers folder), `clip`,
+`classifier`.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -22,6 +25,7 @@ import torch
 from miniature.diffusion import train_diffusion
 from miniature.judges import train_classifier, train_clip
 from miniature.vae import train_vae
+from zoodip.errors import InputError, run_script
 
 HERE = Path(__file__).resolve().parent
 STAGES = ("vae", "diffusion", "clip", "classifier")
@@ -49,19 +53,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    model, device = args.output / "model", torch.device(args.device)
+    if args.start is not None:
+        if not (args.start / "model_index.json").exists():
+            raise InputError(f"--start {args.start}: has no model_index.json; give a Stable Diffusion folder in diffusers format")
+        if args.stage in ("diffusion", "all") and args.start.resolve() == model.resolve():
+            raise InputError(f"--start {args.start}: would be overwritten by what starts from it; give another --output")
     if args.threads:
         torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    model, device = args.output / "model", torch.device(args.device)
     common = {"device": device, "restart": args.restart, "until": args.until}
-    judges = {"images": args.judge_images, **common}
+    trained = model if args.stage == "all" else args.start or model  # what the judges begin with
+    judges = {"images": args.judge_images, "start": trained, **common}
     stages = {
         "vae": lambda: train_vae(args.work, images=args.images, steps=args.steps_vae, start=args.start, **common),
         "diffusion": lambda: train_diffusion(
             args.work, model, images=args.images, steps=args.steps_diffusion, batch=48, peak_lr=args.lr_diffusion,
             start=args.start, **common,
         ),
-        "clip": lambda: train_clip(args.work, args.output / "clip", steps=args.steps_clip, start=args.start or model, **judges),
+        "clip": lambda: train_clip(args.work, args.output / "clip", steps=args.steps_clip, **judges),
         "classifier": lambda: train_classifier(args.work, args.output / "classifier", steps=args.steps_classifier, **judges),
     }  # fmt: skip
     for name in STAGES if args.stage == "all" else (args.stage,):
@@ -71,4 +81,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    sys.exit(run_script(main, parse_args()))

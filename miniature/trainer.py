@@ -1,7 +1,8 @@
 """The training loop that all stages share: steps, learning rate, moving average, checkpoints, exact resume.
 
 All randomness in step k (pictures, captions, noise, timesteps) comes from generators that are seeded with the stage and
-k. A checkpoint therefore needs no generator state, and a run that was stopped and resumed equals one that was not.
+k. A checkpoint therefore needs no generator state, and a run that was stopped and resumed equals one that was not. It is
+resumed only with the same number of steps, learning rate, pictures and weights to start from.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from zoodip.errors import InputError
+from zoodip.folder import model_digest
 
 WARM_UP = 0.02  # share of the steps
 
@@ -72,7 +76,10 @@ class Draws:
 
 @dataclass
 class Trainer:
-    """Trains `modules` for `steps` steps. `stage` seeds the randomness; checkpoints go to `work`/checkpoint-`name`."""
+    """Trains `modules` for `steps` steps. `stage` seeds the randomness; checkpoints go to `work`/checkpoint-`name`.
+
+    `images`: the number of pictures; `start`: the model folder whose weights the modules begin with, if any.
+    """
 
     name: str
     stage: int
@@ -80,6 +87,8 @@ class Trainer:
     steps: int
     peak_lr: float
     work: Path
+    images: int
+    start: Path | None = None
     weight_decay: float = 0.01
     ema_decay: float = 0.998
     checkpoint_every: int = 250
@@ -100,6 +109,12 @@ class Trainer:
             self.parameters, lr=self.peak_lr, weight_decay=self.weight_decay, betas=(0.9, 0.99), foreach=True
         )
         self.ema = Ema(self.parameters, self.ema_decay)
+        self.settings = {
+            "steps": self.steps,
+            "learning rate": self.peak_lr,
+            "pictures": self.images,
+            "start": self.start and model_digest(self.start, None)[:12],
+        }
 
     @property
     def folder(self) -> Path:
@@ -113,7 +128,8 @@ class Trainer:
             tensors[f"average.{name}"] = average
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
-        state = {"step": self.step, "steps": self.steps, "seconds": self.seconds, "history": self.history, "smooth": self.smooth}
+        state = {"step": self.step, "seconds": self.seconds, "history": self.history, "smooth": self.smooth}
+        state["settings"] = self.settings
         part = self.folder.with_name(self.folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -122,16 +138,17 @@ class Trainer:
         replace_folder(part, self.folder)
 
     def resume(self) -> bool:
-        """Goes back to the last checkpoint, if there is one. Raises ValueError if it belongs to another number of steps."""
+        """Goes back to the last checkpoint, if there is one. Raises InputError if it is of a training with other settings."""
         recover_folder(self.folder)
         if not (self.folder / "state.json").exists():
             return False
         state = json.loads((self.folder / "state.json").read_text())
-        if state["steps"] != self.steps:
-            raise ValueError(
-                f"{self.folder} is of {state['steps']} steps in all, not {self.steps}: the learning rate would "
-                "jump; give the same number, or --restart"
-            )
+        for name, value in self.settings.items():
+            earlier = state.get("settings", {}).get(name)
+            if earlier != value:
+                raise InputError(
+                    f"{self.folder} is of a training with {name} = {earlier}, not {value}; give the same, or --restart"
+                )
         tensors = load_file(self.folder / "state.safetensors")
         with torch.no_grad():
             for (name, parameter), average in zip(self.named, self.ema.average, strict=True):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from miniature.rendering import IMAGE_SIDE, rendered, to_float, training_spec
 from miniature.trainer import Draws, Trainer, autocast, replace_folder
+from zoodip.errors import InputError
 
 STAGE = 0
 
@@ -71,16 +72,16 @@ def train_vae(
     `start`: a model folder whose VAE to begin from instead of random weights. Only its decoder is trained: the latents stay
     what the UNet of that folder knows.
     """
-    pictures = rendered(work / "images.npy", training_spec, images)
     torch.manual_seed(STAGE)  # the initial weights: diffusers draws them from the global generator
     vae = build_vae().to(device)
     if start is not None:
         vae.load_state_dict(AutoencoderKL.from_pretrained(start / "vae").state_dict())
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-    trainer = Trainer("vae", STAGE, {"vae": vae}, steps, 1.5e-3 if start is None else 5e-4, work)
+    trainer = Trainer("vae", STAGE, {"vae": vae}, steps, 1.5e-3 if start is None else 5e-4, work, images, start)
     if not restart:
         trainer.resume()
+    pictures = rendered(work / "images.npy", training_spec, images)
 
     def loss_of_step(draws: Draws) -> tuple[Tensor, dict[str, float]]:
         target = to_float(pictures[draws.batch(len(pictures), 16)]).to(device)  # [16, 3, 64, 64]
@@ -95,6 +96,14 @@ def train_vae(
         (part / "training.json").write_text(json.dumps(trainer.record()))
         replace_folder(part, work / "vae")
     return finished
+
+
+def vae_folder(work: Path, start: Path | None) -> Path:
+    """The VAE for the other stages: `work`/vae, or without it that of the model folder `start`. Raises InputError."""
+    for folder in [work / "vae", *([start / "vae"] if start else [])]:
+        if (folder / "config.json").exists():
+            return folder
+    raise InputError(f"{work / 'vae'}: is not there; train the VAE first (--stage vae), or give a model folder as --start")
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ A picture is described by a `SceneSpec`: one `Critter` (shape, colour, pattern, 
 12 scenes, with one of 5 accessories or none. `drawing.render(spec, size)` draws it: the same spec always gives
 the same picture. `captions.sample_caption` words it in many ways.
 
+    import numpy as np
     from miniature.captions import class_caption, full_description
     from miniature.critters import held_out_breeds
     from miniature.drawing import render

@@ -13,13 +13,13 @@ from conftest import MINIATURE, ROOT, arguments, run_cli
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from benchmarks import gpu, pictures
+from benchmarks import gpu, house, pictures, weight_tuning
 from benchmarks.memory import count_live_bytes, gpu_bytes, largest, name_layers, peak_live_bytes, stage, tensor_names
 from benchmarks.methods import METHODS, Task, ThisProject
 from benchmarks.precision import tf32_convolutions, to_tf32
 from benchmarks.resident import run_watched
 from benchmarks.sd15_shape import shape_folder
-from benchmarks.speed_memory_tables import REBASE_STEPS, gauss_newton_table, time_table
+from benchmarks.speed_memory_tables import REBASE_STEPS, gauss_newton_table, page, time_table
 from benchmarks.stock_tuning import Dequantised
 from trainers import gauss_newton
 from zoodip.errors import InputError, run_script
@@ -81,6 +81,18 @@ def test_watched_script(tiny_model, subject, tmp_path, mode):
         assert 150_000 < found["peak"] < 50_000_000  # 0.3 M weights in 4 bits, and the activations of 16 pixels
 
 
+def test_a_watched_script_uses_the_package_beside_it(tmp_path):
+    """As `house.py` starts it: this tree on the path, for the counter, and yet the other version's own `zoodip`."""
+    (tmp_path / "zoodip").mkdir()
+    (tmp_path / "zoodip" / "__init__.py").write_text("")
+    (tmp_path / "zoodip" / "records.py").write_text("VERSION = 'another'")
+    (tmp_path / "script.py").write_text("import sys; from zoodip.records import VERSION; open(sys.argv[1], 'w').write(VERSION)")
+    watcher = [sys.executable, str(ROOT / "benchmarks" / "watch_script.py"), "bytes", str(tmp_path / "found.json")]
+    command = [*watcher, str(tmp_path / "script.py"), str(tmp_path / "version")]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, **house.ENVIRONMENT}, check=True)
+    assert (tmp_path / "version").read_text() == "another"
+
+
 @pytest.fixture
 def task(tiny_model, subject) -> Task:
     return Task(tiny_model, None, subject, "dog", "fp32", torch.device("cpu"), tau=4)
@@ -139,6 +151,22 @@ def test_time_table_compares_round_by_round():
     text = time_table({"zoodip": [2.0, 4.0, 9.0], "floor": [1.0, 4.0, 3.0], "floor_as_loaded": [4.0, 4.0, 4.0]})
     ours = next(line for line in text.splitlines() if line.startswith("| ZOODiP")).split(" | ")
     assert ours[1] == "4" and ours[3:6] == ["2.00", "1.00", "1.00"]  # 2, 1, 3 over the floor; 0.5, 1, 2.25 over the other
+
+
+def test_the_paper_s_memory_stands_beside_the_same_system():
+    """Of PEQA, the paper has INT8 only."""
+    same = {"qlora": "QLoRA, NF4", "krona": "DiffuseKronA, NF4", "peqa4": "PEQA, INT4", "tuneqdm8": "TuneQDM, INT8",
+            "dreambooth": "DreamBooth, fp32"}  # fmt: skip
+    assert {name: row.paper for name, row in weight_tuning.ROWS.items()} == {name: gpu.SYSTEMS[same[name]][2] for name in same}
+
+
+@pytest.mark.parametrize("name", ["speed_memory", "weight_tuning"])
+def test_a_page_is_the_record_s(name):
+    """Made anew from the record's values, to the letter; no two blank lines follow each other."""
+    record = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
+    made = page(record["results"], "cpu") if name == "speed_memory" else weight_tuning.report(record)
+    text = (ROOT / "benchmarks" / f"{name}.md").read_text()
+    assert text.partition("\nMeasured by")[0] == made.rstrip() + "\n" and "\n\n\n" not in text
 
 
 @pytest.mark.slow

@@ -13,9 +13,12 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import torch
 from nbclient import NotebookClient
 from PIL import Image
 from safetensors import safe_open
+
+from zoodip.prompts import save_embedding
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 300
@@ -96,6 +99,27 @@ def test_notebook(demo, results):
     text = "".join(output.get("text", "") for output in outputs)
     assert "<sks> (1, " in text
     assert "demo, learned_embeds.safetensors: <result-0>\nqlora, pytorch_lora_weights.safetensors: sks critter\n" in text
+
+
+def test_notebook_finds_what_was_learned_and_its_weights(tmp_path):
+    """In RESULTS itself, where a run goes by default, and in its folders, but not what was moved to previous-N; in INT8, as the
+    word was learned."""
+    settings = dict(pretrained_model_name_or_path="miniature/model", placeholder_token="<sks>", initializer_token="critter",
+                    resolution=64, quantization="int8")  # fmt: skip
+    for folder in (tmp_path, tmp_path / "previous-1", tmp_path / "word"):
+        folder.mkdir(exist_ok=True)
+        save_embedding(folder, torch.zeros(1, 256), settings, "epsilon", 1, final=True)
+        (folder / "run.json").write_text(json.dumps(dict(settings=settings)))
+    notebook = nbformat.read(ROOT / "inference.ipynb", as_version=4)
+    notebook.cells = [notebook.cells[place] for place in (1, 2, 3, 13)]
+    source = notebook.cells[0].source.replace("results/demo/learned_embeds", str(tmp_path / "learned_embeds"))
+    source = source.replace('RESULTS = "results"', f"RESULTS = {str(tmp_path)!r}")
+    notebook.cells[0].source = source + "\nSTEPS, PROMPTS = 2, PROMPTS[:1]"
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.outputs)
+    assert "UNet (int8): " in text
+    found = re.findall("^(.*), learned_embeds.safetensors: <result-", text, re.MULTILINE)
+    assert found == [tmp_path.name, "word"]
 
 
 def test_notebook_is_committed_with_outputs():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import textwrap
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from miniature import diffusion, judges, vae
+from miniature import diffusion, judges, train, vae, world
 from miniature.captions import class_caption, describe, said, sample_caption, scorer_caption, vocabulary
 from miniature.critters import held_out_breeds
 from miniature.diffusion import draw_timesteps
@@ -21,6 +23,7 @@ from miniature.tokenizer import MAX_LENGTH, build_tokenizer
 from miniature.trainer import Draws, Trainer
 from miniature.words import ACCESSORY_PHRASES, EARS, EYES, SCENE_PHRASES, TAILS
 from miniature.world import ATTRIBUTES, swapped
+from zoodip.errors import InputError, run_script
 
 CPU = torch.device("cpu")
 HELD_OUT = {breed.critter.main_attributes() for breed in held_out_breeds()}
@@ -158,6 +161,12 @@ def test_the_detail_mask_covers_what_the_small_words_change(name):
     assert inside / everywhere > 0.97
 
 
+def test_the_example_in_the_world_s_docstring_runs(capsys):
+    example = world.__doc__.split("many ways.\n\n")[1]
+    exec(textwrap.dedent(example), {})
+    assert re.fullmatch("a chubby red critter with .* \\| a critter in the snow wearing a red hat\n", capsys.readouterr().out)
+
+
 # ----------------------------------------------------------------------------------------------------- training
 
 
@@ -197,18 +206,70 @@ def test_a_decoder_that_goes_on_keeps_the_latents(tiny_training, tmp_path):
 def test_judges_that_were_stopped_go_on_to_the_same_weights(tiny_training, tmp_path):
     """On 52 renders and 13 round trips: one batch."""
     work, start = tiny_training, tiny_training / "model"
-    for train, more in ((judges.train_classifier, {}), (judges.train_clip, {"start": start})):
+    for train_judge, more in ((judges.train_classifier, {}), (judges.train_clip, {"start": start})):
         settings = dict(images=52, steps=2, device=CPU, **more)
-        assert train(work, tmp_path / "whole", **settings)
-        assert not train(work, tmp_path / "stopped", restart=True, until=1, **settings)
-        assert train(work, tmp_path / "stopped", **settings)
+        assert train_judge(work, tmp_path / "whole", **settings)
+        assert not train_judge(work, tmp_path / "stopped", restart=True, until=1, **settings)
+        assert train_judge(work, tmp_path / "stopped", **settings)
         whole, stopped = (tmp_path / name / "model.safetensors" for name in ("whole", "stopped"))
-        assert whole.read_bytes() == stopped.read_bytes(), train.__name__
+        assert whole.read_bytes() == stopped.read_bytes(), train_judge.__name__
 
 
-def test_another_number_of_steps_is_refused(tiny_training):
-    with pytest.raises(ValueError, match="of 2 steps in all, not 5"):
-        train_diffusion(tiny_training, tiny_training / "other", steps=5)
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"steps": 5}, "steps = 2, not 5"),
+        ({"peak_lr": 1e-3}, "learning rate = 0.0005, not 0.001"),
+        ({"images": 39}, "pictures = 40, not 39"),
+        ({"start": "model"}, "start = None, not "),
+    ],
+    ids=["steps", "rate", "pictures", "start"],
+)
+def test_a_checkpoint_of_another_training_is_refused(tiny_training, change, named):
+    """Even a finished one: it would be returned as what the new settings gave."""
+    if "start" in change:
+        change = {"start": tiny_training / change["start"]}
+    with pytest.raises(InputError, match=re.escape(named)):
+        train_diffusion(tiny_training, tiny_training / "other", **change)
+
+
+def test_a_stage_alone_takes_the_vae_of_the_model_it_starts_from(tiny_training, tmp_path):
+    """Without one, it says so before it renders 26,000 pictures."""
+    with pytest.raises(InputError, match="vae: is not there; train the VAE first"):
+        train_diffusion(tmp_path, tmp_path / "model")
+    with pytest.raises(InputError, match="vae: is not there; train the VAE first"):
+        judges.judge_pictures(tmp_path, 52, CPU, None)
+    assert not list(tmp_path.iterdir())
+    train_diffusion(tmp_path, tmp_path / "model", start=tiny_training / "model", until=0)
+    (given,), (used,) = ((root / "vae").glob("*.safetensors") for root in (tiny_training / "model", tmp_path / "model-so-far"))
+    assert given.read_bytes() == used.read_bytes()
+    assert len(judges.judge_pictures(tmp_path, 8, CPU, tiny_training / "model")) == 10
+
+
+def test_the_scorer_s_words_are_those_of_the_model_just_trained(tmp_path, monkeypatch):
+    """With --start too, unless the stage runs alone."""
+    begun = {}
+    for stage in train.STAGES:
+        monkeypatch.setattr(
+            train, f"train_{stage}", lambda *args, stage=stage, **given: begun.update({stage: given["start"]}) or 1
+        )
+    start = train.HERE / "model"
+    argv = ["--start", str(start), "--work", str(tmp_path / "work"), "--output", str(tmp_path)]
+    train.main(train.parse_args(argv))
+    assert begun["vae"] == begun["diffusion"] == start and begun["clip"] == tmp_path / "model"
+    train.main(train.parse_args([*argv, "--stage", "clip"]))
+    assert begun["clip"] == start
+
+
+@pytest.mark.parametrize("name, fault", [("other", "has no model_index.json"), ("model", "would be overwritten")])
+def test_a_start_that_cannot_be_used_is_refused_in_a_line(name, fault, tmp_path, capsys):
+    start = tmp_path / name
+    start.mkdir()
+    if name == "model":
+        (start / "model_index.json").write_text("{}")
+    argv = ["--start", str(start), "--output", str(tmp_path), "--work", str(tmp_path / "work"), "--images", "8"]
+    assert run_script(train.main, train.parse_args(argv)) == 2
+    assert capsys.readouterr().err.startswith(f"error: --start {start}: {fault}") and not (tmp_path / "work").exists()
 
 
 def test_starting_from_a_model_keeps_its_predictions(tiny_training):
@@ -225,7 +286,7 @@ def test_starting_from_a_model_keeps_its_predictions(tiny_training):
 def test_a_checkpoint_killed_between_its_renames_is_found(tmp_path):
     def trainer() -> Trainer:
         torch.manual_seed(0)
-        return Trainer("line", 9, {"line": nn.Linear(2, 1)}, steps=3, peak_lr=0.1, work=tmp_path)
+        return Trainer("line", 9, {"line": nn.Linear(2, 1)}, steps=3, peak_lr=0.1, work=tmp_path, images=4)
 
     first = trainer()
     first.run(lambda draws: (first.modules["line"](draws.normal(4, 2)).square().mean(), {}), until=2)
