@@ -66,7 +66,7 @@ from zoodip.arguments import OneLineArgumentParser
 from zoodip.diffusion import Batch, FrozenModel, load_scheduler
 from zoodip.errors import InputError, run_script
 from zoodip.files import write_atomically, write_image, write_json
-from zoodip.folder import find_model_folder, model_digest
+from zoodip.folder import model_digest, resolve_model
 from zoodip.pictures import picture_sheet
 from zoodip.prompts import Prompts
 from zoodip.records import ROOT, environment
@@ -259,7 +259,7 @@ def given_flags(text: str) -> dict:
 def make_settings(args: argparse.Namespace, images: int) -> Settings:
     """Raises InputError if the model's folder is incomplete."""
     world = Miniature(args.output, args.output, args.output)
-    digest_of_model = model_digest(find_model_folder(args.model, None, None), None)[:12]
+    digest_of_model = model_digest(*resolve_model(args.model))[:12]
     return Settings(world, args.output, args.model, digest_of_model, world.clip, world.dino, images=images,
                     inference_steps=args.inference_steps, threads=args.threads)  # fmt: skip
 

@@ -34,7 +34,7 @@ from reproduction.scores import load_scorer
 from reproduction.worlds import WORLDS
 from zoodip.arguments import OneLineArgumentParser
 from zoodip.errors import InputError, run_script
-from zoodip.folder import find_model_folder, model_digest
+from zoodip.folder import model_digest, resolve_model
 from zoodip.records import table
 
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
@@ -129,7 +129,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
     given = {name: value for name in ("model", "clip", "dino", "data", "prompts", "rates")
              if (value := getattr(args, name)) not in (None, defaults[name])}  # fmt: skip
     settings = Settings(
-        world, output, model, model_digest(find_model_folder(model, None, variant), variant)[:12] if local else model,
+        world, output, model, model_digest(*resolve_model(model, None, variant))[:12] if local else model,
         args.clip or world.clip, args.dino or world.dino, subjects=args.subjects and tuple(args.subjects),
         seeds=args.seeds and tuple(args.seeds), extra=args.extra, given=given, images=world.images,
         inference_steps=world.inference_steps, threads=args.threads, redraw=args.redraw,
