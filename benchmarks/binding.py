@@ -83,8 +83,7 @@ GB of tensors that live at once; seconds under the profiler. {results["device"]}
 
 def main(args: argparse.Namespace) -> None:
     with shape_folder(args.folder) as folder:
-        variant = "fp16" if list((folder / "unet").glob("*.fp16.safetensors")) else None
-        pipeline = load_pipeline(str(folder), args.quantization, DTYPES[args.dtype], variant=variant)
+        pipeline = load_pipeline(str(folder), args.quantization, DTYPES[args.dtype])
         modules = (pipeline.unet, pipeline.text_encoder, pipeline.vae)
         held = bytes_of(tensors_of(*modules))
         arguments = {name: value for name, value in vars(args).items() if name not in ("folder", "output")}

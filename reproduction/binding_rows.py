@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoodip.binding_drawing import first_noises, read_marked_prompts, scheduler_maker, with_seeds
+from zoodip.binding_drawing import first_noises, scheduler_maker, with_seeds
 from zoodip.binding_losses import Predictor
 from zoodip.binding_settings import CONTROL, FULL, MERGE, PHRASE, PLAIN, PUBLISHED, Settings
 from zoodip.binding_states import Encoder
+from zoodip.binding_words import parse_prompts
 from zoodip.marks import MarkedPrompt
 
 NOUN = replace(PHRASE, states="noun")
@@ -126,7 +127,7 @@ def ceiling_latents(
     """
     encode, predict = Encoder(pipeline), Predictor(pipeline.unet)
     null = encode("").states
-    wanted = with_seeds(read_marked_prompts(pipeline, marked_prompts, None), seeds)
+    wanted = with_seeds(parse_prompts(pipeline.tokenizer, marked_prompts, None), seeds)
     sides = [torch.stack([encode(text).states for text in side_prompts(prompt)]) for prompt, _ in wanted]
     states = torch.cat([null.expand(2 * len(sides), -1, -1), *sides])  # [4 N, L, d]
     size = (height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)

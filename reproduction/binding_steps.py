@@ -18,10 +18,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from reproduction.plots import new_plot, save_plot
 from train_zoodip import ESTIMATORS, zeroth_order_gradient
-from zoodip.binding_drawing import first_noises, read_marked_prompts, scheduler_maker
+from zoodip.binding_drawing import first_noises, scheduler_maker
 from zoodip.binding_losses import Losses, Predictor, binding_losses, contexts, gradient_step, moved
 from zoodip.binding_settings import FULL, Settings
 from zoodip.binding_states import BoundGroup, Encoder, bind_prompt
+from zoodip.binding_words import parse_prompts
 from zoodip.records import mean_interval, table
 
 SEED = 14  # of first noises and directions
@@ -104,7 +105,7 @@ def compare_steps(pipeline, marked_prompts: Sequence[str], *, height: int, width
     size, null = (height // scale, width // scale), encode("").states
     steps = steps_to_compare()
     found: dict = dict(budget=budget, curves={name: [] for name in steps}, phrase=[])
-    for k, marked in enumerate(read_marked_prompts(pipeline, marked_prompts, None)):
+    for k, marked in enumerate(parse_prompts(pipeline.tokenizer, marked_prompts, None)):
         latents = first_noises(pipeline, [k], size, null)
         merged = bind_prompt(marked, encode, FULL, encode.mean())
         for group in merged.groups:

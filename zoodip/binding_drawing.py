@@ -221,7 +221,7 @@ def draw_bound(
     settings = settings or METHODS[method]
     check_settings(settings)
     height, width = canvas(pipeline.unet.config, pipeline.vae_scale_factor, height, width)
-    prompts = read_marked_prompts(pipeline, marked_prompts, clean_prompts)
+    prompts = parse_prompts(pipeline.tokenizer, marked_prompts, clean_prompts)
     for prompt in prompts:
         check_groups(prompt, settings, intervals)
     encode = Encoder(pipeline)
@@ -243,13 +243,6 @@ def with_seeds(prompts: Sequence[Prompt], seeds: Sequence[int] | Sequence[Sequen
     of_each = seeds if any(isinstance(each, Sequence) for each in seeds) else [seeds] * len(prompts)
     of_each = cast("Sequence[Sequence[int]]", of_each)
     return [(prompt, seed) for prompt, own in zip(prompts, of_each, strict=True) for seed in own]
-
-
-def read_marked_prompts(
-    pipeline: StableDiffusionPipeline, marked: Sequence[str], clean: Sequence[str] | None
-) -> list[MarkedPrompt]:
-    """Parse marked prompts with a pipeline's learned words. Raises InputError."""
-    return parse_prompts(pipeline.tokenizer, marked, clean)
 
 
 def first_noises(pipeline: StableDiffusionPipeline, seeds: Sequence[int], size: Sequence[int], like: Tensor) -> Tensor:
