@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The paper's tables, each a list of runs: does what is not done, then writes RESULTS.md and RESULTS.html.
 
-    python -m reproduction.tables                                  # the miniature, everything
+    python -m reproduction.tables                                  # the miniature, all but the tables on request
     python -m reproduction.tables --quick --jobs 2                 # the same in about an hour: 2 subjects, 1 seed, short runs
     python -m reproduction.tables --tables 3 S4 --jobs 2           # some tables
     python -m reproduction.tables --tables TuningRates             # choose the learning rates of weight tuning, by pictures

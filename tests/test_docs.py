@@ -161,7 +161,7 @@ def test_results_in_the_readme_are_those_of_the_record():
     gigabytes = {name: max(sd15["memory"][name]["bytes"]["peaks"].values()) / 1e9 for name in ("zoodip", "authors")}
     pictures = json.loads((ROOT / "benchmarks/pictures.json").read_text())["results"]["bf16"]["bytes"]["in strips"] / 1e9
     text = " ".join(readme.split())
-    assert f"for their tensors, and the pictures at the end {pictures:.2f} ([record]" in text
+    assert f"and the pictures at the end {pictures:.2f} ([record]" in text
     assert f"a step takes {seconds['zoodip']:.1f} seconds, and loading and training need {gigabytes['zoodip']:.2f} GB" in text
     assert f"INT8 weights takes {seconds['authors']:.1f} seconds and {gigabytes['authors']:.1f} GB" in text
     assert f"on the same 4-bit model {seconds['ti']:.1f} seconds" in text
@@ -169,19 +169,22 @@ def test_results_in_the_readme_are_those_of_the_record():
 
 def test_binding_in_the_readme_is_that_of_the_record():
     records = read_records(ROOT / "reproduction/binding/records.json.xz")
-    table = tables_of(records["pictures"], CORE)["S1", "none"]
-    right = {row: interval(table.means(row, "right").values()) for row in ("phrase", "plain", "full")}
+    tables = tables_of(records["pictures"], CORE)
+    words, learned = (
+        {row: interval(tables[name, "none"].means(row, "right").values()) for row in ("phrase", "plain", "full")}
+        for name in ("S1", "S2")
+    )
     ratio = np.mean(cost_ratios(records["costs"])["phrase"])
     text = " ".join((ROOT / "README.md").read_text().split())
     assert f"at {ratio:.2f} times the cost of a plain picture" in text
     assert (
-        f"both colours right in {right['phrase']} % of the miniature's test pictures, where a plain prompt has {right['plain']}"
-        in text
-    )
-    assert f"token merging (ToMe) with its losses {right['full']} " in text
+        f"Of the miniature's test pictures, {words['phrase']} % have both colours right (a plain prompt: {words['plain']}; "
+        f"token merging, ToMe, with its losses: {words['full']}), and {learned['phrase']} % if one creature is a learned word "
+        f"({learned['plain']}; {learned['full']})"
+    ) in text
 
 
-# (record, table, row, other row, score): differences that reproduction/README.md and docs/measurements.md both quote
+# (record, table, row, other row, score): differences that reproduction/README.md quotes; docs/weight_tuning.md has TuneQDM's
 QUOTED = [
     *(
         ("evidence", "1", "ZOODiP", other, "CLIP-I")
@@ -233,7 +236,7 @@ def test_quoted_differences_are_those_of_the_record(quoted):
     record = json.loads((ROOT / "reproduction" / folder / "results.json").read_text())[table]
     first, second = ({run["spec"]["subject"]: run[score] for run in record[name]} for name in (row, other))
     difference = signed(first[subject] - second[subject] for subject in first)
-    for page in ("reproduction/README.md", "docs/weight_tuning.md" if table == "TuneQDM" else "docs/measurements.md"):
+    for page in ("reproduction/README.md", *(["docs/weight_tuning.md"] if table == "TuneQDM" else [])):
         assert difference in " ".join((ROOT / page).read_text().split()), (page, difference)
 
 
