@@ -53,6 +53,20 @@ def test_placeholder(refused, token, words):
     assert "placeholder_token" in line and words in line and re.search(r"for example <[a-z0-9-]+>", line)
 
 
+def test_folders_that_would_spoil_each_other(refused, subject, tmp_path):
+    """A run among the photographs would train on its own pictures; an embedding that it replaces could not be resumed from."""
+    before = sorted(path.name for path in subject.iterdir())
+    assert "must not be --train_data_dir" in refused(output_dir=subject / ".." / subject.name)
+    assert sorted(path.name for path in subject.iterdir()) == before
+    line = refused(initializer_token=tmp_path / "out" / "learned_embeds.safetensors")
+    assert "must not be in --output_dir" in line
+
+
+def test_the_new_word_as_its_own_class(refused):
+    """It was reported as a damaged model."""
+    assert "must be a word that the model knows, for example dog" in refused(initializer_token="<sks>")
+
+
 def test_required_flags(refused):
     assert "--train_data_dir" in refused(argv=[])
     assert "--initializer_token" in refused(argv=["--train_data_dir", "x"])
@@ -127,6 +141,7 @@ def test_advice_when_memory_runs_out(flags, on_gpu, advice, changed):
 
 
 def test_captions_missing(refused, tmp_path):
+    (tmp_path / "none.json").write_text("{}")
     assert "no caption for 3 of the 3 images of 'dog6'" in refused(use_cc=True, cc_file=tmp_path / "none.json")
 
 

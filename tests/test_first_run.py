@@ -291,10 +291,34 @@ def lines_of_flags(model: Path, flags: dict) -> list[str]:
     (dict(revision="main"), "--revision main has no effect"),
     (dict(model_config="x"), "--model_config x has no effect"),
     (dict(lr_warmup_steps=5), "--lr_warmup_steps 5 has no effect"),
+    (dict(nu=0), "--tau 4 has no effect with --nu 0"),
+    (dict(eval_steps=0), "--num_eval_samples 2 has no effect with --eval_steps 0"),
+    (dict(timestep_sampling="uniform", t_min=100, eval_steps=0, num_eval_samples=None), "--t_min 100 has no effect"),
 ])  # fmt: skip
 def test_flags_that_do_nothing_say_so(tiny_model, flags, said):
     (line,) = lines_of_flags(tiny_model, flags)
     assert line.startswith(said)
+
+
+def test_flags_that_packing_ignores_say_so():
+    """Somebody who has forgotten --train_data_dir gets a packed model, and should know why."""
+    import train_zoodip
+    from zoodip.arguments import without_effect
+
+    args = train_zoodip.parse_args(["--save_quantized", "x", "--quantization", "int8", "--initializer_token", "dog"])
+    (line,) = without_effect(vars(args), train_zoodip.build_parser())
+    assert line == "--initializer_token dog has no effect without --train_data_dir: the model is only packed"
+
+
+def test_a_variant_of_a_single_file_says_so(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    (line,) = lines_of_flags(tmp_path / "model.safetensors", dict(variant="fp16"))
+    assert line.startswith("--variant fp16 has no effect")
+
+
+def test_a_template_that_only_the_picture_uses(tiny_model):
+    """With captions, the pictures' default prompt still depends on what is learned."""
+    assert not lines_of_flags(tiny_model, dict(use_cc=True, learnable_property="style", final_picture=True))
 
 
 @pytest.mark.parametrize(("script", "given", "said"), [

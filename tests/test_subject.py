@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_subject
-from PIL import Image
+from PIL import Image, ImageCms
 
 from zoodip.errors import InputError
 from zoodip.prompts import build_prompts, load_tokenizer
@@ -87,6 +87,27 @@ def transparent(mode: str) -> tuple[Image.Image, dict]:
     image = Image.new(mode, (8, 4), 0 if mode == "L" else (0, 0, 0))  # colour-keyed
     image.paste(100 if mode == "L" else (255, 0, 0), (0, 0, 4, 4))
     return image, dict(transparency=0 if mode == "L" else (0, 0, 0))
+
+
+def exchanged_primaries() -> bytes:
+    """The ICC profile of a colour space whose red is sRGB's green, and the other way round."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, green = (profile.index(tag, 128) for tag in (b"rXYZ", b"gXYZ"))
+    profile[red : red + 4], profile[green : green + 4] = b"gXYZ", b"rXYZ"
+    return bytes(profile).replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+def test_colours_are_converted_to_srgb(tmp_path, suffix):
+    """A phone's wide-gamut colours, read as they are, would be learned too dull."""
+    options = {"jpg": dict(quality=100, subsampling=0), "webp": dict(lossless=True)}.get(suffix, {})
+    red = Image.new("RGB", (16, 16), (255, 0, 0))
+    for profile, colour in ((exchanged_primaries(), (0, 255, 0)), (b"damaged", (255, 0, 0)), (None, (255, 0, 0))):
+        red.save(tmp_path / f"x.{suffix}", icc_profile=profile, **options)
+        assert difference(open_image(tmp_path / f"x.{suffix}"), Image.new("RGB", (16, 16), colour)) <= 4  # JPEG, rounding
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    UPRIGHT.save(tmp_path / "x.png", icc_profile=srgb)
+    assert difference(open_image(tmp_path / "x.png"), UPRIGHT) == 0
 
 
 @pytest.mark.parametrize(("mode", "suffix"), [("RGBA", "png"), ("LA", "png"), ("P", "png"), ("L", "png"), ("RGB", "png"),
@@ -267,13 +288,11 @@ def test_captions_are_found(tmp_path):
     ({"my dog": []}, ["00.png", "01.png"]), ({"my dog": {"00.png": "{}"}}, ["01.png"]),
     ({"my dog": {**GOOD, "01.png": "no place"}}, ["01.png"]), ({"my dog": {**GOOD, "00.png": "{} and {}"}}, ["00.png"]),
     ({"my dog": {**GOOD, "00.png": None}}, ["00.png"]), ({"my dog": {**GOOD, "00.png": ["{}"]}}, ["00.png"]),
-    ({"my dog": {**GOOD, "00.png": "{0}"}}, ["00.png"]), (None, ["00.png", "01.png"]),
+    ({"my dog": {**GOOD, "00.png": "{0}"}}, ["00.png"]),
 ])  # fmt: skip
 def test_bad_captions_print_the_json_to_add(tmp_path, content, to_add):
     """The message holds JSON that, merged into the file, makes the run work."""
     file, folder, images = captions_case(tmp_path, content)
-    if content is None:
-        file.unlink()
     with pytest.raises(InputError, match="captions.json") as error:
         load_captions(file, folder, images)
     message = str(error.value)
@@ -283,6 +302,55 @@ def test_bad_captions_print_the_json_to_add(tmp_path, content, to_add):
     known = content.get("my dog", {}) if isinstance(content, dict) else {}
     file.write_text(json.dumps({"my dog": {**(known if isinstance(known, dict) else {}), **addition["my dog"]}}))
     assert len(load_captions(file, folder, images)) == 2
+
+
+def test_caption_files_that_are_not_there(tmp_path, monkeypatch):
+    """A file that was named must exist; without the default one, captions beside the pictures do."""
+    file, folder, images = captions_case(tmp_path, {})
+    with pytest.raises(InputError, match="--cc_file: there is no file 'typo.json'"):
+        load_captions("typo.json", folder, images)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="there is no cc.json here, and there is no caption for 2 of the 2 images"):
+        load_captions("cc.json", folder, images)
+    for image in images:
+        image.with_suffix(".txt").write_text("a dog asleep")
+    assert load_captions("cc.json", folder, images, "dog") == ["a {} asleep"] * 2
+
+
+def test_captions_in_the_file_come_before_those_beside(tmp_path):
+    """Tags for other programs, which name no subject, often lie beside photographs."""
+    file, folder, images = captions_case(tmp_path, {"my dog": GOOD})
+    for image in images:
+        image.with_suffix(".txt").write_text("outdoors, grass")
+    assert load_captions(file, folder, images, "dog") == list(GOOD.values())
+    file.write_text(json.dumps({"my dog": {"00.png": GOOD["00.png"]}}))
+    with pytest.raises(InputError, match="01.txt must have the word 'dog'"):
+        load_captions(file, folder, images, "dog")
+
+
+def test_a_caption_file_of_a_windows_program(tmp_path):
+    file, folder, images = captions_case(tmp_path, {"my dog": GOOD})
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # a byte-order mark
+    assert load_captions(file, folder, images) == list(GOOD.values())
+
+
+def test_a_linked_folder_is_called_as_the_user_calls_it(tmp_path):
+    file, folder, _ = captions_case(tmp_path, {"my link": GOOD})
+    (tmp_path / "my link").symlink_to(folder)
+    images = find_images(tmp_path / "my link")
+    assert load_captions(file, tmp_path / "my link", images) == list(GOOD.values())
+
+
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    """As root, tests can read every folder, so the system's refusal is simulated."""
+    folder = make_subject(tmp_path / "dog")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match="--train_data_dir: .*dog' cannot be read .Permission denied"):
+        find_images(folder)
 
 
 @pytest.mark.parametrize("content", ['{"my dog": ', "", b"\xff\xfe\x00".decode("latin-1")])

@@ -9,15 +9,14 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from zoodip.errors import InputError
+from zoodip.errors import InputError, notice
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+DEFAULT_CC_FILE = "cc.json"
 NUM_TRAIN_TIMESTEPS = 1000  # in every Stable Diffusion 1.x and 2.x
 
 # Flags of the groups below that affect what is learned. Checkpoints record them, and resuming with different values is refused.
@@ -138,9 +137,10 @@ def add_subject_flags(parser: argparse.ArgumentParser, templates: bool = True) -
         "--use_cc",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="use the comprehensive captions of --cc_file instead of " + ("templates" if templates else "the instance prompt"),
+        help="use a comprehensive caption of each photograph, from --cc_file or from NAME.txt beside it, instead of "
+        + ("templates" if templates else "the instance prompt"),
     )
-    add("--cc_file", default="cc.json", help="JSON file of captions: {folder name: {file name: caption with one {}}}")
+    add("--cc_file", default=DEFAULT_CC_FILE, help="JSON file of captions: {folder name: {file name: caption with one {}}}")
     if templates:
         add("--learnable_property", default="object", choices=["object", "style"], help="templates to use without --use_cc")
     add("--resolution", type=int, default=None, help="side of the training images in pixels; default: the model's own")
@@ -262,9 +262,9 @@ def parse(parser: argparse.ArgumentParser, check, argv: list[str] | None = None)
         check(vars(flags))
     except InputError as error:
         parser.error(str(error))
-    if argv is None and os.environ.get("RANK", "0") == "0":  # only one of several processes prints
+    if argv is None:
         for line in without_effect(vars(flags), parser):
-            print(line, file=sys.stderr)
+            notice(line)
     return flags
 
 
@@ -278,6 +278,9 @@ def without_effect(flags: dict, parser: argparse.ArgumentParser) -> Iterator[str
     """A line for each flag that differs from the parser's default but has no effect in this combination."""
     given = {name: value for name, value in flags.items() if value != parser.get_default(name)}
     if flags.get("train_data_dir") is None:
+        packing = ("save_quantized", "quantization", "pretrained_model_name_or_path", "revision", "variant", "model_config")
+        for name in sorted(given.keys() - set(packing)):
+            yield f"--{name} {given[name]} has no effect without --train_data_dir: the model is only packed"
         return
     for name, needed in NEEDED.items():
         if name in given and not flags[needed]:
@@ -286,12 +289,17 @@ def without_effect(flags: dict, parser: argparse.ArgumentParser) -> Iterator[str
         yield f"--candidates_per_forward {given['candidates_per_forward']} has no effect without --mode fair"
     if "start_steps" in given and flags["starts"] == 1:
         yield f"--start_steps {given['start_steps']} has no effect with --starts 1"
-    if "learnable_property" in given and flags["use_cc"]:
+    if "learnable_property" in given and flags["use_cc"] and (flags["validation_prompt"] or not flags["final_picture"]):
         yield f"--learnable_property {given['learnable_property']} has no effect with --use_cc, which replaces the templates"
-    sampling = flags.get("timestep_sampling", "puts")
+    sampling, evaluated = flags.get("timestep_sampling", "puts"), flags["eval_steps"] > 0 or flags.get("mode") == "fair"
     for name in ("t_min", "t_max"):
         if name in given and sampling != "puts":
-            yield f"--{name} {given[name]} affects only the evaluation set: --timestep_sampling is {sampling}"
+            affects = "affects only the evaluation set" if evaluated else "has no effect without --eval_steps"
+            yield f"--{name} {given[name]} {affects}: --timestep_sampling is {sampling}"
+    if "num_eval_samples" in given and not evaluated:
+        yield f"--num_eval_samples {given['num_eval_samples']} has no effect with --eval_steps 0"
+    if "tau" in given and flags.get("nu") == 0:
+        yield f"--tau {given['tau']} has no effect with --nu 0, which projects nothing out"
     low, high = flags.get("train_interval") or (0, NUM_TRAIN_TIMESTEPS)
     if (high <= flags["t_min"] or flags["t_max"] <= low) and flags["apply"] == "interval":
         yield (f"--train_interval {low} {high} is outside the evaluation set's timesteps: eval_loss will not show what is "
@@ -305,6 +313,8 @@ def without_effect(flags: dict, parser: argparse.ArgumentParser) -> Iterator[str
     model = Path(flags["pretrained_model_name_or_path"])
     if "revision" in given and model.exists():
         yield f"--revision {given['revision']} has no effect: {model} is on this machine, not on the hub"
+    if "variant" in given and model.is_file():
+        yield f"--variant {given['variant']} has no effect: {model} is a single file"
     if "model_config" in given and not model.is_file():
         yield f"--model_config {given['model_config']} has no effect: it applies only to a model in a single .safetensors file"
 
@@ -337,6 +347,9 @@ def check_training_flags(flags: dict) -> None:
     check_shared_flags(flags)
     check_token_flags(flags)
     check_run_flags(flags, flags["placeholder_token"])
+    start = Path(flags["initializer_token"])
+    moved = is_embedding_file(start.name) and start.resolve().parent == Path(flags["output_dir"]).resolve()
+    require(flags, "initializer_token", not moved, "must not be in --output_dir, where the run would move or replace it")
 
 
 def check_shared_flags(flags: dict) -> None:
@@ -397,13 +410,16 @@ def check_token_flags(flags: dict) -> None:
         token == token.lower(),
         f"must be lower case, as the tokenizer lower-cases every prompt ({advice})",
     )
-    require(flags, "initializer_token", flags["initializer_token"].strip() != "", "must be a word, for example dog")
+    word = flags["initializer_token"].strip()
+    require(flags, "initializer_token", word not in ("", token), "must be a word that the model knows, for example dog")
     for name in ("placeholder_token", "initializer_token", "validation_prompt"):
         require(flags, name, is_text(flags[name] or ""), "must be valid UTF-8 text")
 
 
 def check_run_flags(flags: dict, word: str) -> None:
     """Check the intervals and picture flags of a run that teaches `word`. Raises InputError."""
+    same = Path(flags["output_dir"]).resolve() == Path(flags["train_data_dir"]).resolve()
+    require(flags, "output_dir", not same, "must not be --train_data_dir: the run's pictures would become photographs")
     for name in ("save_steps", "checkpointing_steps", "checkpoints_total_limit", "eval_steps", "validation_steps"):
         require(flags, name, flags[name] >= 0, "must not be negative")
     require(flags, "validation_guidance", 1 <= flags["validation_guidance"] < math.inf, "must be at least 1 (1: no guidance)")

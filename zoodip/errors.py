@@ -31,7 +31,9 @@ class BrokenCheckpoint(InputError):
     """A checkpoint that is incomplete or corrupt, so that an older one may be tried instead."""
 
     def __init__(self, path: Path, fault: str):
-        super().__init__(f"--resume_from_checkpoint {path}: is not a valid checkpoint ({fault}); use an older one")
+        super().__init__(
+            f"--resume_from_checkpoint {path}: is not a valid checkpoint ({fault}); use an older checkpoint-N.safetensors"
+        )
 
 
 class Interrupted(Exception):
@@ -81,9 +83,15 @@ def printable(text: str) -> str:
     return re.sub(r"\bhf_[A-Za-z0-9]{30,}", "hf_...", text)
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that prints, of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def notice(text: str) -> None:
-    """Print one line for the user to stderr, whatever a file name in it contains."""
-    print(printable(text), file=sys.stderr)
+    """Print one line for the user to stderr, whatever a file name in it contains; of several processes, only the first does."""
+    if is_first_process():
+        print(printable(text), file=sys.stderr)
 
 
 def quiet_libraries() -> None:

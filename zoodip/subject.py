@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from zoodip.arguments import is_text
+from zoodip.arguments import DEFAULT_CC_FILE, is_text
 from zoodip.errors import InputError, notice
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff"}
@@ -56,8 +58,13 @@ def find_images(folder: str | Path) -> list[Path]:
             f"--train_data_dir: there is no folder {str(folder)!r}; give a folder of images (dataset/README.md "
             "says how to get the paper's)"
         )
-    entries = sorted(folder.iterdir(), key=lambda path: path.name)
-    images = [path for path in entries if is_image_name(path)]
+    try:
+        entries = sorted(folder.iterdir(), key=lambda path: path.name)
+        images = [path for path in entries if is_image_name(path)]
+    except OSError as error:
+        raise InputError(
+            f"--train_data_dir: {str(folder)!r} cannot be read ({error.strerror}); change its permissions"
+        ) from error
     captions = {path.with_suffix(".txt") for path in images}
     skipped = [path for path in entries if path not in images and path not in captions]
     heic = any(is_heic(path) for path in skipped)
@@ -68,11 +75,19 @@ def find_images(folder: str | Path) -> list[Path]:
             f"{' ...' if len(skipped) > 5 else ''}{hint}"
         )
     if not images:
-        counts = {path.name: sum(map(is_image_name, path.iterdir())) for path in skipped if path.is_dir()}
+        counts = {path.name: count_images(path) for path in skipped if path.is_dir()}
         nested = ", ".join(f"there are {count} in {name}/" for name, count in counts.items() if count)
         remedy = f"{nested}: give that folder" if nested else f"put JPEG, PNG or WebP files there{hint}"
         raise InputError(f"--train_data_dir: no images in {str(folder)!r}; {remedy}")
     return images
+
+
+def count_images(folder: Path) -> int:
+    """The number of image files in a folder; 0 if it cannot be read."""
+    try:
+        return sum(map(is_image_name, folder.iterdir()))
+    except OSError:
+        return 0
 
 
 def is_image_name(path: Path) -> bool:
@@ -118,7 +133,7 @@ def open_image(path: str | Path) -> Image.Image:
                     f"{path}: {image.width} x {image.height} pixels is too large; make its longer side "
                     f"at most {MAX_IMAGE_SIDE} and its area at most {MAX_IMAGE_PIXELS // 10**6} million pixels"
                 )
-            image = ImageOps.exif_transpose(image)
+            image = to_srgb(ImageOps.exif_transpose(image))
             if image.mode.startswith("I") or image.mode == "F":  # 16-bit greyscale: Pillow's convert() clips it
                 values = np.asarray(image).astype(np.float64)
                 if not np.isfinite(values).all():
@@ -138,6 +153,25 @@ def open_image(path: str | Path) -> Image.Image:
         raise InputError(f"{path}: cannot be read as an image ({error}); remove it or save it again") from error
 
 
+def to_srgb(image: Image.Image) -> Image.Image:
+    """An RGB image with its colour profile's values converted to sRGB, for which the model was trained; others as they are.
+
+    Photographs of phones are often in Display P3, whose numbers look dull if they are read as sRGB.
+    """
+    from PIL import ImageCms
+
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode != "RGB":
+        return image
+    try:
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(given).lower():
+            return image  # a conversion would only round
+        return ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB")) or image
+    except (ImageCms.PyCMSError, OSError):  # a damaged profile: most programs show such a picture without it
+        return image
+
+
 def to_square(image: Image.Image, resolution: int, center_crop: bool) -> torch.Tensor:
     """RGB image -> [2, 3, resolution, resolution] in [-1, 1]: the picture and its mirror image."""
     if center_crop:  # not ImageOps.fit, which lets pixels from outside the square into its edges
@@ -152,22 +186,26 @@ def to_square(image: Image.Image, resolution: int, center_crop: bool) -> torch.T
 def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path], class_word: str | None = None) -> list[str]:
     """The caption of each image, with one {}: from `cc_file`, or else from NAME.txt beside the image, where the class word may
     stand for {}. If one is missing, raises an InputError that prints the JSON to add."""
-    name = Path(folder).resolve().name
+    name = Path(os.path.abspath(folder)).name  # a link has the name that the user gave it
     try:
-        captions = json.loads(Path(cc_file).read_text(encoding="utf-8"))
+        captions = json.loads(Path(cc_file).read_text(encoding="utf-8-sig"))  # some Windows programs write a byte-order mark
     except FileNotFoundError:
+        if str(cc_file) != DEFAULT_CC_FILE:
+            raise InputError(f"--cc_file: there is no file {str(cc_file)!r}; give a JSON file of captions") from None
         captions = {}
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 5000 digits
         raise InputError(f"--cc_file {cc_file}: cannot be read as JSON ({error})") from error
     known = captions.get(name, {}) if isinstance(captions, dict) else {}
-    known = {**text_captions(images, class_word), **(known if isinstance(known, dict) else {})}
+    known = known if isinstance(known, dict) else {}
+    known = {**text_captions([path for path in images if path.name not in known], class_word), **known}
     missing = [path.name for path in images if path.name not in known]
     if missing:
         example = json.dumps({name: {file: "a photo of {} ..." for file in missing}}, ensure_ascii=False)
+        place = f"{cc_file} has" if Path(cc_file).exists() else f"there is no {cc_file} here, and there is"
         raise InputError(
-            f"--use_cc: {cc_file} has no caption for {len(missing)} of the {len(images)} images of "
-            f"{name!r}; add {example}, describing everything in each picture but the subject, or write each caption to "
-            f"{Path(missing[0]).with_suffix('.txt')} and so on, or drop --use_cc"
+            f"--use_cc: {place} no caption for {len(missing)} of the {len(images)} images of {name!r}; add {example}, describing "
+            f"everything in each picture but the subject, or write each caption to {Path(missing[0]).with_suffix('.txt')} and so "
+            "on, or give --no-use_cc"
         )
     for path in images:
         caption = known[path.name]
