@@ -26,8 +26,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        if isinstance(error, shutil.Error) and isinstance(error.args[0], list):
-            reason = error.args[0][0][2]  # copytree's: of every file (source, target, reason), without an errno
         full = any(os.strerror(number) in reason for number in (errno.ENOSPC, errno.EDQUOT))
         remedy = "free some space" if full else "choose another folder"
         raise InputError(f"{path}: cannot be written ({reason}); {remedy}") from error
@@ -52,6 +50,16 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) 
 def copy_whole(source: str | Path, target: str | Path) -> None:
     """Copy a small file: `target` is the old one or the complete new one. Raises InputError."""
     write_atomically(Path(target), Path(source).read_bytes())
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy the files of a folder, each whole or not at all, without its modes: a shared model is often read-only, and its copy
+    must not be. Raises InputError."""
+    with writing(target):
+        target.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file():
+            copy_whole(path, target / path.name)
 
 
 def write_image(path: Path, image: Image.Image) -> None:
@@ -163,10 +171,11 @@ def prove_folder(folder: Path, flag: str, size: int) -> None:
     except OSError as error:
         raise InputError(f"--{flag} {str(folder)!r} cannot be created ({error.strerror}); choose another") from error
     try:
-        write_atomically(folder / ".probe", bytes(4 << 20))  # a quota shows only on writing
+        probe = folder / f".zoodip-probe-{os.getpid()}"
+        write_atomically(probe, bytes(4 << 20))  # a quota shows only on writing
     except InputError as error:
         raise InputError(f"--{flag} {error}") from error
-    (folder / ".probe").unlink(missing_ok=True)  # another run may be probing too
+    probe.unlink(missing_ok=True)
     if (free := shutil.disk_usage(folder).free) < size:
         raise InputError(f"--{flag} {str(folder)!r} has {free / 1e9:.3g} GB free, but the run writes at least {size / 1e9:.3g} "
                          "GB there; free some space, or choose another")  # fmt: skip

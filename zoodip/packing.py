@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from zoodip.errors import UNFINISHED, InputError
-from zoodip.files import read_json, serialize, write_atomically, write_json, writing
+from zoodip.files import copy_folder, read_json, serialize, write_atomically, write_json, writing
 from zoodip.folder import PACKED_NAME, WEIGHT_NAMES, choose_quantization, component_tensors, packed_as, resolve_model
 from zoodip.model import VAE_ENCODER, build_model, check_parameter, is_quantized, modern_name, module_of
 from zoodip.quantize import pack_weight
@@ -60,7 +60,7 @@ def save_quantized(
             marker = dict(_zoodip_packed=quantization, _zoodip_note=note)
             write_json(unfinished / "model_index.json", {**read_json(folder / "model_index.json"), **marker}, indent=2)
             for other in ("tokenizer", "scheduler"):
-                shutil.copytree(folder / other, unfinished / other)
+                copy_folder(folder / other, unfinished / other)
             unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

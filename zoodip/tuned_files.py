@@ -9,7 +9,6 @@ unet/                            a whole UNet, for from_pretrained
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from zoodip.errors import InputError, require_peft
-from zoodip.files import copy_whole, read_json, why_unreadable, write_json, write_tensors, writing
+from zoodip.files import copy_folder, copy_whole, read_json, why_unreadable, write_json, write_tensors, writing
 from zoodip.folder import WEIGHT_NAMES, component_tensors, model_digest, resolve_model
 from zoodip.model import assemble_pipeline, load_frozen
 from zoodip.prompts import load_tokenizer
@@ -121,7 +120,7 @@ def save_other_folders(target: Path, base: Path, variant: str | None) -> None:
     """
     with writing(target):
         for other in ("tokenizer", "scheduler"):
-            shutil.copytree(base / other, target / other, dirs_exist_ok=True, copy_function=copy_whole)
+            copy_folder(base / other, target / other)
         for component in ("text_encoder", "vae"):
             (target / component).mkdir(exist_ok=True)
             copy_whole(base / component / "config.json", target / component / "config.json")
