@@ -131,6 +131,7 @@ from zoodip.diffusion import (
     timestep_sampler,
     uniform_timesteps,
 )
+from zoodip.files import prove_folder
 from zoodip.outputs import TokenOutputs
 from zoodip.packing import save_quantized
 from zoodip.process import make_accelerator
@@ -265,7 +266,7 @@ ESTIMATORS: dict[str, type[RGE]] = {"rge": RGE, "spsa": SPSA, "one_point": OnePo
 def zeroth_order_gradient(slopes: torch.Tensor, directions: torch.Tensor, effective_dim: int) -> torch.Tensor:
     """g = 1 / (n s) sum_i p_i u_i (Eq. 3): slopes [n] along directions [n, V, d] -> [V, d].
 
-    s = sqrt((effective_dim + n - 1) / n) is the expected ratio of the estimate's norm to the true gradient's; dividing by
+    s = sqrt((effective_dim + n - 1) / n) is about the expected ratio of the estimate's norm to the true gradient's; dividing by
     it keeps Adam's large epsilon (1e-3) in proportion.
     """
     n = len(slopes)
@@ -279,11 +280,11 @@ def zeroth_order_gradient(slopes: torch.Tensor, directions: torch.Tensor, effect
 
 
 def low_variance_directions(history: torch.Tensor, nu: float) -> torch.Tensor:
-    """Directions in which the tokens of `history` [tau, D] hardly moved -> orthonormal rows [k, D], k < tau (Eqs. 4-7).
+    """Directions in which the tokens of `history` [tau, D] hardly moved -> orthonormal rows [k, D], k < min(tau, D) (Eqs. 4-7).
 
     Columns are standardised. i* is the smallest number of right singular vectors whose variances sum to more than 1 - nu of
-    the total; the vectors after it are returned. The last one has variance 0, as centred data have rank tau - 1; Eq. 7 includes
-    it. The SVD is in fp64, because the squared singular values span twelve decades.
+    the total; the vectors after it are returned. If tau <= D, the last one has variance 0, as centred data have rank tau - 1;
+    Eq. 7 includes it. The SVD is in fp64, because the squared singular values span twelve decades.
     """
     history = history.double()
     centred = history - history.mean(0)
@@ -434,6 +435,7 @@ def main(args: argparse.Namespace) -> int:
     estimator = ESTIMATORS[args.estimator]
     accelerator = make_accelerator(estimator.num_candidates(args.n), **flags_for(make_accelerator, flags))
     if args.save_quantized is not None:
+        prove_folder(Path(args.output_dir), "output_dir", 0)  # packing takes minutes
         inputs.folder, inputs.variant = save_quantized(Path(args.save_quantized), **flags_for(save_quantized, flags)), None
         args.pretrained_model_name_or_path, args.variant = str(inputs.folder), None
     flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))

@@ -104,6 +104,12 @@ def damage(source, target, kind: str, resigned: bool = False) -> None:
     save_file(tensors, target, metadata)
 
 
+def test_an_embedding_is_no_checkpoint(trained, refused):
+    """Named by mistake; it was reported with a fragment of Python."""
+    line = refused(data=trained / "dog", resume_from_checkpoint=trained / "out" / "learned_embeds.safetensors")
+    assert "it is no checkpoint of this project); use an older checkpoint-N.safetensors" in line
+
+
 KINDS_OF_STATE = ["nan", "infinite", "shape", "rows", "dtype", "another name", "one too many", "history", "generator",
                   "zeroed generator", "theta", "adam.step", "adam.exp_avg_sq", "subspace.projection"]  # fmt: skip
 

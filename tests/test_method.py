@@ -12,6 +12,7 @@ import torch
 from conftest import arguments, run_cli, seeded, shares_of
 from tiny import alphas_cumprod, scheduler_of
 
+import trainers.qlora
 from train_zoodip import (
     ESTIMATORS,
     SubspaceGradient,
@@ -24,7 +25,7 @@ from train_zoodip import (
     zeroth_order_gradient,
 )
 from zoodip.checkpoints import read_checkpoint, write_checkpoint
-from zoodip.diffusion import Batch, Data, FrozenModel, timestep_sampler
+from zoodip.diffusion import Batch, Data, FrozenModel, check_sampling, timestep_sampler
 from zoodip.errors import InputError
 
 NAMES = ["rge", "spsa", "one_point"]
@@ -78,9 +79,22 @@ def test_snr_needs_signal_at_every_timestep(tiny_model, kind):
     data = SimpleNamespace(scheduler=scheduler_of(tiny_model, rescale_betas_zero_snr=True))
     if kind == "snr":
         with pytest.raises(InputError, match="--timestep_sampling snr: .*zero terminal SNR.* puts or uniform"):
-            timestep_sampler(data, timestep_sampling=kind, t_min=500, t_max=900)
+            check_sampling(data.scheduler, kind)
     else:
+        check_sampling(data.scheduler, kind)
         timestep_sampler(data, timestep_sampling=kind, t_min=500, t_max=900)(4, seeded())
+
+
+def test_snr_is_refused_before_photographs_are_encoded(copy, subject, refused, monkeypatch, tmp_path, capsys):
+    """On the way of token trainers to their model, and on that of weight tuning."""
+    scheduler_of(copy, rescale_betas_zero_snr=True).save_pretrained(copy / "scheduler")
+    for loader in ("diffusion", "tuned_model"):
+        monkeypatch.setattr(f"zoodip.{loader}.encode_images", lambda *given: pytest.fail("photographs were encoded"))
+    assert "zero terminal SNR" in refused(model=copy, timestep_sampling="snr")
+    argv = ["--pretrained_model_name_or_path", copy, "--train_data_dir", subject, "--output_dir", tmp_path / "tuned", "--cpu"]
+    argv += ["--class_word", "dog", "--timestep_sampling", "snr", "--resolution", 16]
+    assert run_cli(list(map(str, argv)), trainers.qlora) == 2
+    assert "zero terminal SNR" in capsys.readouterr().err
 
 
 def test_timestep_puts_of_one_value():

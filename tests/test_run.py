@@ -372,8 +372,65 @@ def test_leftovers_of_a_killed_run(train, tmp_path):
     for path in (partial, packing / "config.json", other):
         path.parent.mkdir(parents=True)
         path.touch()
+    mine = [out / ".notes.tmp", out / ".probe", out / "unet" / ".draft.tmp"]
+    for path in mine:
+        path.write_text("the user's")
     train()
     assert not partial.exists() and (packing / "config.json").exists() and other.exists()
+    assert [path.read_text() for path in mine] == ["the user's"] * 3
+
+
+def test_another_start_under_the_same_name(train, refused, tmp_path, capsys):
+    """A resumed run must have begun where it says: an embedding file may have been trained on since."""
+    first, second = train("first", max_train_steps=2), train("second", max_train_steps=2, seed=1)
+    start = Path(shutil.copy(first / "learned_embeds.safetensors", tmp_path / "start.safetensors"))
+    flags = dict(initializer_token=start, checkpointing_steps=2)
+    out = train(max_train_steps=4, **flags)
+    shutil.copy(second / "learned_embeds.safetensors", start)
+    capsys.readouterr()
+    line = refused(max_train_steps=6, resume_from_checkpoint="latest", **flags)
+    assert "the vectors of --initializer_token have changed" in line
+    shutil.copy(first / "learned_embeds.safetensors", start)
+    train(max_train_steps=6, resume_from_checkpoint="latest", **flags)
+    assert torch.equal(theta(out), theta(train("whole", max_train_steps=6, **flags)))
+
+
+def test_interrupted_after_going_back(base, tiny_model, subject, tmp_path, capsys, monkeypatch):
+    """While later checkpoints exist, "latest" would not be the run that was interrupted."""
+    out = Path(shutil.copytree(base, tmp_path / "out"))
+    flags = dict(
+        max_train_steps=24, save_steps=10, checkpointing_steps=8, resume_from_checkpoint=out / "checkpoint-16.safetensors"
+    )
+    monkeypatch.setattr(Run, "stop_requested", lambda run: run.progress.step == 18)
+    run_cli(arguments(tiny_model, subject, out, **flags))
+    assert f"--resume_from_checkpoint {out / 'checkpoint-19.safetensors'}" in capsys.readouterr().err
+
+
+def test_a_checkpoint_beyond_the_end(train, capsys):
+    train(max_train_steps=6)
+    train(max_train_steps=4, resume_from_checkpoint="latest")
+    assert "was saved after more steps than --max_train_steps 4; nothing is left to train" in capsys.readouterr().err
+
+
+def test_processes_at_different_steps(refused, train, monkeypatch, capsys):
+    """On two machines, only one of which has the checkpoints, losses of different steps would be summed."""
+    train(max_train_steps=6)
+    capsys.readouterr()
+    monkeypatch.setattr("zoodip.run.gather_object", lambda steps: [*steps, 0])
+    line = refused(resume_from_checkpoint="latest")
+    assert "the processes are at different steps (6, 0)" in line
+
+
+def test_a_tracker_that_refuses(train, monkeypatch, capsys):
+    """W&B without a login raises an exception of its own."""
+
+    def refuse(*given):
+        raise RuntimeError("No API key configured\nUse `wandb login`")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
+    train(code=2, report_to="tensorboard")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "error: --report_to: the tracker cannot be started (No API key configured); log in to it" in line
 
 
 def test_a_signal_that_the_launcher_repeats(monkeypatch):

@@ -213,7 +213,7 @@ def test_links_in_the_output_folder_are_not_followed(tiny_model, subject, tmp_pa
     (tmp_path / "precious").write_text("mine")
     out = tmp_path / "out"
     out.mkdir()
-    for name in (".lock", ".probe", "sks.safetensors", "run.json", "checkpoint-1.safetensors"):
+    for name in (".lock", "sks.safetensors", "run.json", "checkpoint-1.safetensors"):
         (out / name).symlink_to(tmp_path / "precious")
     assert attempt(arguments(tiny_model, subject, out, **RUN)) == 0
     assert (tmp_path / "precious").read_text() == "mine"

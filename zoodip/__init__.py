@@ -1,5 +1,6 @@
 """What the trainers of this project share: photographs, prompts, a frozen quantised model, and a run.
 
-The package contains no method: `train_zoodip.py` and `trainers/` are scripts built on it. Its functions take named values, never
-an argparse Namespace. Importing it loads nothing; each module imports the heavy libraries where it needs them.
+`train_zoodip.py` and `trainers/` are scripts built on it, each with its own method. `weight_tuning.py` is the loop of trainers
+that tune weights, and `binding.py`, with its modules, draws prompts and trains nothing. Functions take named values, never an
+argparse Namespace. Importing it loads nothing; each module imports the heavy libraries where it needs them.
 """

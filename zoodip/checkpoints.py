@@ -37,7 +37,9 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """(header, tensors) of a checkpoint. Raises BrokenCheckpoint, or InputError if there is no such file."""
     try:
         with safe_open(path, framework="pt") as handle:
-            metadata = handle.metadata()
+            metadata = handle.metadata() or {}
+            if "zoodip.checkpoint" not in metadata:
+                raise ValueError("it is no checkpoint of this project")
             tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # copied out of the memory map
         if metadata != metadata_of(metadata["zoodip.checkpoint"], tensors):
             raise ValueError("its contents do not match its checksum")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from zoodip.arguments import NUM_TRAIN_TIMESTEPS, is_embedding_file
-from zoodip.errors import DamagedModel, InputError, damaged_model
+from zoodip.errors import DamagedModel, InputError, damaged_model, is_first_process
 from zoodip.folder import choose_quantization, model_digest, native_resolution, resolve_model
 from zoodip.model import load_text_encoder, load_unet, load_vae_encoder
 from zoodip.prompts import Prompts, build_prompts, encode_prompts, load_tokenizer, starting_token, warn_of_an_ordinary_word
@@ -48,7 +49,11 @@ class Inputs:
 
     def fingerprint(self) -> dict[str, str]:
         """{what: SHA-256}: a run can be resumed only if these are unchanged."""
-        return {"images or captions": self.subject.fingerprint, "model weights": model_digest(self.folder, self.variant)}
+        return {
+            "images or captions": self.subject.fingerprint,
+            "model weights": model_digest(self.folder, self.variant),
+            "vectors of --initializer_token": hashlib.sha256(self.initial_token.numpy().tobytes()).hexdigest(),
+        }
 
 
 def read_inputs(
@@ -117,7 +122,7 @@ def settle_flags(
 
 
 def load_scheduler(folder: Path) -> DDPMScheduler:
-    """The noise schedule. Raises InputError if the method is not defined for it."""
+    """The noise schedule. Raises InputError if it is not one of Stable Diffusion's."""
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     path = folder / "scheduler"
@@ -130,6 +135,15 @@ def load_scheduler(folder: Path) -> DDPMScheduler:
     if steps != NUM_TRAIN_TIMESTEPS or not scheduler.alphas_cumprod.is_floating_point() or not between.all():
         raise DamagedModel(path, f"is not a noise schedule of {NUM_TRAIN_TIMESTEPS} steps from 1 to 0 (it has {steps})")
     return scheduler
+
+
+def check_sampling(scheduler: DDPMScheduler, timestep_sampling: str) -> None:
+    """Raises InputError if a sampler of timesteps is not defined for the noise schedule."""
+    if timestep_sampling == "snr" and (scheduler.alphas_cumprod == 0).any():
+        raise InputError(
+            "--timestep_sampling snr: this model's noise schedule ends in pure noise (zero terminal SNR), and the logarithm of a "
+            "signal-to-noise ratio of 0 is infinite; choose puts or uniform"
+        )
 
 
 @torch.no_grad()
@@ -146,7 +160,7 @@ def encode_images(vae: AutoencoderKL, paths: list[Path], resolution: int, center
     order = torch.channels_last if device.type == "cpu" else torch.contiguous_format
     cast(Any, vae).to(memory_format=order)  # torch's annotations lack this call
     latents = []
-    for path in tqdm(paths, desc="encoding", unit="image", leave=False):
+    for path in tqdm(paths, desc="encoding", unit="image", leave=False, disable=not is_first_process()):
         flips = []
         for picture in to_square(open_image(path), resolution, center_crop):  # one at a time: the largest activations of the run
             moments = encoder_moments(vae, picture[None].to(device, vae.dtype, memory_format=order))
@@ -230,13 +244,8 @@ def timestep_sampler(data: Data, *, timestep_sampling: str, t_min: int, t_max: i
     """The sampler that --timestep_sampling names.
 
     "puts" is Partial Uniform Timestep Sampling (Eq. 9): uniform over [t_min, t_max). Its alternatives (Table 5) are "uniform",
-    over all timesteps, and TextBoost's "snr". Raises InputError if that is infinite for the model's schedule.
+    over all timesteps, and TextBoost's "snr".
     """
-    if timestep_sampling == "snr" and (data.scheduler.alphas_cumprod == 0).any():
-        raise InputError(
-            "--timestep_sampling snr: this model's noise schedule ends in pure noise (zero terminal SNR), and the logarithm of a "
-            "signal-to-noise ratio of 0 is infinite; choose puts or uniform"
-        )
     return {
         "puts": partial(uniform_timesteps, low=t_min, high=t_max),
         "uniform": uniform_timesteps,
@@ -288,7 +297,7 @@ def merge_batches(batches: list[Batch], size: int) -> list[Batch]:
 def forbid_tf32() -> None:
     """Let a GPU's fp32 convolutions compute in fp32."""
     # By default PyTorch lets a GPU's convolutions round fp32 to TF32, which has only fp16's ten mantissa bits: differences
-    # between candidates were then no more precise in fp32 than in fp16 (benchmarks/gpu.md)
+    # between candidates were then no more precise in fp32 than in fp16 (docs/measurements.md, On a GPU)
     torch.backends.cudnn.allow_tf32 = False
 
 
@@ -341,6 +350,7 @@ def load_model(
     center_crop: bool = False,
     candidates_per_forward: int | None = None,
     compile: bool = False,
+    timestep_sampling: str = "puts",
 ) -> tuple[FrozenModel, Data]:
     """Encode the images, free the VAE, then load text encoder and UNet, so that at most one of them is unquantised at a time.
 
@@ -350,6 +360,7 @@ def load_model(
     forbid_tf32()
     tune_malloc(1 << 20, 1 << 17)
     scheduler = load_scheduler(folder)
+    check_sampling(scheduler, timestep_sampling)
     vae = load_vae_encoder(folder, variant, device)
     with damaged_model(folder / "vae"):
         latents = encode_images(vae, inputs.subject.paths, resolution, center_crop)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from zoodip.arguments import is_embedding_file
-from zoodip.errors import DamagedModel, InputError, damaged_model
+from zoodip.errors import DamagedModel, InputError, damaged_model, notice
 from zoodip.files import not_safetensors, serialize, why_unreadable, write_atomically
 from zoodip.folder import config_number, find_weights
 from zoodip.records import package_versions
@@ -66,8 +65,10 @@ def tokenize(tokenizer, text: str, placeholder_id: int, num_vectors: int, length
     for word in words:
         ids += range(placeholder_id, placeholder_id + num_vectors) if word == placeholder_id else [word]
     if len(ids) > length - 2:
+        fewer = ", or give fewer --num_vectors" if num_vectors > 1 else ""
         raise InputError(
-            f"the caption {text!r:.500} is {len(ids)} tokens long, but the text encoder takes {length - 2}; shorten it"
+            f"the caption or prompt {text!r:.500} is {len(ids)} tokens long, but the text encoder takes {length - 2}; shorten "
+            f"it{fewer}"
         )
     ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
     return ids + [tokenizer.pad_token_id] * (length - len(ids))
@@ -179,10 +180,9 @@ def warn_of_an_ordinary_word(tokenizer, placeholder_token: str) -> None:
     """Warn if the copy's file name, which is the word in AUTOMATIC1111 and Forge, is an ordinary word."""
     stem = file_stem(placeholder_token)
     if f"{stem}</w>" in tokenizer.get_vocab() and stem != "sks":  # "sks" became customary because nobody writes it
-        print(
+        notice(
             f"--placeholder_token {placeholder_token}: in AUTOMATIC1111 and Forge the file name is the word, so "
-            f"{stem}.safetensors would affect every prompt with the ordinary word {stem!r}; choose, for example, <my-{stem}>",
-            file=sys.stderr,
+            f"{stem}.safetensors would affect every prompt with the ordinary word {stem!r}; choose, for example, <my-{stem}>"
         )
 
 

@@ -1,7 +1,8 @@
 """A run that is recorded, and can be interrupted and resumed exactly, whatever is trained.
 
 A trainer has `state_dict`, `load_state_dict` and `remedy` (what to try if its numbers diverge); its outputs have
-`evaluate`, `draw`, `check`, `save`, `result` and `guide`, like `TokenOutputs`. Every training script then has the same form:
+`evaluate`, `draw`, `check`, `save`, `result` and `guide`, `files` (patterns of what they write) and `draws_before` (whether they
+draw the untrained model), like `TokenOutputs`. Every training script then has the same form:
 
     run = Run(trainer, generator, accelerator, settings, fingerprint, ...)
     run.resume(checkpoint), run.claim()            # errors are reported here, before a model is loaded
@@ -17,6 +18,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 import signal
 import sys
@@ -28,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from zoodip.checkpoints import can_follow, checkpoint_step, list_checkpoints, read_checkpoint, write_checkpoint
@@ -37,9 +40,8 @@ from zoodip.process import StopSignal
 from zoodip.records import environment, peak_memory_gb
 
 TRACKER = "zoodip"  # the project in W&B, and TensorBoard's folder in the output folder
-LEFTOVERS = [
-    f"{folder}.*.tmp" for folder in ("", "unet*/", "vae/", "text_encoder/", "tokenizer/", "scheduler/", "peft_adapter*/")
-]
+WRITTEN_IN = ("", "unet*/", "vae/", "text_encoder/", "tokenizer/", "scheduler/", "peft_adapter*/")  # of the output folder
+LEFTOVER = re.compile(r"\..+\.[0-9]+\.tmp")  # as `write_atomically` names them; other .tmp files are the user's
 MOST_SKIPPED = 20  # consecutive steps with a loss that is not finite
 
 
@@ -102,9 +104,21 @@ class Run:
         """Restore a checkpoint's state: from the given file or, for "latest", from the newest whole one. Raises InputError."""
         if checkpoint is None:
             return
-        if checkpoint != "latest":
+        if checkpoint == "latest":
+            self.load_latest()
+        else:
             self.load_checkpoint(Path(checkpoint))
-            return
+        steps = gather_object([self.progress.step])  # of all processes
+        if len(set(steps)) > 1:
+            raise InputError(
+                f"--resume_from_checkpoint {checkpoint}: the processes are at different steps ({', '.join(map(str, steps))}); "
+                "give an --output_dir that all of them share, or copy the checkpoint to every machine"
+            )
+        if self.progress.step > self.max_train_steps:
+            notice(f"{self.resumed_from}: was saved after more steps than --max_train_steps {self.max_train_steps}; nothing is "
+                   "left to train")  # fmt: skip
+
+    def load_latest(self) -> None:
         for path in reversed(list_checkpoints(self.folder)):
             try:
                 self.load_checkpoint(path)
@@ -180,8 +194,9 @@ class Run:
                        f"{checkpoint / 1e9:.3g} GB")  # fmt: skip
             self.lock = lock_folder(self.folder)
             try:
-                for leftover in [path for pattern in LEFTOVERS for path in self.folder.glob(pattern) if path.is_file()]:
-                    leftover.unlink()
+                for path in [path for folder in WRITTEN_IN for path in self.folder.glob(f"{folder}.*.tmp") if path.is_file()]:
+                    if LEFTOVER.fullmatch(path.name):
+                        path.unlink()
             except OSError as error:
                 raise cannot_be_moved(error) from error
         self.accelerator.wait_for_everyone()
@@ -209,7 +224,7 @@ class Run:
             set_aside(self.folder, outputs.files)  # before a tracker opens its folder, which is moved too
         given = {name: value for name, value in self.settings.items() if value is not None}
         plain = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in given.items()}
-        self.accelerator.init_trackers(TRACKER, plain)
+        self.start_trackers(plain)
         self.limit_checkpoints()  # a run killed between writing and removing leaves one too many
         if self.eval_steps and not progress.curve:
             self.evaluate(outputs)
@@ -246,6 +261,16 @@ class Run:
                     self.write_checkpoint()
                 self.produced = {name: what for name, what in outputs.guide().items() if (self.folder / name).exists()}
         self.accelerator.wait_for_everyone()
+
+    def start_trackers(self, settings: dict) -> None:
+        """Raises InputError if a tracker refuses, for example W&B without a login."""
+        try:
+            self.accelerator.init_trackers(TRACKER, settings)
+        except Exception as error:  # each tracker raises its own types
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"--report_to: the tracker cannot be started ({reason}); log in to it, or leave the flag out"
+            ) from error
 
     def note(self, loss: float | None, forwards: int) -> None:
         """Record the current step: its loss, None if it was not finite and the step was skipped, and its UNet forwards."""
@@ -389,8 +414,12 @@ class Run:
         """Report where the run stands -> exit code: 0, or 128 + signal if it was interrupted (and saved)."""
         step, skipped, signalled = self.progress.step, self.progress.skipped, self.interrupted or self.stop.number != 0
         if self.is_main and self.interrupted:
+            # after going back to an older checkpoint, there may be later ones
+            latest = max(map(checkpoint_step, list_checkpoints(self.folder)), default=step) == step
+            checkpoint = "latest" if latest else str(self.folder / f"checkpoint-{step}.safetensors")
             print(
-                f"interrupted and saved at step {step}; to continue, run the same command with --resume_from_checkpoint latest",
+                f"interrupted and saved at step {step}; to continue, run the same command with "
+                f"--resume_from_checkpoint {checkpoint}",
                 file=sys.stderr,
             )
         elif self.is_main:
