@@ -24,6 +24,7 @@ from zoodip.records import ROOT, mean_interval
 
 TRAINERS = sorted(path.stem for path in (ROOT / "trainers").glob("*.py") if path.stem != "__init__")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
+REPORTS = [*ROOT.glob("reproduction/RESULTS.md"), *sorted(ROOT.glob("reproduction/*/RESULTS.md"))]
 NAMES = {"PIL": "pillow", "pillow_heif": "pillow-heif"}  # what is imported under another name than it is installed under
 COMMANDS = ("pip install -r requirements.txt && sh train_zoodip.sh demo", "pip install -r requirements.txt && python -m pytest")
 
@@ -59,7 +60,7 @@ def test_every_flag_is_described():
 # ----------------------------------------------------------------------------------------------------- pages
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES + REPORTS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     """Every relative link and picture exists, and every anchor is a heading, named as GitHub names it."""
     for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text()):
@@ -184,7 +185,7 @@ def test_binding_in_the_readme_is_that_of_the_record():
     ) in text
 
 
-# (record, table, row, other row, score): differences that reproduction/README.md quotes; docs/weight_tuning.md has TuneQDM's
+# (record, table, row, other row, score): what reproduction/README.md quotes; docs/weight_tuning.md has TuneQDM's and KronA's
 QUOTED = [
     *(
         ("evidence", "1", "ZOODiP", other, "CLIP-I")
@@ -214,6 +215,9 @@ QUOTED = [
         "stopped at the end",
         "CLIP-I",
     ),
+    ("evidence", "S5", "mu = 1e-3", "mu = 1e-2", "CLIP-I"),
+    ("evidence", "S5", "mu = 1e-3", "mu = 1e-4", "CLIP-I"),
+    *(("evidence", "KronA", f"KronA {factors}", "LoRA r = 2", "CLIP-I") for factors in ("(4, 64)", "(4, 16)", "(8, 64)")),
     ("evidence", "S7", "TI, PUTS", "TI, uniform", "CLIP-I"),
     ("evidence", "S7", "DreamBooth, PUTS", "DreamBooth, uniform", "CLIP-I"),
     ("evidence", "TuneQDM", "8 bit, s_out, N = 2", "8 bit, s_out, N = 1", "CLIP-I"),
@@ -236,7 +240,7 @@ def test_quoted_differences_are_those_of_the_record(quoted):
     record = json.loads((ROOT / "reproduction" / folder / "results.json").read_text())[table]
     first, second = ({run["spec"]["subject"]: run[score] for run in record[name]} for name in (row, other))
     difference = signed(first[subject] - second[subject] for subject in first)
-    for page in ("reproduction/README.md", *(["docs/weight_tuning.md"] if table == "TuneQDM" else [])):
+    for page in ("reproduction/README.md", *(["docs/weight_tuning.md"] if table in ("TuneQDM", "KronA") else [])):
         assert difference in " ".join((ROOT / page).read_text().split()), (page, difference)
 
 
