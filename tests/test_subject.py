@@ -102,9 +102,21 @@ def test_colours_are_converted_to_srgb(tmp_path, suffix):
     """A phone's wide-gamut colours, read as they are, would be learned too dull."""
     options = {"jpg": dict(quality=100, subsampling=0), "webp": dict(lossless=True)}.get(suffix, {})
     red = Image.new("RGB", (16, 16), (255, 0, 0))
-    for profile, colour in ((exchanged_primaries(), (0, 255, 0)), (b"damaged", (255, 0, 0)), (None, (255, 0, 0))):
+    for profile, colour in (
+        (exchanged_primaries(), (0, 255, 0)),
+        (exchanged_primaries()[:200], (255, 0, 0)),
+        (b"damaged", (255, 0, 0)),
+        (None, (255, 0, 0)),
+    ):
         red.save(tmp_path / f"x.{suffix}", icc_profile=profile, **options)
         assert difference(open_image(tmp_path / f"x.{suffix}"), Image.new("RGB", (16, 16), colour)) <= 4  # JPEG, rounding
+    if suffix != "jpg":  # on a transparent ground, which becomes white
+        cut_out = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+        cut_out.paste((255, 0, 0, 255), (0, 0, 8, 16))
+        cut_out.save(tmp_path / f"cut.{suffix}", icc_profile=exchanged_primaries(), **options)
+        expected = Image.new("RGB", (16, 16), "white")
+        expected.paste((0, 255, 0), (0, 0, 8, 16))
+        assert difference(open_image(tmp_path / f"cut.{suffix}"), expected) <= 4
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     UPRIGHT.save(tmp_path / "x.png", icc_profile=srgb)
     assert difference(open_image(tmp_path / "x.png"), UPRIGHT) == 0

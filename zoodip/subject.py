@@ -133,7 +133,8 @@ def open_image(path: str | Path) -> Image.Image:
                     f"{path}: {image.width} x {image.height} pixels is too large; make its longer side "
                     f"at most {MAX_IMAGE_SIDE} and its area at most {MAX_IMAGE_PIXELS // 10**6} million pixels"
                 )
-            image = to_srgb(ImageOps.exif_transpose(image))
+            profile = image.info.get("icc_profile")
+            image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") or image.mode == "F":  # 16-bit greyscale: Pillow's convert() clips it
                 values = np.asarray(image).astype(np.float64)
                 if not np.isfinite(values).all():
@@ -144,7 +145,7 @@ def open_image(path: str | Path) -> Image.Image:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
+            return to_srgb(image.convert("RGB"), profile)
     except InputError:
         raise
     except Exception as error:  # each decoder raises its own types on a damaged file: struct.error, TypeError, MemoryError ...
@@ -153,15 +154,15 @@ def open_image(path: str | Path) -> Image.Image:
         raise InputError(f"{path}: cannot be read as an image ({error}); remove it or save it again") from error
 
 
-def to_srgb(image: Image.Image) -> Image.Image:
-    """An RGB image with its colour profile's values converted to sRGB, for which the model was trained; others as they are.
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An RGB image whose numbers are those of an ICC profile -> the same colours in sRGB, which the model was trained with.
 
-    Photographs of phones are often in Display P3, whose numbers look dull if they are read as sRGB.
+    Without a profile, or with one that is damaged or of the CMYK that the image was before, the numbers stay. Photographs of
+    phones are often in Display P3, whose numbers look dull if they are read as sRGB.
     """
     from PIL import ImageCms
 
-    profile = image.info.get("icc_profile")
-    if not profile or image.mode != "RGB":
+    if not profile or profile[16:20] != b"RGB ":  # the header's field for the kind of colours
         return image
     try:
         given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
