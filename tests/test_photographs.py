@@ -100,9 +100,11 @@ def test_squeezed_photographs_are_spoken_of_once(tmp_path, capsys):
 
 
 def captioned(folder: Path, **texts: str) -> Path:
+    """A subject with captions beside its pictures, and next to its folder a none.json, which has none."""
     make_subject(folder, 3)
     for name, text in texts.items():
         (folder / f"{name[1:]}.txt").write_text(text, encoding="utf-8")
+    (folder.parent / "none.json").write_text("{}")
     return folder
 
 
@@ -115,7 +117,7 @@ def test_captions_beside_the_images(tmp_path, capsys):
     captions = load_subject(folder, cc_file, class_word="dog").captions
     assert captions == [["a photo of a {} on grass"], ["A {}, beside another dog"], ["a {} in snow"]]
     assert capsys.readouterr().err == ""
-    cc_file.unlink()
+    cc_file.write_text("{}")
     assert load_subject(folder, cc_file, class_word="dog").captions[2] == ["a {} from the text file"]
 
 
