@@ -171,7 +171,7 @@ def prove_folder(folder: Path, flag: str, size: int) -> None:
     except OSError as error:
         raise InputError(f"--{flag} {str(folder)!r} cannot be created ({error.strerror}); choose another") from error
     try:
-        probe = folder / f".zoodip-probe-{os.getpid()}"
+        probe = folder / f".probe.{os.getpid()}.tmp"  # the form of a temporary file: the next run removes what a killed one left
         write_atomically(probe, bytes(4 << 20))  # a quota shows only on writing
     except InputError as error:
         raise InputError(f"--{flag} {error}") from error
