@@ -133,7 +133,7 @@ def test_captions_that_say_left_or_right(tmp_path, capsys):
     folder = captioned(tmp_path / "mine", _00="a dog facing left", _01="To the RIGHT of a {}", _02="a {} with leftovers, upright")
     load_subject(folder, tmp_path / "none.json", class_word="dog")
     (line,) = capsys.readouterr().err.splitlines()
-    assert str(folder) in line and "00.png (left), 01.png (RIGHT);" in line and "02" not in line and "mirrored" in line
+    assert str(folder) in line and "00.png (left), 01.png (RIGHT);" in line and "02.png" not in line and "mirrored" in line
     load_subject(make_subject(tmp_path / "plain"), None)
     assert capsys.readouterr().err == ""
 
