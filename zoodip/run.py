@@ -194,8 +194,9 @@ class Run:
                        f"{checkpoint / 1e9:.3g} GB")  # fmt: skip
             self.lock = lock_folder(self.folder)
             try:
-                for path in [path for folder in WRITTEN_IN for path in self.folder.glob(f"{folder}.*.tmp") if path.is_file()]:
-                    if LEFTOVER.fullmatch(path.name):
+                hidden = [path for folder in WRITTEN_IN for path in self.folder.glob(f"{folder}.*.tmp")]
+                for path in hidden:
+                    if LEFTOVER.fullmatch(path.name) and path.is_file():
                         path.unlink()
             except OSError as error:
                 raise cannot_be_moved(error) from error

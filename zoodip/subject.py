@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from zoodip.arguments import DEFAULT_CC_FILE, is_text
 from zoodip.errors import InputError, notice
@@ -160,8 +160,6 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     Without a profile, or with one that is damaged or of the CMYK that the image was before, the numbers stay. Photographs of
     phones are often in Display P3, whose numbers look dull if they are read as sRGB.
     """
-    from PIL import ImageCms
-
     if not profile or profile[16:20] != b"RGB ":  # the header's field for the kind of colours
         return image
     try:
@@ -187,13 +185,13 @@ def to_square(image: Image.Image, resolution: int, center_crop: bool) -> torch.T
 def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path], class_word: str | None = None) -> list[str]:
     """The caption of each image, with one {}: from `cc_file`, or else from NAME.txt beside the image, where the class word may
     stand for {}. If one is missing, raises an InputError that prints the JSON to add."""
-    name = Path(os.path.abspath(folder)).name  # a link has the name that the user gave it
+    name, place = Path(os.path.abspath(folder)).name, f"{cc_file} has"  # a link has the name that the user gave it
     try:
         captions = json.loads(Path(cc_file).read_text(encoding="utf-8-sig"))  # some Windows programs write a byte-order mark
     except FileNotFoundError:
         if str(cc_file) != DEFAULT_CC_FILE:
             raise InputError(f"--cc_file: there is no file {str(cc_file)!r}; give a JSON file of captions") from None
-        captions = {}
+        captions, place = {}, f"there is no {cc_file} here, and there is"
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 5000 digits
         raise InputError(f"--cc_file {cc_file}: cannot be read as JSON ({error})") from error
     known = captions.get(name, {}) if isinstance(captions, dict) else {}
@@ -202,7 +200,6 @@ def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path], c
     missing = [path.name for path in images if path.name not in known]
     if missing:
         example = json.dumps({name: {file: "a photo of {} ..." for file in missing}}, ensure_ascii=False)
-        place = f"{cc_file} has" if Path(cc_file).exists() else f"there is no {cc_file} here, and there is"
         raise InputError(
             f"--use_cc: {place} no caption for {len(missing)} of the {len(images)} images of {name!r}; add {example}, describing "
             f"everything in each picture but the subject, or write each caption to {Path(missing[0]).with_suffix('.txt')} and so "
