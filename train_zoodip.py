@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line (`sys.argv` if `argv` is None); exit with code 2 and a one-line message on an error."""
-    return arguments.parse(build_parser(), check_flags, argv)
+    return arguments.parse(build_parser(), check_flags, argv, without_effect)
 
 
 def check_flags(flags: dict) -> None:
@@ -109,6 +109,20 @@ def check_flags(flags: dict) -> None:
     require(flags, "lr_warmup_steps", flags["lr_warmup_steps"] >= 0, "must not be negative")
     require(flags, "tau", flags["tau"] >= 2, "must be at least 2 (a variance needs two tokens)")
     require(flags, "nu", 0 <= flags["nu"] < 1, "must be in [0, 1)")
+
+
+def without_effect(flags: dict, given: set[str]) -> Iterator[str]:
+    """A line for each `given` flag that has no effect in this combination."""
+    if flags["train_data_dir"] is None:
+        packing = {"save_quantized", "quantization", "pretrained_model_name_or_path", "revision", "variant", "model_config"}
+        for name in sorted(given - packing):
+            yield f"--{name} {flags[name]} has no effect without --train_data_dir: the model is only packed"
+        return
+    yield from arguments.without_effect(flags, given)
+    if "tau" in given and flags["nu"] == 0:
+        yield f"--tau {flags['tau']} has no effect with --nu 0, which projects nothing out"
+    if "lr_warmup_steps" in given and flags["lr_scheduler"] == "constant":
+        yield f"--lr_warmup_steps {flags['lr_warmup_steps']} has no effect with --lr_scheduler constant"
 
 
 # torch takes a second to import, so --help and invalid arguments are handled first.

@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network would be a mistake
 # one thread for each of pytest's workers, and for the runs they start: read when torch is imported
@@ -171,6 +172,14 @@ def run_cli(argv: list[str], script=None) -> int:
         return run_script(script.main, script.parse_args(argv))
     except SystemExit as exit_:
         return exit_.code
+
+
+def notices_of(script, argv: list[str]) -> list[str]:
+    """What a script says of a command line's flags before it does anything."""
+    said: list[str] = []
+    with patch("sys.argv", ["script.py", *argv]), patch("zoodip.arguments.notice", said.append):
+        script.parse_args()
+    return said
 
 
 def sample(cases, *kept) -> list:

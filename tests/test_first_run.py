@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, arguments, run_cli
+from conftest import ROOT, arguments, notices_of, run_cli
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -275,10 +275,8 @@ def test_half_precision_files_in_the_cache_are_found_without_network(monkeypatch
 def lines_of_flags(model: Path, flags: dict) -> list[str]:
     """The warnings about a command line's flags."""
     import train_zoodip
-    from zoodip.arguments import without_effect
 
-    args = train_zoodip.parse_args(arguments(model, "x", "y", **flags))
-    return list(without_effect(vars(args), train_zoodip.build_parser()))
+    return notices_of(train_zoodip, arguments(model, "x", "y", **flags))
 
 
 @pytest.mark.parametrize(("flags", "said"), [
@@ -303,10 +301,8 @@ def test_flags_that_do_nothing_say_so(tiny_model, flags, said):
 def test_flags_that_packing_ignores_say_so():
     """Somebody who has forgotten --train_data_dir gets a packed model, and should know why."""
     import train_zoodip
-    from zoodip.arguments import without_effect
 
-    args = train_zoodip.parse_args(["--save_quantized", "x", "--quantization", "int8", "--initializer_token", "dog"])
-    (line,) = without_effect(vars(args), train_zoodip.build_parser())
+    (line,) = notices_of(train_zoodip, ["--save_quantized", "x", "--quantization", "int8", "--initializer_token", "dog"])
     assert line == "--initializer_token dog has no effect without --train_data_dir: the model is only packed"
 
 
@@ -331,13 +327,9 @@ def test_a_template_that_only_the_picture_uses(tiny_model):
 def test_flags_of_other_trainers_that_do_nothing_say_so(script, given, said):
     from importlib import import_module
 
-    from zoodip.arguments import without_effect
-
     trainer = import_module(f"trainers.{script}")
-    parser = trainer.build_parser()
-    word = "--class_word" if "--class_word" in parser.format_help() else "--initializer_token"
-    args = trainer.parse_args(["--train_data_dir", "x", word, "dog", *given])
-    assert said in list(without_effect(vars(args), parser))
+    word = "--class_word" if "--class_word" in trainer.build_parser().format_help() else "--initializer_token"
+    assert said in notices_of(trainer, ["--train_data_dir", "x", word, "dog", *given])
 
 
 def test_help_shows_a_default_of_0():

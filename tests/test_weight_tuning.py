@@ -17,7 +17,7 @@ import draw_tuned
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_subject, run_cli, seeded
+from conftest import ROOT, make_subject, notices_of, run_cli, seeded
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -32,7 +32,6 @@ import trainers.dreambooth
 import trainers.qlora
 import trainers.tuneqdm
 import zoodip.tuned_model
-from zoodip.arguments import without_effect
 from zoodip.checkpoints import read_checkpoint
 from zoodip.diffusion import Batch, noise_batch
 from zoodip.errors import InputError, Interrupted
@@ -742,8 +741,7 @@ def test_the_rate_is_that_of_the_bits(bits, given, rate):
 def test_an_interval_that_is_never_evaluated_is_told(interval, more, told):
     """Outside its interval S1 uses the untuned scales, so that eval_loss would be a constant."""
     argv = command(Path("x"), Path("y"), Path("z"), train_interval=interval, **more)
-    flags = vars(trainers.tuneqdm.parse_args(argv))
-    lines = list(without_effect(flags, trainers.tuneqdm.build_parser()))
+    lines = notices_of(trainers.tuneqdm, argv)
     assert any(line.startswith(f"--train_interval {interval[0]} {interval[1]} is outside") for line in lines) == told
 
 

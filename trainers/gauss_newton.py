@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -109,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line (`sys.argv` if `argv` is None); exit with code 2 and a one-line message on an error."""
-    args = arguments.parse(build_parser(), check_flags, argv)
+    args = arguments.parse(build_parser(), check_flags, argv, without_effect)
     args.max_train_steps = steps_of(vars(args))
     return args
 
@@ -144,6 +144,13 @@ def check_flags(flags: dict) -> None:
         require_positive(flags, "rho", "1e-2")
     if flags["candidates_per_forward"] is not None:
         require_at_least_one(flags, "candidates_per_forward")
+
+
+def without_effect(flags: dict, given: set[str]) -> Iterator[str]:
+    """A line for each `given` flag that has no effect in this combination."""
+    yield from arguments.without_effect(flags, given)
+    if "start_steps" in given and flags["starts"] == 1:
+        yield f"--start_steps {flags['start_steps']} has no effect with --starts 1"
 
 
 # torch takes a second to import, so --help and invalid arguments are handled first.

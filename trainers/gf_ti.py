@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 from zoodip import arguments
 from zoodip.arguments import flags_for, require, require_at_least_one, require_positive
@@ -52,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line (`sys.argv` if `argv` is None); exit with code 2 and a one-line message on an error."""
-    args = arguments.parse(build_parser(), check_flags, argv)
+    args = arguments.parse(build_parser(), check_flags, argv, without_effect)
     if args.alpha is None:
         args.alpha = 0.2 if args.mode == "fair" else 1.0
     return args
@@ -69,6 +70,14 @@ def check_flags(flags: dict) -> None:
     if flags["candidates_per_forward"] is not None:
         require_at_least_one(flags, "candidates_per_forward")
     check_subspace(flags)
+
+
+def without_effect(flags: dict, given: set[str]) -> Iterator[str]:
+    """A line for each `given` flag that has no effect in this combination."""
+    fair = flags["mode"] == "fair"  # looks at tokens on the evaluation set
+    yield from arguments.without_effect(flags, given, evaluated=fair or flags["eval_steps"] > 0)
+    if "candidates_per_forward" in given and not fair:
+        yield f"--candidates_per_forward {flags['candidates_per_forward']} has no effect without --mode fair"
 
 
 def check_subspace(flags: dict) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from functools import partial
 
 from zoodip import arguments
@@ -70,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line (`sys.argv` if `argv` is None); exit with code 2 and a one-line message on an error."""
-    args = arguments.parse(build_parser(), check_flags, argv)
+    args = arguments.parse(build_parser(), check_flags, argv, without_effect)
     if args.experts is None:  # set here, so that records and checkpoints hold the numbers
         args.experts = 4 if args.train_interval is None else 1
     if args.learning_rate is None:
@@ -91,6 +92,17 @@ def check_flags(flags: dict) -> None:
         require(flags, "train_interval", 0 <= low < high <= most, f"must be LOW < HIGH within [0, {most}]")
         require(flags, "train_interval", flags["timestep_sampling"] == "uniform", "needs --timestep_sampling uniform")
         require(flags, "experts", experts in (None, 1), "must be 1 with --train_interval (S1 has one set of scales)")
+
+
+def without_effect(flags: dict, given: set[str]) -> Iterator[str]:
+    """A line for each `given` flag that has no effect in this combination, and one if eval_loss will not show what is learned."""
+    yield from arguments.without_effect(flags, given)
+    if "apply" in given and flags["train_interval"] is None:
+        yield f"--apply {flags['apply']} has no effect without --train_interval"
+    low, high = flags["train_interval"] or (0, NUM_TRAIN_TIMESTEPS)
+    if (high <= flags["t_min"] or flags["t_max"] <= low) and flags["apply"] == "interval":
+        yield (f"--train_interval {low} {high} is outside the evaluation set's timesteps: eval_loss will not show what is "
+               f"learned; give --t_min {low} --t_max {high}")  # fmt: skip
 
 
 # torch takes a second to import, so --help and invalid arguments are handled first.

@@ -252,10 +252,54 @@ def add_run_flags(parser: argparse.ArgumentParser, pictures: dict[str, str] = TO
     add("--report_to", default="none", choices=["none", "tensorboard", "wandb"], help="experiment tracker")
 
 
-def parse(parser: argparse.ArgumentParser, check, argv: list[str] | None = None) -> argparse.Namespace:
+def given_flags(flags: dict, parser: argparse.ArgumentParser) -> set[str]:
+    """The names of the flags whose value is not the parser's default."""
+    return {name for name, value in flags.items() if value != parser.get_default(name)}
+
+
+def without_effect(flags: dict, given: set[str], evaluated: bool | None = None) -> Iterator[str]:
+    """A line for each `given` flag of the groups above that has no effect in this combination. Scripts add their own flags'.
+
+    `evaluated`: whether the run uses the fixed evaluation set; default: if --eval_steps is not 0.
+    """
+    evaluated = flags["eval_steps"] > 0 if evaluated is None else evaluated
+    needed = dict.fromkeys(("prior_loss_weight", "num_class_images", "class_data_dir"), "prior_preservation") | dict(
+        cc_file="use_cc"
+    )
+    for name, other in needed.items():
+        if name in given and not flags[other]:
+            yield f"--{name} {flags[name]} has no effect without --{other}"
+    if "learnable_property" in given and flags["use_cc"] and (flags["validation_prompt"] or not flags["final_picture"]):
+        yield f"--learnable_property {flags['learnable_property']} has no effect with --use_cc, which replaces the templates"
+    sampling = flags.get("timestep_sampling", "puts")
+    for name in ("t_min", "t_max"):
+        if name in given and sampling != "puts":
+            affects = "affects only the evaluation set" if evaluated else "has no effect without --eval_steps"
+            yield f"--{name} {flags[name]} {affects}: --timestep_sampling is {sampling}"
+    if "num_eval_samples" in given and not evaluated:
+        yield f"--num_eval_samples {flags['num_eval_samples']} has no effect with --eval_steps 0"
+    if flags["validation_prompt"] is None and not flags["final_picture"]:
+        for name in ("num_validation_images", "validation_guidance"):
+            if name in given:
+                yield f"--{name} {flags[name]} has no effect: with --no-final_picture, only a --validation_prompt is drawn"
+    model = Path(flags["pretrained_model_name_or_path"])
+    if "revision" in given and model.exists():
+        yield f"--revision {flags['revision']} has no effect: {model} is on this machine, not on the hub"
+    if "variant" in given and model.is_file():
+        yield f"--variant {flags['variant']} has no effect: {model} is a single file"
+    if "model_config" in given and not model.is_file():
+        yield f"--model_config {flags['model_config']} has no effect: it applies only to a model in a single .safetensors file"
+
+
+def parse(
+    parser: argparse.ArgumentParser,
+    check: Callable[[dict], None],
+    argv: list[str] | None = None,
+    without_effect: Callable[[dict, set[str]], Iterator[str]] = without_effect,
+) -> argparse.Namespace:
     """Parse the command line (`sys.argv` if `argv` is None); if `check(flags)` raises InputError, exit with its one-line message.
 
-    For `sys.argv`, also print a line for each flag that has no effect in this combination.
+    For `sys.argv`, also print `without_effect(flags, given)`: lines about flags that do nothing in this combination.
     """
     flags = parser.parse_args(argv)
     try:
@@ -263,60 +307,9 @@ def parse(parser: argparse.ArgumentParser, check, argv: list[str] | None = None)
     except InputError as error:
         parser.error(str(error))
     if argv is None:
-        for line in without_effect(vars(flags), parser):
+        for line in without_effect(vars(flags), given_flags(vars(flags), parser)):
             notice(line)
     return flags
-
-
-NEEDED = dict(  # {flag: the flag without which it does nothing}
-    cc_file="use_cc", prior_loss_weight="prior_preservation", num_class_images="prior_preservation",
-    class_data_dir="prior_preservation", apply="train_interval",
-)  # fmt: skip
-
-
-def without_effect(flags: dict, parser: argparse.ArgumentParser) -> Iterator[str]:
-    """A line for each flag that differs from the parser's default but has no effect in this combination."""
-    given = {name: value for name, value in flags.items() if value != parser.get_default(name)}
-    if flags.get("train_data_dir") is None:
-        packing = ("save_quantized", "quantization", "pretrained_model_name_or_path", "revision", "variant", "model_config")
-        for name in sorted(given.keys() - set(packing)):
-            yield f"--{name} {given[name]} has no effect without --train_data_dir: the model is only packed"
-        return
-    for name, needed in NEEDED.items():
-        if name in given and not flags[needed]:
-            yield f"--{name} {given[name]} has no effect without --{needed}"
-    if "candidates_per_forward" in given and flags.get("mode") == "published":
-        yield f"--candidates_per_forward {given['candidates_per_forward']} has no effect without --mode fair"
-    if "start_steps" in given and flags["starts"] == 1:
-        yield f"--start_steps {given['start_steps']} has no effect with --starts 1"
-    if "learnable_property" in given and flags["use_cc"] and (flags["validation_prompt"] or not flags["final_picture"]):
-        yield f"--learnable_property {given['learnable_property']} has no effect with --use_cc, which replaces the templates"
-    sampling, evaluated = flags.get("timestep_sampling", "puts"), flags["eval_steps"] > 0 or flags.get("mode") == "fair"
-    for name in ("t_min", "t_max"):
-        if name in given and sampling != "puts":
-            affects = "affects only the evaluation set" if evaluated else "has no effect without --eval_steps"
-            yield f"--{name} {given[name]} {affects}: --timestep_sampling is {sampling}"
-    if "num_eval_samples" in given and not evaluated:
-        yield f"--num_eval_samples {given['num_eval_samples']} has no effect with --eval_steps 0"
-    if "tau" in given and flags.get("nu") == 0:
-        yield f"--tau {given['tau']} has no effect with --nu 0, which projects nothing out"
-    low, high = flags.get("train_interval") or (0, NUM_TRAIN_TIMESTEPS)
-    if (high <= flags["t_min"] or flags["t_max"] <= low) and flags["apply"] == "interval":
-        yield (f"--train_interval {low} {high} is outside the evaluation set's timesteps: eval_loss will not show what is "
-               f"learned; give --t_min {low} --t_max {high}")  # fmt: skip
-    if flags["validation_prompt"] is None and not flags["final_picture"]:
-        for name in ("num_validation_images", "validation_guidance"):
-            if name in given:
-                yield f"--{name} {given[name]} has no effect: with --no-final_picture, only a --validation_prompt is drawn"
-    if "lr_warmup_steps" in given and flags.get("lr_scheduler") == "constant":
-        yield f"--lr_warmup_steps {given['lr_warmup_steps']} has no effect with --lr_scheduler constant"
-    model = Path(flags["pretrained_model_name_or_path"])
-    if "revision" in given and model.exists():
-        yield f"--revision {given['revision']} has no effect: {model} is on this machine, not on the hub"
-    if "variant" in given and model.is_file():
-        yield f"--variant {given['variant']} has no effect: {model} is a single file"
-    if "model_config" in given and not model.is_file():
-        yield f"--model_config {given['model_config']} has no effect: it applies only to a model in a single .safetensors file"
 
 
 def require(flags: dict, name: str, condition: bool, rule: str) -> None:

@@ -46,6 +46,7 @@ class Inputs:
     prompts: Prompts
     picture_prompt: str | None  # for the pictures, with {} or the placeholder
     picture_prompts: Prompts | None  # that prompt and the empty one
+    scheduler: DDPMScheduler
 
     def fingerprint(self) -> dict[str, str]:
         """{what: SHA-256}: a run can be resumed only if these are unchanged."""
@@ -72,8 +73,9 @@ def read_inputs(
     num_vectors: int = 1,
     validation_prompt: str | None = None,
     final_picture: bool = False,
+    timestep_sampling: str = "puts",
 ) -> Inputs:
-    """Photographs, captions, model folder, tokenizer, prompts and initial token of a run. Raises InputError."""
+    """Photographs, captions, model folder, tokenizer, prompts, initial token and noise schedule of a run. Raises InputError."""
     class_word = None if is_embedding_file(initializer_token) else initializer_token
     subject = load_subject(train_data_dir, cc_file if use_cc else None, learnable_property, class_word, center_crop)
     folder, variant = resolve_model(pretrained_model_name_or_path, revision, variant, model_config)
@@ -97,6 +99,7 @@ def read_inputs(
         prompts=prompts_of(texts),
         picture_prompt=picture_prompt,
         picture_prompts=prompts_of([picture_prompt, ""]) if picture_prompt else None,
+        scheduler=load_scheduler(folder, timestep_sampling),
     )
 
 
@@ -121,8 +124,8 @@ def settle_flags(
     )
 
 
-def load_scheduler(folder: Path) -> DDPMScheduler:
-    """The noise schedule. Raises InputError if it is not one of Stable Diffusion's."""
+def load_scheduler(folder: Path, timestep_sampling: str = "uniform") -> DDPMScheduler:
+    """The noise schedule. Raises InputError if it is not one of Stable Diffusion's, or the sampling is not defined for it."""
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     path = folder / "scheduler"
@@ -134,16 +137,12 @@ def load_scheduler(folder: Path) -> DDPMScheduler:
     between = (scheduler.alphas_cumprod >= 0) & (scheduler.alphas_cumprod < 1)
     if steps != NUM_TRAIN_TIMESTEPS or not scheduler.alphas_cumprod.is_floating_point() or not between.all():
         raise DamagedModel(path, f"is not a noise schedule of {NUM_TRAIN_TIMESTEPS} steps from 1 to 0 (it has {steps})")
-    return scheduler
-
-
-def check_sampling(scheduler: DDPMScheduler, timestep_sampling: str) -> None:
-    """Raises InputError if a sampler of timesteps is not defined for the noise schedule."""
     if timestep_sampling == "snr" and (scheduler.alphas_cumprod == 0).any():
         raise InputError(
             "--timestep_sampling snr: this model's noise schedule ends in pure noise (zero terminal SNR), and the logarithm of a "
             "signal-to-noise ratio of 0 is infinite; choose puts or uniform"
         )
+    return scheduler
 
 
 @torch.no_grad()
@@ -350,7 +349,6 @@ def load_model(
     center_crop: bool = False,
     candidates_per_forward: int | None = None,
     compile: bool = False,
-    timestep_sampling: str = "puts",
 ) -> tuple[FrozenModel, Data]:
     """Encode the images, free the VAE, then load text encoder and UNet, so that at most one of them is unquantised at a time.
 
@@ -359,8 +357,6 @@ def load_model(
     folder, variant = inputs.folder, inputs.variant
     forbid_tf32()
     tune_malloc(1 << 20, 1 << 17)
-    scheduler = load_scheduler(folder)
-    check_sampling(scheduler, timestep_sampling)
     vae = load_vae_encoder(folder, variant, device)
     with damaged_model(folder / "vae"):
         latents = encode_images(vae, inputs.subject.paths, resolution, center_crop)
@@ -373,7 +369,7 @@ def load_model(
     tune_malloc(32 << 20, 256 << 20)  # while stepping, freed activations are better kept for reuse
     split_feed_forward(unet)
     model = FrozenModel(unet, text_encoder, inputs.prompts.rows.to(device), candidates_per_forward)
-    data = Data(latents, inputs.choices, inputs.prompts, scheduler)
+    data = Data(latents, inputs.choices, inputs.prompts, inputs.scheduler)
     with damaged_model(folder):  # a configuration can fit its weights and still not compute (a wrong number of groups)
         model.mean_loss(evaluation_batches(data, 1, 0, NUM_TRAIN_TIMESTEPS), inputs.initial_token)
     if compile:  # only now: a fault of the compiler would be reported as one of the folder

@@ -26,6 +26,7 @@ from zoodip.thrift import split_feed_forward, tune_malloc
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 
 # ----------------------------------------------------------------------------------------------------- before the model
@@ -45,6 +46,7 @@ class TuningInputs:
     picture_row: int
     empty_row: int  # the last
     picture_prompt: str  # in words
+    scheduler: DDPMScheduler
 
     def fingerprint(self) -> dict[str, str]:
         """{what: SHA-256}: a run can be resumed only if these are unchanged."""
@@ -77,8 +79,9 @@ def read_tuning_inputs(
     class_word: str,
     instance_prompt: str = "a photo of {}",
     validation_prompt: str | None = None,
+    timestep_sampling: str = "uniform",
 ) -> TuningInputs:
-    """Photographs, captions, model folder and prompts of a run. Raises InputError."""
+    """Photographs, captions, model folder, prompts and noise schedule of a run. Raises InputError."""
     subject = load_subject(train_data_dir, cc_file if use_cc else None, "object", class_word, center_crop)
     if not use_cc:
         subject.captions = [[instance_prompt]] * len(subject.paths)
@@ -90,8 +93,19 @@ def read_tuning_inputs(
     picture_prompt = in_words(validation_prompt or "a photo of {}", identifier, class_word)
     texts += [f"a photo of {class_word}", picture_prompt, ""]
     prompts, last = plain_prompts(folder, variant, texts), len(texts) - 1
-    digest = model_digest(folder, variant)
-    return TuningInputs(subject, folder, variant, digest, choices, prompts, last - 2, last - 1, last, picture_prompt)
+    return TuningInputs(
+        subject,
+        folder,
+        variant,
+        model_digest(folder, variant),
+        choices,
+        prompts,
+        class_row=last - 2,
+        picture_row=last - 1,
+        empty_row=last,
+        picture_prompt=picture_prompt,
+        scheduler=load_scheduler(folder, timestep_sampling),
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- the model
@@ -174,10 +188,9 @@ def load_tuning_data(
 
     VAE and text encoder are freed. Raises InputError if the folder is damaged.
     """
-    scheduler = load_scheduler(inputs.folder)
     latents = encode_photographs(inputs, inputs.subject.paths, device, resolution, center_crop)
     states = encode_texts(inputs.folder, inputs.variant, inputs.prompts, quantization, dtype, device)
-    return Data(latents, inputs.choices, Prompts(torch.arange(len(states))[:, None], states), scheduler)
+    return Data(latents, inputs.choices, Prompts(torch.arange(len(states))[:, None], states), inputs.scheduler)
 
 
 def encode_photographs(

@@ -23,17 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from zoodip.arguments import flags_for, settings_of
-from zoodip.diffusion import (
-    Batch,
-    Data,
-    TimestepSampler,
-    check_sampling,
-    draw_batch,
-    evaluation_batches,
-    load_scheduler,
-    merge_batches,
-    timestep_sampler,
-)
+from zoodip.diffusion import Batch, Data, TimestepSampler, draw_batch, evaluation_batches, merge_batches, timestep_sampler
 from zoodip.errors import InputError, Interrupted
 from zoodip.folder import native_resolution, packed_as
 from zoodip.model import build_model
@@ -320,7 +310,6 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     inputs = read_tuning_inputs(**flags_for(read_tuning_inputs, flags))
     refuse_model_folder("output_dir", Path(flags["output_dir"]), inputs.folder)
     refuse_other_packing(system, inputs)
-    check_sampling(load_scheduler(inputs.folder), flags["timestep_sampling"])
     accelerator = make_accelerator(1, compile=False, **flags_for(make_accelerator, flags))
     device = accelerator.device
     flags["mixed_precision"] = flags["mixed_precision"] or default_precision(device)
