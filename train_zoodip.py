@@ -100,12 +100,9 @@ def check_flags(flags: dict) -> None:
         if flags["train_data_dir"] is None:
             return
     arguments.check_training_flags(flags)
-    arguments.check_timestep_range(flags)
     require_at_least_one(flags, "n")
     if flags["mu"] is not None:
         require_positive(flags, "mu", "1e-3")
-    if flags["candidates_per_forward"] is not None:
-        require_at_least_one(flags, "candidates_per_forward")
     require(flags, "lr_warmup_steps", flags["lr_warmup_steps"] >= 0, "must not be negative")
     require(flags, "tau", flags["tau"] >= 2, "must be at least 2 (a variance needs two tokens)")
     require(flags, "nu", 0 <= flags["nu"] < 1, "must be in [0, 1)")
@@ -145,7 +142,7 @@ from zoodip.diffusion import (
     timestep_sampler,
     uniform_timesteps,
 )
-from zoodip.files import prove_folder
+from zoodip.files import ensure_writable
 from zoodip.outputs import TokenOutputs
 from zoodip.packing import save_quantized
 from zoodip.process import make_accelerator
@@ -449,7 +446,7 @@ def main(args: argparse.Namespace) -> int:
     estimator = ESTIMATORS[args.estimator]
     accelerator = make_accelerator(estimator.num_candidates(args.n), **flags_for(make_accelerator, flags))
     if args.save_quantized is not None:
-        prove_folder(Path(args.output_dir), "output_dir", 0)  # packing takes minutes
+        ensure_writable(Path(args.output_dir), "output_dir", 0)  # packing takes minutes
         inputs.folder, inputs.variant = save_quantized(Path(args.save_quantized), **flags_for(save_quantized, flags)), None
         args.pretrained_model_name_or_path, args.variant = str(inputs.folder), None
     flags.update(settle_flags(inputs.folder, inputs.variant, accelerator.device, **flags_for(settle_flags, flags)))

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from benchmarks.report import FOLDER, write_report
 from benchmarks.resident import run_watched
+from zoodip.arguments import new_parser
 from zoodip.errors import run_script
 from zoodip.records import ROOT, table
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder for demo.json and .md")
     parser.add_argument("extra", nargs="*", help="after --: flags passed on to train_zoodip.py")
     return parser.parse_args(argv)

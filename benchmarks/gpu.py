@@ -35,9 +35,9 @@ from benchmarks.sd15_shape import complete_folder
 from benchmarks.speed_memory import GPU_JOBS
 from benchmarks.speed_memory_tables import page
 from train_zoodip import RGE, candidate_losses
+from zoodip.arguments import new_parser
 from zoodip.diffusion import Batch, FrozenModel
 from zoodip.errors import InputError, run_script
-from zoodip.files import read_json
 from zoodip.prompts import load_tokenizer
 from zoodip.records import ROOT, git_commit, table
 
@@ -74,7 +74,7 @@ PARTS = ("numbers", "speed", "demo", "systems")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--model", type=Path, default=ROOT / "miniature" / "model", help="folder whose losses are compared")
@@ -222,7 +222,7 @@ def run_system(name: str, shape: Path, args: argparse.Namespace) -> dict:
         watcher.join()
         if code:
             return dict(error=(said.read_text().strip().splitlines() or [f"code {code}"])[-1])
-        run = read_json(output / "run.json")
+        run = json.loads((output / "run.json").read_text())
     told = ("steps_this_time", "unet_forwards", "peak_memory_gb")
     return dict(nvidia_smi=held, activations=run["settings"]["mixed_precision"], **{key: run[key] for key in told})
 
@@ -247,7 +247,7 @@ def systems_table(systems: dict[str, dict], resolution: int) -> str:
 def earlier_parts(args: argparse.Namespace) -> dict:
     """Results of an earlier call at this commit on this device, except for the parts that this call measures."""
     path = args.output / "gpu.json"
-    earlier = read_json(path) if path.exists() else {}
+    earlier = json.loads(path.read_text()) if path.exists() else {}
     same = earlier.get("commit") == git_commit() and earlier.get("arguments", {}).get("device") == args.device
     return {part: found for part, found in earlier.get("results", {}).items() if same and part not in args.parts}
 

@@ -27,6 +27,7 @@ from statistics import median
 
 from benchmarks.report import FOLDER, write_report
 from benchmarks.sd15_shape import complete_folder
+from zoodip.arguments import new_parser
 from zoodip.errors import InputError, prepare_environment, run_script
 from zoodip.records import ROOT, git_commit, mean_interval, table
 
@@ -59,7 +60,7 @@ CASES = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, required=True, help="root of the other version's tree")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of both versions")

@@ -27,6 +27,7 @@ import psutil
 
 from benchmarks.report import FOLDER, write_report
 from benchmarks.resident import resident_bytes
+from zoodip.arguments import new_parser
 from zoodip.errors import run_script
 from zoodip.records import ROOT, table
 
@@ -38,7 +39,7 @@ QUANTITIES = {  # name: unit, decimals
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30000, help="length of the run")
     parser.add_argument("--checkpointing_steps", type=int, default=500, help="as in train_zoodip.py")
     parser.add_argument("--checkpoints_total_limit", type=int, default=2, help="as in train_zoodip.py")

@@ -32,6 +32,7 @@ from miniature.words import ACCESSORIES, SCENES
 from miniature.world import scene_spec
 from train_zoodip import RGE, candidate_losses
 from trainers.textual_inversion import loss_and_gradient
+from zoodip.arguments import new_parser
 from zoodip.diffusion import Batch, FrozenModel, uniform_timesteps
 from zoodip.errors import out_of_memory, run_script
 from zoodip.prompts import Prompts, load_tokenizer
@@ -74,7 +75,7 @@ CASES = (
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "miniature" / "model", help="folder in diffusers format")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--samples", type=int, default=16, help="(image, timestep, noise) triples, timesteps from PUTS")

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from zoodip.arguments import new_parser
 from zoodip.errors import InputError
 from zoodip.folder import WEIGHT_NAMES
 from zoodip.model import build_model
@@ -60,7 +61,7 @@ MODEL_INDEX = dict(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where to write the model")
     parser.add_argument(
         "--clip_bpe",

@@ -31,10 +31,11 @@ from benchmarks.methods import METHODS, Task, ThisProject
 from benchmarks.report import FOLDER, write_report
 from benchmarks.sd15_shape import complete_folder
 from benchmarks.speed_memory_tables import page
+from zoodip.arguments import new_parser
 from zoodip.errors import prepare_environment, run_script
 from zoodip.quantize import DTYPES
 from zoodip.records import ROOT
-from zoodip.thrift import tune_malloc
+from zoodip.thrift import STEPPING, tune_malloc
 
 GPU_JOBS = 4  # processes measured at a time on a GPU, where each has its own memory counters
 
@@ -58,7 +59,7 @@ WORLDS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
     add("--device", default="cpu", choices=["cpu", "cuda"])
@@ -139,7 +140,7 @@ def lasting_tensors(method: ThisProject):
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             kind = kinds.get(name.rpartition(".")[2].partition("_")[0], "biases, norms, what else is not packed")
             yield f"{component}: {kind}", tensor
-    for tensor in (method.model.rows, method.data.latents, method.data.prompts.ids, method.data.prompts.rows):
+    for tensor in (method.model.rows, method.data.latents, method.data.prompt_ids):
         yield "token rows of the prompts, latents", tensor
 
 
@@ -170,7 +171,7 @@ def step_times(args: argparse.Namespace) -> dict:
     methods = {name: METHODS[name](task_of(args)) for name in args.methods}
     for method in methods.values():
         method.load()
-    tune_malloc(32 << 20, 256 << 20)  # as in this project's trainer: for all methods alike, whatever their loading order
+    tune_malloc(*STEPPING)  # as in this project's trainer: for all methods alike, whatever their loading order
     steps = WORLDS[args.worlds[0]].steps
     for turn in range(-1, args.rounds):
         for name, method in methods.items():

@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.report import FOLDER, write_report
 from train_zoodip import ZOAdam, candidate_losses
+from zoodip.arguments import new_parser
 from zoodip.diffusion import draw_batch, load_model, read_inputs, uniform_timesteps
 from zoodip.errors import InputError, run_script
 from zoodip.records import ROOT, table
@@ -43,7 +44,7 @@ CASES = ("alone", "beside")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--cpus", type=int, nargs="+", default=[0, 1], help="processors to run on")
     add("--rounds", type=int, default=3, help="processes per setting")

@@ -34,7 +34,7 @@ from benchmarks.memory import bytes_of, count_live_bytes, tensors_of
 from benchmarks.methods import Task, ThisProject
 from benchmarks.sd15_shape import shape_folder
 from benchmarks.stock_tuning import Stock, StockDreamBooth, StockLoKr, StockPEQA, StockQLoRA, StockScales
-from zoodip.arguments import flags_for
+from zoodip.arguments import flags_for, new_parser
 from zoodip.errors import quiet_libraries
 from zoodip.files import write_atomically, write_json
 from zoodip.quantize import DTYPES
@@ -66,7 +66,7 @@ VARIANTS = ("plain", "checkpointed")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = new_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     add("--folder", type=Path, default=None, help="the SD v1.5-shaped model: written here, or used if it exists")

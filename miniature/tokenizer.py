@@ -13,16 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 MAX_LENGTH = 32
 END_OF_WORD = "</w>"
-
-
-def byte_symbols() -> list[str]:
-    """The 256 characters that stand for bytes in byte-level BPE: printable bytes stand for themselves."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
 
 
 def learn_merges(words: Iterable[str]) -> list[tuple[str, str]]:
@@ -53,7 +47,7 @@ def build_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
     """A CLIPTokenizer for which each of `words` is one token; `ValueError` if one is not."""
     words = list(words)
     merges = learn_merges(words)
-    symbols = byte_symbols()
+    symbols = list(bytes_to_unicode().values())  # stand-ins for the 256 bytes
     tokens = [*symbols, *(symbol + END_OF_WORD for symbol in symbols), *dict.fromkeys(a + b for a, b in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}

@@ -43,7 +43,7 @@ from reproduction.scores import (
     score_pictures,
 )
 from reproduction.worlds import CLIP, DINO
-from zoodip.arguments import OneLineArgumentParser, flags_for, settings_of
+from zoodip.arguments import flags_for, new_parser, settings_of
 from zoodip.diffusion import FrozenModel, forbid_tf32, settle_flags
 from zoodip.errors import InputError, run_script
 from zoodip.files import write_atomically, write_image, write_json
@@ -60,8 +60,7 @@ from zoodip.tuned_model import TunedModel
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = OneLineArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = new_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--embeddings", type=Path, nargs="+", default=[], help="learned_embeds.safetensors of each subject")
     add("--tuned", type=Path, nargs="+", default=[], help="instead: each subject's file of tuned weights, or DreamBooth's folder")
@@ -179,11 +178,11 @@ def write_scores(folder: Path, scores: dict[str, dict[str, float]], record: dict
     return means
 
 
-def main(args: argparse.Namespace, load=load_scorer) -> None:
-    """`load(name, device)` returns a scorer or None. Raises InputError."""
+def main(args: argparse.Namespace) -> None:
+    """Raises InputError."""
     flags, learned = args.zoodip, read_learned(args)
     device = make_accelerator(1, **flags_for(make_accelerator, vars(flags))).device
-    clip, dino = load(args.clip, device), load(args.dino, device)
+    clip, dino = load_scorer(args.clip, device), load_scorer(args.dino, device)
     drawer, scores = None, {}
     for one in tqdm(learned, unit="subject"):
         if drawer is None or args.tuned:  # tokens share a model

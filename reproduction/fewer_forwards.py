@@ -62,8 +62,8 @@ from reproduction.runs import Job, Settings, digest
 from reproduction.stats import Records, add_gaps
 from reproduction.worlds import Miniature
 from trainers import gauss_newton
-from zoodip.arguments import OneLineArgumentParser
-from zoodip.diffusion import Batch, FrozenModel, load_scheduler
+from zoodip.arguments import new_parser
+from zoodip.diffusion import Batch, FrozenModel
 from zoodip.errors import InputError, run_script
 from zoodip.files import write_atomically, write_image, write_json
 from zoodip.folder import model_digest, resolve_model
@@ -165,14 +165,14 @@ def do(job: Job, settings: Settings) -> None:
     write_json(folder / "spec.json", job.spec)
     workers.learn(job.spec, settings, eval_steps=0, save_steps=job.save_steps)
     judge, points = TokenJudge(job.spec, settings), read_points(job, settings)
-    scheduler = load_scheduler(judge.judged.inputs.folder)
+    inputs = judge.judged.inputs
     for budget, step in job.points.items():
         if str(budget) in points:
             continue
         theta = token_at(judge, step)
         points[str(budget)] = dict(
             step=step, loss=judge.loss("loss", theta), token_norm=theta.norm(dim=1).mean().item(),
-            contrast=contrast(judge.judged.model, judge.judged.inputs.prompts, theta, scheduler),
+            contrast=contrast(judge.judged.model, inputs.prompts, theta, inputs.scheduler),
             **({} if budget in BETWEEN else picture_scores(judge, theta, f"sheet-{budget}.png")),
         )  # fmt: skip
         write_json(path, dict(spec=job.spec, points=points, **environment(judge.device)), indent=1)
@@ -205,8 +205,7 @@ def collect(forms: Iterable[Form], subjects: Iterable[str], seeds: Iterable[int]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = new_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add(
         "--parts",
@@ -243,11 +242,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.spare > len(spare_breeds()):
         parser.error(f"--spare must be at most {len(spare_breeds())}, got {args.spare}")
     args.breeds = args.breeds or [breed.name for breed in held_out_breeds()]
-    args.trainer_flags = given_flags(args.flags)
+    args.trainer_flags = flags_of_trainer(args.flags)
     return args
 
 
-def given_flags(text: str) -> dict:
+def flags_of_trainer(text: str) -> dict:
     """The flags of the trainer's method named in a text, checked by its parser, which exits with one line on an error."""
     needed = ["--train_data_dir", "x", "--initializer_token", "x"]
     given = vars(gauss_newton.parse_args([*needed, *shlex.split(text)]))

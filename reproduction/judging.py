@@ -264,8 +264,8 @@ def load_judged_pictures(flags: str, quantization: str, device: torch.device) ->
     flags = json.loads(flags)
     inputs = read_tuning_inputs(**flags_for(read_tuning_inputs, flags))
     dtype = DTYPES[flags["mixed_precision"]]
-    data = load_tuning_data(inputs, quantization, dtype, device, flags["resolution"], flags["center_crop"])
-    return inputs, data.prompts.rows, fixed_sets(data, flags["num_eval_samples"])
+    data, states = load_tuning_data(inputs, quantization, dtype, device, flags["resolution"], flags["center_crop"])
+    return inputs, states, fixed_sets(data, flags["num_eval_samples"])
 
 
 class WeightJudge(Judge):

@@ -12,7 +12,7 @@ from reproduction.binding_report import AIM_HEADER, COST_HEADER, aims, cost_line
 from reproduction.binding_rows import CORE
 from reproduction.fewer_forwards_forms import DEFAULT
 from reproduction.fewer_forwards_tables import measured_tables, read_found, searched_rivals
-from reproduction.pages import Image, Section, Table
+from reproduction.pages import Image, Section, Table, shortened
 from zoodip.records import ROOT
 
 BINDING = ROOT / "reproduction" / "binding"
@@ -47,7 +47,7 @@ def pictures(folder: Path, paths: list[Path]) -> list[Image]:
 def fewer_forwards_sections(folder: Path, fewer: Path) -> list[Section]:
     found, commits = read_found(fewer / "results.json")
     tables = measured_tables(found, DEFAULT.label, searched_rivals(fewer))
-    note = f"{FEWER_NOTE} Runs of commit {', '.join(commit[:7] for commit in commits)}."
+    note = f"{FEWER_NOTE} Runs of commit {', '.join(map(shortened, commits))}."
     return [
         Section("Fewer forwards: the aims", [note], table=tables["aims"]),
         Section("Fewer forwards: at which budgets it wins", [VERDICT_NOTE], table=tables["verdicts"],
@@ -57,7 +57,7 @@ def fewer_forwards_sections(folder: Path, fewer: Path) -> list[Section]:
 
 def binding_sections(folder: Path, binding: Path) -> list[Section]:
     records = read_records(binding / "records.json.xz")
-    commits = sorted({picture["commit"][:7] for picture in records["pictures"]})
+    commits = sorted({shortened(picture["commit"]) for picture in records["pictures"]})
     wanted = Table(AIM_HEADER, aims(tables_of(records["pictures"], CORE), records["costs"]))
     cost = Table(COST_HEADER, cost_lines(records["costs"]))
     return [

@@ -63,3 +63,9 @@ def render(template: str, title: str, sections: list[Section]) -> bytes:
 def write_pages(title: str, sections: list[Section], folder: Path) -> None:
     for template, name in (("results.md", "RESULTS.md"), ("results.html", "RESULTS.html")):
         write_atomically(folder / name, render(template, title, sections))
+
+
+def shortened(commit: str) -> str:
+    """The first seven digits, and whether the working tree differed from the commit."""
+    digits, _, dirty = commit.partition("-")
+    return digits[:7] + f"-{dirty}" * bool(dirty)

@@ -6,6 +6,7 @@ missing or was made for other weights, rows learn at the middle of the grid, and
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from statistics import mean
@@ -15,7 +16,7 @@ from reproduction.declarations import OBEYED
 from reproduction.experiments import BY_NAME
 from reproduction.runs import Settings
 from reproduction.tuning_experiments import GRID_FACTORS, SYSTEMS
-from zoodip.files import read_json, write_json
+from zoodip.files import write_json
 from zoodip.records import ROOT, environment
 
 FILE = ROOT / "reproduction" / "tuning_rates.json"
@@ -25,7 +26,7 @@ KEPT = (*CRITERION, "drift", "CLIP-I", "CLIP-T", "loss", "loss_all")  # for each
 
 def read_rates(path: Path, model_id: str) -> dict[str, float]:
     """{system: learning rate} as chosen for these weights; empty, with a line that says so, if there is no such choice."""
-    found = read_json(path) if path.is_file() else {}
+    found = json.loads(path.read_text()) if path.is_file() else {}
     if found.get("model") == model_id:
         return {system: float(rate) for system, rate in found["chosen"].items()}
     why = f"was chosen for other weights ({found['model']}, not {model_id})" if found else "is not there"

@@ -16,7 +16,7 @@ from reproduction.declarations import CLAIM_COLUMNS, COLUMNS, Experiment, Row
 from reproduction.experiments import BY_NAME, CLASS_WORD, EXPERIMENTS
 from reproduction.memory_claims import memory_claims
 from reproduction.other_reports import other_reports
-from reproduction.pages import Image, Section, Table, write_pages
+from reproduction.pages import Image, Section, Table, shortened, write_pages
 from reproduction.rates import rates_note
 from reproduction.runs import Job, Settings
 from reproduction.stats import (
@@ -335,12 +335,6 @@ def command_of(names: list[str], settings: Settings) -> str:
 def default_names(settings: Settings) -> list[str]:
     """The tables of a world."""
     return [experiment.name for experiment in EXPERIMENTS if experiment.is_default_in(settings.world.name)]
-
-
-def shortened(commit: str) -> str:
-    """The first seven digits, and whether the working tree differed from the commit."""
-    digits, _, dirty = commit.partition("-")
-    return digits[:7] + f"-{dirty}" * bool(dirty)
 
 
 def introduction(names: list[str], settings: Settings, jobs: list[Job], done: int) -> Section:

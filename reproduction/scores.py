@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from zoodip import files
 from zoodip.files import write_image
 from zoodip.folder import model_digest
 from zoodip.pictures import Drawer, picture_sheet
@@ -89,12 +90,8 @@ class Words:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of the bytes of a file, or of all files in a folder in the order of their names."""
-    digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.glob("*")):
-        with open(file, "rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
+    """`files.digest_of` of a file, or of all files in a folder in the order of their names."""
+    return files.digest_of([path] if path.is_file() else sorted(path.glob("*")))
 
 
 class PictureCache:

@@ -32,7 +32,7 @@ from reproduction.experiments import BY_NAME
 from reproduction.runs import Job, Settings
 from reproduction.scores import load_scorer
 from reproduction.worlds import WORLDS
-from zoodip.arguments import OneLineArgumentParser
+from zoodip.arguments import new_parser
 from zoodip.errors import InputError, run_script
 from zoodip.folder import model_digest, resolve_model
 from zoodip.records import table
@@ -43,8 +43,7 @@ SUITE_FLAGS = {"train_data_dir", "initializer_token", "seed", "output_dir", "pre
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = OneLineArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = new_parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add("--world", default="miniature", choices=list(WORLDS), help="the bundled miniature, or Stable Diffusion v1.5")
     add("--tables", nargs="+", default=None, choices=list(BY_NAME), metavar="TABLE", help="tables to make; default: the world's")

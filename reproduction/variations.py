@@ -98,6 +98,9 @@ class NoMomentumZO(ZOAdam):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+train = train_zoodip.train  # bound now: the run replaces it there by `train_by_epochs`
+
+
 class Epochs:
     """A `Data` of one image, the next in the epoch at the current step of `run`, so that every image comes once per epoch.
 
@@ -105,7 +108,7 @@ class Epochs:
     """
 
     def __init__(self, data: Data, run: Run):
-        self.data, self.run, self.prompts, self.scheduler = data, run, data.prompts, data.scheduler
+        self.data, self.run, self.prompt_ids, self.scheduler = data, run, data.prompt_ids, data.scheduler
 
     @property
     def image(self) -> int:
@@ -126,8 +129,6 @@ def train_by_epochs(run, outputs, zo, model, data, sample, batch_size, generator
     assert batch_size == 1, "an epoch is one image after another"
     train(run, outputs, zo, model, Epochs(data, run), sample, batch_size, generator)
 
-
-train = train_zoodip.train
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The sign of the one-point estimate

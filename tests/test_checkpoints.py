@@ -130,9 +130,7 @@ def test_a_checksum_that_fits_is_not_enough(trained, tmp_path, refused, kind):
     assert "is not a valid checkpoint" in line and "checkpoint-6" in line
 
 
-@pytest.mark.parametrize(
-    ("settings", "fault"), [({}, "'n' is missing"), ([], "has another form: list indices"), (None, "NoneType")]
-)
+@pytest.mark.parametrize(("settings", "fault"), [({}, "'n' is missing"), (7, "has another form"), (None, "NoneType")])
 def test_a_header_of_another_version(tmp_path, settings, fault):
     """The error says what exactly is wrong: a missing value, or one of another kind."""
     run = Run(SimpleNamespace(state_dict=dict), seeded(), SimpleNamespace(is_main_process=True), {"n": 2}, {},

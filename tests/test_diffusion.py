@@ -25,7 +25,6 @@ from zoodip.diffusion import (
     uniform_timesteps,
 )
 from zoodip.model import load_vae_encoder
-from zoodip.prompts import Prompts
 from zoodip.subject import to_square
 
 
@@ -50,12 +49,11 @@ def test_draw_batch_covers_everything_and_pairs_captions():
     """Every image, flip and caption is drawn, and an image only ever with its own captions."""
     latents = torch.zeros(3, 2, 2, 4, 1, 1)
     latents[:, :, 0] = torch.arange(6.0).view(3, 2, 1, 1, 1)  # mean = 2 image + flip, deviation 0
-    prompts = Prompts(torch.arange(5)[:, None], torch.zeros(5, 2))
     choices = [[0, 1], [2], [3, 4]]
     clean = SimpleNamespace(  # a schedule without noise shows the latents themselves
         alphas_cumprod=torch.ones(1), config=SimpleNamespace(prediction_type="epsilon"), add_noise=lambda x, noise, t: x
     )
-    data = Data(latents, choices, prompts, clean)
+    data = Data(latents, choices, torch.arange(5)[:, None], clean)
     generator, seen = seeded(), {}
     for _ in range(600):
         batch = draw_batch(data, 2, partial(uniform_timesteps, low=0, high=1), generator)
@@ -72,7 +70,7 @@ def test_draw_batch_covers_everything_and_pairs_captions():
 
 def test_the_fixed_set_is_fixed(tiny):
     """Learning curves of different seeds and samplers must be judged on the same examples: no generator is passed in."""
-    data = Data(torch.rand(3, 2, 2, 4, 8, 8, generator=seeded()), [[0], [1], [0, 1]], tiny.prompts, scheduler_of(tiny.folder))
+    data = Data(torch.rand(3, 2, 2, 4, 8, 8, generator=seeded()), [[0], [1], [0, 1]], tiny.prompts.ids, scheduler_of(tiny.folder))
     sets = []
     for seed in (0, 9):
         torch.manual_seed(seed)
@@ -90,7 +88,7 @@ def test_the_fixed_set_is_fixed(tiny):
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_merged_batches_are_the_same_examples(tiny, size):
     """Joining batches to save forwards must keep every example, in order."""
-    data = Data(torch.rand(3, 2, 2, 4, 8, 8, generator=seeded()), [[0], [1], [0, 1]], tiny.prompts, scheduler_of(tiny.folder))
+    data = Data(torch.rand(3, 2, 2, 4, 8, 8, generator=seeded()), [[0], [1], [0, 1]], tiny.prompts.ids, scheduler_of(tiny.folder))
     batches = evaluation_batches(data, 8, 0, 1000)
     merged = merge_batches(batches, size)
     assert [len(batch.timesteps) for batch in merged] == {1: [1] * 8, 3: [3, 3, 2], 8: [8]}[size]

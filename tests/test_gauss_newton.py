@@ -314,7 +314,7 @@ def test_bases_and_starts_of_a_run(tiny_model, subject, tmp_path, monkeypatch):
     def watch_basis(learner, model, data, size):
         at = learner.theta.clone()
         take_basis(learner, model, data, size)
-        gram = gauss_newton.text_sensitivity(model.text_encoder, model.rows, data.prompts.ids[:1], at, delta=1e-2)
+        gram = gauss_newton.text_sensitivity(model.text_encoder, model.rows, data.prompt_ids[:1], at, delta=1e-2)
         torch.testing.assert_close(learner.basis, gauss_newton.sensitive_directions(gram, size))
         bases.append((learner, at))
 

@@ -486,7 +486,7 @@ class Watched(FrozenModel):
 
 def test_every_estimator_sees_the_same_batches(tiny):
     """The batch is drawn before the directions, so that step 1 has the same image and noise for all estimators."""
-    data = Data(torch.rand(3, 2, 2, 4, 8, 8, generator=seeded()), [[0], [1], [0, 1]], tiny.prompts, scheduler_of(tiny.folder))
+    data = Data(torch.rand(3, 2, 2, 4, 8, 8, generator=seeded()), [[0], [1], [0, 1]], tiny.prompts.ids, scheduler_of(tiny.folder))
     sample = partial(partial_uniform_timesteps, t_min=500, t_max=900)
     model, forwards = Watched(tiny.unet, tiny.text_encoder, tiny.prompts.rows), []
     run = SimpleNamespace(

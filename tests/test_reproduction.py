@@ -141,6 +141,11 @@ class LineScorer:
         return torch.nn.functional.normalize(torch.tensor([[len(text), 1.0, 2.0] for text in texts]).double(), dim=-1)
 
 
+@pytest.fixture
+def line_scorer(monkeypatch):
+    monkeypatch.setattr(evaluate, "load_scorer", lambda name, device: LineScorer())
+
+
 def pictures(count: int, seed: int) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for _ in range(count)]
@@ -230,6 +235,7 @@ def test_a_picture_does_not_depend_on_its_batch(cache):
             assert np.abs(np.asarray(both[k][seed], int) - np.asarray(picture, int)).max() <= 2
 
 
+@pytest.mark.usefixtures("line_scorer")
 def test_evaluate_command(tiny_model, subject, tmp_path, capsys):
     """Per-subject and mean scores, a sheet, nothing drawn a second time; and a line, as the token is from an INT8 model."""
     settings = dict(placeholder_token="<sks>", initializer_token="dog", resolution=16, quantization="int8",
@@ -261,7 +267,7 @@ def test_evaluate_command(tiny_model, subject, tmp_path, capsys):
         "--cpu",
     ]
     for _ in range(2):
-        evaluate.main(evaluate.parse_args(argv), load=lambda name, device: LineScorer())
+        evaluate.main(evaluate.parse_args(argv))
     assert "was learned with --quantization int8, its pictures are drawn with nf4" in capsys.readouterr().err
     content = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert set(content["mean"]) == {"CLIP-T", "CLIP-I", "DINO", "CLIP_inter", "DINO_inter"}
@@ -271,6 +277,7 @@ def test_evaluate_command(tiny_model, subject, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("method", "base"), [("qlora", "folder"), ("dreambooth", "folder"), ("qlora", "hub"), ("qlora", "file")])
+@pytest.mark.usefixtures("line_scorer")
 def test_evaluate_command_of_tuned_weights(tiny_model, hub_model, subject, tmp_path, method, base):
     """From a run's file or folder alone: with its own words, on weights as in training, found as training finds them."""
     model, more = {"folder": str(tiny_model), "hub": hub_model}.get(base), {}
@@ -284,7 +291,7 @@ def test_evaluate_command_of_tuned_weights(tiny_model, hub_model, subject, tmp_p
     argv = ["--tuned", str(tuned), "--references", str(subject), "--class_word", "dog", "--images", "1", "--inference_steps", "2",
             "--prompts", str(tmp_path / "prompts.txt"), "--resolution", "16", "--output", str(tmp_path / "out"), "--cpu",
             "--pretrained_model_name_or_path", model, *[f"--{name}={value}" for name, value in more.items()]]  # fmt: skip
-    evaluate.main(evaluate.parse_args(argv), load=lambda name, device: LineScorer())
+    evaluate.main(evaluate.parse_args(argv))
     assert set(json.loads((tmp_path / "out" / "scores.json").read_text())["mean"]) == {"CLIP-T", "CLIP-I", "DINO"}
     (picture,) = (tmp_path / "out" / "dog6").glob("*.png")
     pipeline = load_tuned_pipeline(model, tuned, **more)
@@ -294,7 +301,7 @@ def test_evaluate_command_of_tuned_weights(tiny_model, hub_model, subject, tmp_p
     assert np.abs(np.asarray(Image.open(picture), int) - np.asarray(expected, int)).max() <= 2  # rounding of another batch
     argv[1] = str(tmp_path / "prompts.txt")
     with pytest.raises(InputError, match="holds no tuned weights"):
-        evaluate.main(evaluate.parse_args(argv), load=lambda name, device: LineScorer())
+        evaluate.main(evaluate.parse_args(argv))
 
 
 TOKEN = torch.ones(1, 32)
@@ -338,6 +345,7 @@ def test_wrong_flags_of_an_evaluation(capsys, flags, words):
     assert error.value.code == 2 and words in line and line.count("\n") == 1
 
 
+@pytest.mark.usefixtures("line_scorer")
 def test_an_embedding_of_another_model(tiny_model, subject, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(save({"<sks>": torch.ones(1, 768)}))
     (tmp_path / "prompts.txt").write_text("a photo of {}\n")
@@ -345,7 +353,7 @@ def test_an_embedding_of_another_model(tiny_model, subject, tmp_path):
             "--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "out"), "--resolution", "16",
             "--pretrained_model_name_or_path", str(tiny_model)]  # fmt: skip
     with pytest.raises(InputError, match="has 768 numbers, the model's tokens have 32"):
-        evaluate.main(evaluate.parse_args(argv), load=lambda name, device: LineScorer())
+        evaluate.main(evaluate.parse_args(argv))
 
 
 # ----------------------------------------------------------------------------------------------------- the plan

@@ -23,9 +23,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from trainers import gf_ti, textual_inversion
-from zoodip.diffusion import Data, uniform_timesteps
+from zoodip.diffusion import Data, FrozenModel, uniform_timesteps
 from zoodip.errors import InputError
-from zoodip.prompts import Prompts
 
 NOT_THEIRS = dict(tau=None, nu=None, mu=None)  # flags of train_zoodip.py that `arguments` gives
 TI = (textual_inversion, dict())
@@ -231,12 +230,13 @@ def test_common_random_numbers(mode):
 
     seen = []
 
-    def predict(batch, tokens):
-        seen.append((batch, len(tokens)))
-        return torch.zeros(len(tokens), *batch.target.shape)
+    class Zero(FrozenModel):
+        def predict(self, batch, tokens):
+            seen.append((batch, len(tokens)))
+            return torch.zeros(len(tokens), *batch.target.shape)
 
-    model = SimpleNamespace(predict=predict, rows=torch.zeros(0))
-    data = Data(torch.rand(3, 2, 2, 4, 2, 2), [[0], [1], [0]], Prompts(torch.arange(10).view(2, 5), None), DDPMScheduler())
+    model = Zero(None, None, rows=torch.zeros(0))
+    data = Data(torch.rand(3, 2, 2, 4, 2, 2), [[0], [1], [0]], torch.arange(10).view(2, 5), DDPMScheduler())
     generator = seeded()
     losses = gf_ti.generation_losses(model, data, torch.zeros(4, 1, 8), mode, 2, uniform_timesteps, generator)
     assert losses.shape == (4,) and [count for _, count in seen] == ([4] if mode == "fair" else [1] * 4)

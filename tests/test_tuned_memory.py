@@ -45,7 +45,7 @@ def tuning_forward(name: str, precision: str, tiny_model, subject, tmp_path) -> 
     tuning.run.lock.release()
     data, timesteps = tuning.data, torch.tensor([300, 310, 260, 480, 499])
     latents = data.latents[torch.arange(IMAGES) % len(data.latents), 0]
-    batch = noise_batch(latents, timesteps, data.prompts.ids[:1].expand(IMAGES, -1), data.scheduler, seeded())
+    batch = noise_batch(latents, timesteps, data.prompt_ids[:1].expand(IMAGES, -1), data.scheduler, seeded())
     return lambda: (tuning.model.predict(batch) - batch.target).square().mean(), [tuning.model.unet]
 
 

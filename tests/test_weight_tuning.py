@@ -531,7 +531,7 @@ def test_only_the_expert_of_the_timestep_moves(tiny_model, subject, tmp_path):
     tuning.run.lock.release()
     before = {name: parameter.detach().clone() for name, parameter in tuning.tuner.parameters.items()}
     batch = noise_batch(
-        tuning.data.latents[:1, 0], torch.tensor([300]), tuning.data.prompts.ids[:1], tuning.data.scheduler, seeded()
+        tuning.data.latents[:1, 0], torch.tensor([300]), tuning.data.prompt_ids[:1], tuning.data.scheduler, seeded()
     )
     loss, forwards = tuning.tuner.step(tuning.model, batch, None, 1.0)
     assert loss > 0 and forwards == 1
@@ -562,7 +562,7 @@ def test_the_steps_are_adamw_on_two_means(tiny_model, subject, tmp_path, checkpo
 
     def batch(timesteps: list[int], seed: int) -> Batch:
         count = len(timesteps)
-        ids = data.prompts.ids[:1].expand(count, -1)
+        ids = data.prompt_ids[:1].expand(count, -1)
         return noise_batch(data.latents[:count, 0], torch.tensor(timesteps), ids, data.scheduler, seeded(seed))
 
     def plain_gradients(parts: list[tuple[Batch, float]]) -> tuple[float, list[torch.Tensor | None]]:

@@ -60,7 +60,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from zoodip.files import prove_folder
+from zoodip.files import ensure_writable
 from zoodip.run import move_aside
 from zoodip.tuned_files import merged_unet, save_lokr, save_unet
 from zoodip.tuned_layers import Parameters, Shapes, add_kronecker, kronecker_shapes
@@ -87,7 +87,7 @@ class DiffuseKronA(System):
             return
         refuse_model_folder("export_merged", self.export.parent, inputs.folder)
         parameters = sum(parameter.numel() for parameter in unet.parameters())
-        prove_folder(self.export, "export_merged", EXPORT_DTYPE.itemsize * parameters)
+        ensure_writable(self.export, "export_merged", EXPORT_DTYPE.itemsize * parameters)
 
     def shapes(self, unet: nn.Module) -> Shapes:
         return kronecker_shapes(unet, self.a1, self.a2)

@@ -51,7 +51,7 @@ from torch import nn
 
 from zoodip.quantize import DTYPES
 from zoodip.tuned_files import save_other_folders, save_unet
-from zoodip.tuned_layers import Parameters, Shapes, numbers
+from zoodip.tuned_layers import Parameters, Shapes, num_parameters
 from zoodip.tuned_model import TuningInputs
 from zoodip.weight_tuning import System, prepare
 
@@ -69,7 +69,7 @@ class DreamBooth(System):
         return {name: tuple(parameter.shape) for name, parameter in unet.named_parameters()}
 
     def saved_bytes(self, shapes: Shapes) -> int:
-        return self.dtype.itemsize * numbers(shapes)
+        return self.dtype.itemsize * num_parameters(shapes)
 
     def install(self, unet: nn.Module, generator: torch.Generator) -> Parameters:
         return dict(unet.requires_grad_(True).named_parameters())

@@ -122,14 +122,13 @@ def steps_of(flags: dict) -> int:
 
 def check_flags(flags: dict) -> None:
     """Check everything that can be checked without opening a file. Raises InputError."""
-    require_at_least_one(flags, "directions", "train_batch_size", "starts", "start_steps")
+    require_at_least_one(flags, "directions", "starts", "start_steps")
     several = flags["starts"] > 1
     least = 1 + flags["starts"] * flags["start_steps"] if several else 1  # plus one step with the best
     forwards = least * (flags["directions"] + 1) + (flags["starts"] * JUDGING_SAMPLES if several else 0)
     what = "one step with the best of the starts" if several else "one step"
     require(flags, "max_forwards", flags["max_forwards"] >= forwards, f"must be at least {forwards}, enough for {what}")
     arguments.check_training_flags({**flags, "max_train_steps": 1})
-    arguments.check_timestep_range(flags)
     smallest = min(flags["basis_size"])
     require(flags, "basis_size", smallest >= 1, "must be at least 1")
     require(flags, "directions", flags["directions"] <= smallest, f"must be at most --basis_size {smallest}")
@@ -142,8 +141,6 @@ def check_flags(flags: dict) -> None:
     require(flags, "rebase_steps", all(step >= 1 for step in flags["rebase_steps"]), "must be step numbers, counted from 1")
     if flags["rho"] is not None:
         require_positive(flags, "rho", "1e-2")
-    if flags["candidates_per_forward"] is not None:
-        require_at_least_one(flags, "candidates_per_forward")
 
 
 def without_effect(flags: dict, given: set[str]) -> Iterator[str]:
@@ -407,7 +404,7 @@ def take_basis(learner: GaussNewton, model: FrozenModel, data: Data, basis_size:
 
     Devices round differently, so all processes take the first one's.
     """
-    gram = text_sensitivity(model.text_encoder, model.rows, data.prompts.ids[:1], learner.theta)
+    gram = text_sensitivity(model.text_encoder, model.rows, data.prompt_ids[:1], learner.theta)
     learner.rebase(sensitive_directions(broadcast(gram.clone()), basis_size))
 
 

@@ -62,13 +62,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_flags(flags: dict) -> None:
     """Check everything that can be checked without opening a file. Raises InputError."""
     arguments.check_training_flags(flags)
-    arguments.check_timestep_range(flags)
     require_at_least_one(flags, "intrinsic_dim")
     require(flags, "population", flags["population"] >= 3, "must be at least 3 (CMA-ES tells the better half from the rest)")
     if flags["alpha"] is not None:
         require_positive(flags, "alpha", "0.2")
-    if flags["candidates_per_forward"] is not None:
-        require_at_least_one(flags, "candidates_per_forward")
     check_subspace(flags)
 
 
@@ -157,20 +154,14 @@ def make_basis(table: torch.Tensor, *, subspace: str, intrinsic_dim: int, num_ve
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
-def candidate_losses(model: FrozenModel, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean squared errors [C], on the CPU, of the predictions for candidate tokens [C, V, d] on one batch."""
-    return (model.predict(batch, tokens) - batch.target.to(model.rows.device)).square().flatten(1).mean(1).cpu()
-
-
 def generation_losses(model: FrozenModel, data: Data, tokens: torch.Tensor, mode: str, batch_size: int, sample: TimestepSampler,
                       generator: torch.Generator) -> torch.Tensor:  # fmt: skip
     """Losses [C] of tokens [C, V, d]: all on one batch (fair), or each on its own, at a shared timestep (published)."""
     if mode == "fair":
-        return candidate_losses(model, draw_batch(data, batch_size, sample, generator), tokens)
+        return model.losses(draw_batch(data, batch_size, sample, generator), tokens)
     timestep = int(sample(1, generator))
     shared = partial(uniform_timesteps, low=timestep, high=timestep + 1)
-    return torch.cat([candidate_losses(model, draw_batch(data, batch_size, shared, generator), token[None]) for token in tokens])
+    return torch.cat([model.losses(draw_batch(data, batch_size, shared, generator), token[None]) for token in tokens])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

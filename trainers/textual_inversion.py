@@ -51,7 +51,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_flags(flags: dict) -> None:
     """Check everything that can be checked without opening a file. Raises InputError."""
     arguments.check_training_flags(flags)
-    arguments.check_timestep_range(flags)
     require_positive(flags, "adam_epsilon", "1e-8")
 
 

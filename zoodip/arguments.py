@@ -348,11 +348,14 @@ def check_training_flags(flags: dict) -> None:
 def check_shared_flags(flags: dict) -> None:
     """Check the numbers that every trainer takes. Raises InputError."""
     require_at_least_one(flags, "train_batch_size", "max_train_steps", "num_eval_samples", "num_validation_images")
+    if flags.get("candidates_per_forward") is not None:
+        require_at_least_one(flags, "candidates_per_forward")
+    check_timestep_range(flags)
     resolution = flags["resolution"]
     require(
         flags, "resolution", resolution is None or (resolution >= 8 and resolution % 8 == 0), "must be a positive multiple of 8"
     )
-    if flags.get("learning_rate") is not None:  # evolution has none; the upper limit makes it fit fp32
+    if flags.get("learning_rate") is not None:  # not every trainer has one; the upper limit makes it fit fp32
         require(flags, "learning_rate", 0 < flags["learning_rate"] < 1e37, "must be a positive number, for example 5e-3")
     require(flags, "seed", 0 <= flags["seed"] < 2**63, "must be in [0, 2^63)")
 
@@ -362,7 +365,6 @@ def check_tuning_flags(flags: dict) -> None:
     for name in ("train_data_dir", "class_word"):
         require(flags, name, flags[name] is not None, "is required")
     check_shared_flags(flags)
-    check_timestep_range(flags)
     for name in ("identifier", "class_word"):
         plain = flags[name].strip() != "" and not re.search(r"[{}]", flags[name])
         require(flags, name, plain and is_text(flags[name]), "must be plain words, for example sks and dog")

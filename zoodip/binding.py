@@ -84,7 +84,7 @@ import torch
 from zoodip.binding_drawing import Picture, canvas, check_groups, draw_bound
 from zoodip.binding_states import tokens_of
 from zoodip.binding_words import Embedding, add_words, expand, parse_prompts, read_embeddings
-from zoodip.files import prove_folder, read_json, write_image, write_json
+from zoodip.files import ensure_writable, read_json, write_image, write_json
 
 # ---------------------------------------------------------------------------------------------------------------- drawing
 
@@ -111,7 +111,7 @@ def checked_prompts(tokenizer, embeddings: Sequence[Embedding], flags: dict, met
 
 def main(flags: dict) -> None:
     """Write pictures PROMPT-METHOD-SEED.png, a sheet and binding.json to --output. Raises InputError."""
-    from zoodip.folder import packed_as, resolve_model
+    from zoodip.folder import packed_as, resolve_model, vae_scale_factor
     from zoodip.model import load_pipeline
     from zoodip.pictures import picture_sheet
     from zoodip.prompts import load_tokenizer, read_embedding_rows
@@ -127,13 +127,12 @@ def main(flags: dict) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not flags["cpu"] else "cpu")
     flags["quantization"] = flags["quantization"] or packed_as(folder, variant) or "none"
     flags["mixed_precision"] = flags["mixed_precision"] or default_precision(device)
-    vae_levels = len(read_json(folder / "vae" / "config.json").get("block_out_channels", [0] * 4))
-    canvas(read_json(folder / "unet" / "config.json"), 2 ** (vae_levels - 1), flags["height"], flags["width"])
+    canvas(read_json(folder / "unet" / "config.json"), vae_scale_factor(folder), flags["height"], flags["width"])
     tokenizer = load_tokenizer(folder)
     add_words(tokenizer, embeddings, width=read_embedding_rows(folder, variant, [0]).shape[1])
     prompts = checked_prompts(tokenizer, embeddings, flags, methods.values())
     for path, flag in {sheet.parent: "sheet", output: "output"}.items():
-        prove_folder(path, flag, 0)
+        ensure_writable(path, flag, 0)
     pipeline = load_pipeline(str(folder), flags["quantization"], DTYPES[flags["mixed_precision"]], device, variant=variant)
     if embeddings:
         pipeline.load_textual_inversion([{each.word: each.vectors} for each in embeddings])

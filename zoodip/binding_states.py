@@ -105,7 +105,6 @@ class BoundGroup:
     words: list[int]  # rows that are not erased
     within: Tensor  # [words, d], states of the phrase within the prompt, as the text encoder gives them
     anchor: Tensor  # [L, d], states of the phrase alone
-    anchor_rows: list[int]  # of the phrase in `anchor`
     anchor_row: int  # of the noun's first token in `anchor`
     frame: Tensor  # [L, d], states of the noun alone with its article; the composite will take row `frame_row`
     frame_row: int
@@ -150,7 +149,6 @@ def bind_prompt(marked: MarkedPrompt, encode: Encoder, settings: Settings, mean:
                 [row for row in words if row not in gone],
                 whole.states[words],
                 anchor.states,
-                alone,
                 alone[words.index(noun[0])],
                 frame,
                 frame_rows[0],

@@ -20,7 +20,7 @@ from zoodip.model import load_text_encoder, load_unet, load_vae_encoder
 from zoodip.prompts import Prompts, build_prompts, encode_prompts, load_tokenizer, starting_token, warn_of_an_ordinary_word
 from zoodip.quantize import DTYPES, default_precision
 from zoodip.subject import Subject, load_subject, open_image, to_square
-from zoodip.thrift import computed_once, modules_before_text, split_feed_forward, tune_malloc
+from zoodip.thrift import LOADING, STEPPING, computed_once, modules_before_text, split_feed_forward, tune_malloc
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -169,6 +169,18 @@ def encode_images(vae: AutoencoderKL, paths: list[Path], resolution: int, center
     return torch.stack(latents)
 
 
+def encode_photographs(
+    folder: Path, variant: str | None, paths: list[Path], device: torch.device, resolution: int, center_crop: bool
+) -> torch.Tensor:
+    """Latent distributions [N, 2, 2, 4, h, w] from `encode_images`; the VAE is loaded for this and then freed."""
+    vae = load_vae_encoder(folder, variant, device)
+    with damaged_model(folder / "vae"):
+        latents = encode_images(vae, paths, resolution, center_crop)
+    if not torch.isfinite(latents).all():
+        raise DamagedModel(folder / "vae", "encodes the images as NaN or Inf")
+    return latents
+
+
 def encoder_moments(vae: AutoencoderKL, hidden: torch.Tensor) -> torch.Tensor:
     """The moments that vae.encode computes, [B, 8, h, w], with at most three full-size activations at a time.
 
@@ -196,8 +208,8 @@ class Data:
     """What batches are drawn from."""
 
     latents: torch.Tensor  # [N, 2, 2, 4, h, w] from `encode_images`
-    choices: list[list[int]]  # per image, the rows of prompts.ids that describe it
-    prompts: Prompts
+    choices: list[list[int]]  # per image, the rows of prompt_ids that describe it
+    prompt_ids: torch.Tensor  # [P, L]
     scheduler: DDPMScheduler  # the noise schedule
 
 
@@ -260,7 +272,7 @@ def draw_batch(data: Data, batch_size: int, sample_timesteps: TimestepSampler, g
     described_by = [data.choices[i] for i in images.tolist()]
     captions = [choices[int(u * len(choices))] for choices, u in zip(described_by, draws.tolist(), strict=True)]
     timesteps = sample_timesteps(batch_size, generator)
-    return noise_batch(data.latents[images, flips], timesteps, data.prompts.ids[captions], data.scheduler, generator)
+    return noise_batch(data.latents[images, flips], timesteps, data.prompt_ids[captions], data.scheduler, generator)
 
 
 def evaluation_batches(data: Data, count: int, t_min: int, t_max: int) -> list[Batch]:
@@ -278,7 +290,7 @@ def evaluation_batches(data: Data, count: int, t_min: int, t_max: int) -> list[B
         caption = choices[int(torch.randint(len(choices), (1,), generator=generator))]
         batches.append(
             noise_batch(
-                data.latents[image, flip][None], timesteps[k, None], data.prompts.ids[caption][None], data.scheduler, generator
+                data.latents[image, flip][None], timesteps[k, None], data.prompt_ids[caption][None], data.scheduler, generator
             )
         )
     return batches
@@ -332,11 +344,13 @@ class FrozenModel:
         return noise_pred.float().unflatten(0, (count, -1))
 
     @torch.inference_mode()
+    def losses(self, batch: Batch, tokens: torch.Tensor) -> torch.Tensor:
+        """Mean squared errors [C], on the CPU, of the predictions for candidate tokens [C, V, d] on one batch (Eq. 1)."""
+        return (self.predict(batch, tokens) - batch.target.to(self.rows.device)).square().flatten(1).mean(1).cpu()
+
     def mean_loss(self, batches: list[Batch], theta: torch.Tensor) -> float:
         """Mean squared error of the predictions for one token [V, d] over a fixed set."""
-        tokens = theta.detach()[None]
-        errors = [self.predict(batch, tokens) - batch.target.to(self.rows.device) for batch in batches]  # [1, B, 4, h, w] each
-        return float(np.mean([error.square().flatten(1).mean(1).item() for error in errors]))
+        return float(np.mean([self.losses(batch, theta.detach()[None]).item() for batch in batches]))
 
 
 def load_model(
@@ -356,20 +370,15 @@ def load_model(
     """
     folder, variant = inputs.folder, inputs.variant
     forbid_tf32()
-    tune_malloc(1 << 20, 1 << 17)
-    vae = load_vae_encoder(folder, variant, device)
-    with damaged_model(folder / "vae"):
-        latents = encode_images(vae, inputs.subject.paths, resolution, center_crop)
-    if not torch.isfinite(latents).all():
-        raise DamagedModel(folder / "vae", "encodes the images as NaN or Inf")
-    del vae
+    tune_malloc(*LOADING)
+    latents = encode_photographs(folder, variant, inputs.subject.paths, device, resolution, center_crop)
     dtype = DTYPES[mixed_precision]
     text_encoder = load_text_encoder(folder, variant, quantization, dtype, device)
     unet = load_unet(folder, variant, quantization, dtype, device)
-    tune_malloc(32 << 20, 256 << 20)  # while stepping, freed activations are better kept for reuse
+    tune_malloc(*STEPPING)
     split_feed_forward(unet)
     model = FrozenModel(unet, text_encoder, inputs.prompts.rows.to(device), candidates_per_forward)
-    data = Data(latents, inputs.choices, inputs.prompts, inputs.scheduler)
+    data = Data(latents, inputs.choices, inputs.prompts.ids, inputs.scheduler)
     with damaged_model(folder):  # a configuration can fit its weights and still not compute (a wrong number of groups)
         model.mean_loss(evaluation_batches(data, 1, 0, NUM_TRAIN_TIMESTEPS), inputs.initial_token)
     if compile:  # only now: a fault of the compiler would be reported as one of the folder

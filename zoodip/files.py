@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -60,6 +61,15 @@ def copy_folder(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if path.is_file():
             copy_whole(path, target / path.name)
+
+
+def digest_of(paths: Iterable[Path]) -> str:
+    """SHA-256 over the SHA-256 of each file."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def write_image(path: Path, image: Image.Image) -> None:
@@ -164,7 +174,7 @@ def not_safetensors(path: Path, error: Exception) -> InputError:
     return InputError(f"{path}: is not a valid safetensors file ({error}); download it again")
 
 
-def prove_folder(folder: Path, flag: str, size: int) -> None:
+def ensure_writable(folder: Path, flag: str, size: int) -> None:
     """Create the folder that a flag names, and check that it is writable and has room for `size` bytes. Raises InputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

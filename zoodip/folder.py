@@ -233,8 +233,13 @@ def config_number(path: Path, key: str, default: int) -> int:
     return value
 
 
-def native_resolution(folder: Path) -> int:
-    """Side length in pixels of the images that the model was made for. Raises DamagedModel."""
+def vae_scale_factor(folder: Path) -> int:
+    """Pixels per latent in each direction. Raises DamagedModel."""
     channels = read_json(folder / "vae" / "config.json").get("block_out_channels", [0] * 4)
     levels = len(channels) if isinstance(channels, list) else 1  # anything but a list is refused on loading
-    return config_number(folder / "unet" / "config.json", "sample_size", 64) * 2 ** (levels - 1)
+    return 2 ** (levels - 1)
+
+
+def native_resolution(folder: Path) -> int:
+    """Side length in pixels of the images that the model was made for. Raises DamagedModel."""
+    return config_number(folder / "unet" / "config.json", "sample_size", 64) * vae_scale_factor(folder)

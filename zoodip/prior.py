@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from zoodip.errors import DamagedModel, InputError
-from zoodip.files import read_json, serialize, write_atomically, write_image, write_json
+from zoodip.files import digest_of, read_json, serialize, write_atomically, write_image, write_json
 from zoodip.pictures import Drawer
 from zoodip.subject import is_image_name
 
@@ -53,17 +52,16 @@ class PriorPictures:
 
     def digest(self) -> str:
         """SHA-256 of the existing pictures."""
-        digest = hashlib.sha256()
-        for path in self.paths():
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        return digest_of(self.paths())
 
     def missing(self) -> int:
         return self.count - len(self.paths())
 
-    def draw(self, drawer: Drawer, states: torch.Tensor) -> None:
-        """Draw missing pictures from `states` [2, L, d] of the class and the empty prompt. If stopped, the next run continues."""
+    def draw(self, model, folder: Path, variant: str | None, quantization: str, resolution: int, states: torch.Tensor) -> None:
+        """Draw missing pictures from `states` [2, L, d] of the class and the empty prompt. If stopped, the next run continues.
+
+        The untuned `model` is that of the model folder, whose decoder is loaded in the bits of `quantization`.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -73,6 +71,7 @@ class PriorPictures:
         write_json(self.record, self.made_by, indent=2)
         names = [f"class-{i:04}.png" for i in range(self.count)]
         wanted = [i for i, name in enumerate(names) if not (self.folder / name).exists()][: self.missing()]
+        drawer = Drawer(model, folder, variant, quantization, resolution, STEPS, GUIDANCE, scheduler=SCHEDULER)
         pictures = drawer.draw_states(states, [(0, seed) for seed in wanted])
         for i, picture in zip(tqdm(wanted, desc="drawing the class", unit="picture"), pictures, strict=True):
             write_image(self.folder / names[i], picture)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from zoodip.checkpoints import can_follow, checkpoint_step, list_checkpoints, read_checkpoint, write_checkpoint
 from zoodip.errors import BrokenCheckpoint, InputError, Interrupted, notice
-from zoodip.files import lock_folder, prove_folder, write_atomically, write_image, write_json
+from zoodip.files import ensure_writable, lock_folder, write_atomically, write_image, write_json
 from zoodip.process import StopSignal
 from zoodip.records import environment, peak_memory_gb
 
@@ -134,10 +134,10 @@ class Run:
             saved, ours = header["settings"], self.settings
             # a setting that is optional is recorded only if it is not at its default
             lost, added = [name for name in saved if name not in ours], [name for name in ours if name not in saved]
-            if lost or len(added) == len(ours):
-                added = []  # another method's checkpoint: the next line raises
+            if added and (lost or len(added) == len(ours)):
+                raise KeyError(added[0])  # another method's checkpoint
             different = [f"--{name} was {saved[name]!r}, is {ours[name]!r}" for name in ours
-                         if name not in added and saved[name] != ours[name]]  # fmt: skip
+                         if name in saved and saved[name] != ours[name]]  # fmt: skip
             different += [f"--{name} is {ours[name]!r}, which it was not" for name in added]
             different += [f"--{name} was {saved[name]!r}" for name in lost]
             if different:
@@ -188,7 +188,7 @@ class Run:
             checkpoint = sum(tensor.nbytes for tensor in self.state()[1].values())
             copies = self.max_train_steps // self.save_steps - self.progress.step // self.save_steps if self.save_steps else 0
             regular = checkpoint if self.checkpointing_steps else 0
-            prove_folder(self.folder, "output_dir", saved * (copies + 1) + regular)
+            ensure_writable(self.folder, "output_dir", saved * (copies + 1) + regular)
             if (free := shutil.disk_usage(self.folder).free) < checkpoint:
                 notice(f"{self.folder}: has {free / 1e9:.3g} GB free; if interrupted, the run could not save its checkpoint of "
                        f"{checkpoint / 1e9:.3g} GB")  # fmt: skip
@@ -229,7 +229,7 @@ class Run:
         self.limit_checkpoints()  # a run killed between writing and removing leaves one too many
         if self.eval_steps and not progress.curve:
             self.evaluate(outputs)
-        if progress.step:  # it may have stopped before it was drawn
+        if progress.step:  # the run may have stopped before this step's pictures were drawn
             stopped = self.draw_if_due(outputs, unless_drawn=True)
         if outputs.draws_before and progress.step == 0:
             if self.is_main:
@@ -323,7 +323,7 @@ class Run:
             self.write_checkpoint()
         if stopped:
             return True
-        ends = True  # with the pictures: by a signal, or because memory has run out, for example
+        ends = True  # stays True if drawing raises (out of memory, for example): then save first
         try:
             ends = self.draw_if_due(outputs)
         finally:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 
+# For `tune_malloc`: while loading, freed memory goes back at once; while stepping, freed activations are better kept for reuse.
+LOADING, STEPPING = (1 << 20, 1 << 17), (32 << 20, 256 << 20)
+
+
 def tune_malloc(mmap_threshold: int, trim_threshold: int) -> None:
     """Set how glibc keeps freed memory: blocks of `mmap_threshold` bytes go back to the system at once, others once
     `trim_threshold` bytes are free in one piece.

@@ -240,8 +240,9 @@ def read_tuned(path: Path) -> TunedFile:
 
 def check_header(header: dict[str, str]) -> None:
     """Raises KeyError or ValueError if it lacks what every weight-tuning trainer writes into its files."""
-    *_, settings = (header[f"zoodip.{key}"] for key in ("base_model", "base_quantization", "model_digest", "settings"))
-    if not isinstance(json.loads(settings), dict):
+    for key in ("base_model", "base_quantization", "model_digest"):
+        header[f"zoodip.{key}"]
+    if not isinstance(json.loads(header["zoodip.settings"]), dict):
         raise ValueError("its settings are not a JSON object")
 
 
@@ -259,7 +260,7 @@ def unet_header(tuned: Path) -> dict[str, str]:
             header = handle.metadata() or {}
         check_header(header)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: was not written by trainers/dreambooth.py ({why_unreadable(path, error)}); give the folder "
+        raise InputError(f"{path}: was not written by a weight-tuning trainer ({why_unreadable(path, error)}); give the folder "
                          "of one of its runs") from error  # fmt: skip
     return header
 

@@ -27,7 +27,7 @@ Shapes = dict[str, tuple[int, ...]]
 Parameters = dict[str, nn.Parameter]
 
 
-def numbers(shapes: Shapes) -> int:
+def num_parameters(shapes: Shapes) -> int:
     """Total number of elements in tensors of these shapes."""
     return sum(map(math.prod, shapes.values()))
 

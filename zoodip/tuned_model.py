@@ -13,16 +13,15 @@ import numpy as np
 import torch
 
 from zoodip.arguments import NUM_TRAIN_TIMESTEPS
-from zoodip.diffusion import Batch, Data, encode_images, evaluation_batches, forbid_tf32, load_scheduler
-from zoodip.errors import DamagedModel, damaged_model
+from zoodip.diffusion import Batch, Data, encode_photographs, evaluation_batches, forbid_tf32, load_scheduler
+from zoodip.errors import damaged_model
 from zoodip.folder import model_digest, resolve_model
-from zoodip.model import load_text_encoder, load_unet, load_vae_encoder
-from zoodip.pictures import Drawer
-from zoodip.prior import GUIDANCE, SCHEDULER, STEPS, PriorPictures
+from zoodip.model import load_text_encoder, load_unet
+from zoodip.prior import PriorPictures
 from zoodip.prompts import Prompts, build_prompts, encode_prompts, load_tokenizer
 from zoodip.quantize import DTYPES, frozen_format
 from zoodip.subject import Subject, load_subject
-from zoodip.thrift import split_feed_forward, tune_malloc
+from zoodip.thrift import LOADING, STEPPING, split_feed_forward, tune_malloc
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -159,10 +158,9 @@ def load_tuned_model(
     """
     folder, variant = inputs.folder, inputs.variant
     forbid_tf32()
-    tune_malloc(1 << 20, 1 << 17)
+    tune_malloc(*LOADING)
     dtype, others = DTYPES[mixed_precision], frozen_format(quantization)
-    data = load_tuning_data(inputs, others, dtype, device, resolution, center_crop)
-    states = data.prompts.rows
+    data, states = load_tuning_data(inputs, others, dtype, device, resolution, center_crop)
     autocast = dtype if trains_unet else None
     unet = load_unet(folder, variant, quantization, torch.float32 if trains_unet else dtype, device)
     split_feed_forward(unet)
@@ -172,37 +170,25 @@ def load_tuned_model(
     class_data = None
     if prior is not None:
         if prior.missing():
-            drawer = Drawer(model, folder, variant, others, resolution, STEPS, GUIDANCE, scheduler=SCHEDULER)
             with model.precision():
-                prior.draw(drawer, states[[inputs.class_row, inputs.empty_row]])
-        class_latents = prior.latents(lambda paths: encode_photographs(inputs, paths, device, resolution, center_crop))
-        class_data = Data(class_latents, [[inputs.class_row]] * len(class_latents), data.prompts, data.scheduler)
-    tune_malloc(32 << 20, 256 << 20)  # while stepping, freed activations are better kept for reuse
+                prior.draw(model, folder, variant, others, resolution, states[[inputs.class_row, inputs.empty_row]])
+        class_latents = prior.latents(lambda paths: encode_photographs(folder, variant, paths, device, resolution, center_crop))
+        class_data = Data(class_latents, [[inputs.class_row]] * len(class_latents), data.prompt_ids, data.scheduler)
+    tune_malloc(*STEPPING)
     return model, data, class_data
 
 
 def load_tuning_data(
     inputs: TuningInputs, quantization: str, dtype: torch.dtype, device: torch.device, resolution: int, center_crop: bool
-) -> Data:
-    """Encode photographs and texts: a prompt's only id is the row of its states in `prompts.rows` [P, L, d].
+) -> tuple[Data, torch.Tensor]:
+    """Encode photographs and texts -> (data, text states [P, L, d]); a prompt's only id is the row of its states.
 
     VAE and text encoder are freed. Raises InputError if the folder is damaged.
     """
-    latents = encode_photographs(inputs, inputs.subject.paths, device, resolution, center_crop)
-    states = encode_texts(inputs.folder, inputs.variant, inputs.prompts, quantization, dtype, device)
-    return Data(latents, inputs.choices, Prompts(torch.arange(len(states))[:, None], states), inputs.scheduler)
-
-
-def encode_photographs(
-    inputs: TuningInputs, paths: list[Path], device: torch.device, resolution: int, center_crop: bool
-) -> torch.Tensor:
-    """Latent distributions [N, 2, 2, 4, h, w] from `encode_images`; the VAE is loaded for this and then freed."""
-    vae = load_vae_encoder(inputs.folder, inputs.variant, device)
-    with damaged_model(inputs.folder / "vae"):
-        latents = encode_images(vae, paths, resolution, center_crop)
-    if not torch.isfinite(latents).all():
-        raise DamagedModel(inputs.folder / "vae", "encodes the images as NaN or Inf")
-    return latents
+    folder, variant = inputs.folder, inputs.variant
+    latents = encode_photographs(folder, variant, inputs.subject.paths, device, resolution, center_crop)
+    states = encode_texts(folder, variant, inputs.prompts, quantization, dtype, device)
+    return Data(latents, inputs.choices, torch.arange(len(states))[:, None], inputs.scheduler), states
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from zoodip.process import make_accelerator
 from zoodip.quantize import default_precision, frozen_format
 from zoodip.records import package_versions
 from zoodip.run import Run
-from zoodip.tuned_layers import Parameters, Shapes, numbers
+from zoodip.tuned_layers import Parameters, Shapes, num_parameters
 from zoodip.tuned_model import TunedModel, TuningInputs, load_tuned_model, read_tuning_inputs
 
 LOSS_SCALE = 1024.0  # for fp16 activations: a power of two that keeps their gradients from vanishing
@@ -56,7 +56,7 @@ class System:
 
     def saved_bytes(self, shapes: Shapes) -> int:
         """Lower bound on the bytes in the files that `save` writes."""
-        return torch.float32.itemsize * numbers(shapes)
+        return torch.float32.itemsize * num_parameters(shapes)
 
     def shapes(self, unet: nn.Module) -> Shapes:
         """The trained tensors, from the architecture alone. Raises InputError if the flags do not fit it."""
@@ -172,8 +172,6 @@ class WeightTuner:
 
 class TunedOutputs:
     """What a run that tunes weights evaluates, draws and saves."""
-
-    draws_before = True
 
     def __init__(
         self,
@@ -315,7 +313,9 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     flags["mixed_precision"] = flags["mixed_precision"] or default_precision(device)
     flags["resolution"] = flags["resolution"] or native_resolution(inputs.folder)
     settings = {"method": system.name, **settings_of(flags, setting_names)}
-    prior = prior_pictures(inputs, system.quantization, flags) if flags["prior_preservation"] else None
+    prior = None
+    if flags["prior_preservation"]:
+        prior = prior_pictures(inputs, system.quantization, **flags_for(prior_pictures, flags))
 
     generator = torch.Generator().manual_seed(flags["seed"])
     scale = LOSS_SCALE if flags["mixed_precision"] == "fp16" else 1.0
@@ -359,9 +359,19 @@ def fingerprint(inputs: TuningInputs, prior: PriorPictures | None) -> dict[str, 
     return inputs.fingerprint() | ({} if prior is None else {"class pictures": prior.digest()})
 
 
-def prior_pictures(inputs: TuningInputs, quantization: str, flags: dict) -> PriorPictures:
+def prior_pictures(
+    inputs: TuningInputs,
+    quantization: str,
+    *,
+    class_word: str,
+    num_class_images: int,
+    class_data_dir: str | None,
+    output_dir: str,
+    resolution: int,
+    center_crop: bool,
+) -> PriorPictures:
     """The class pictures that this run's untuned model draws, or has drawn. Raises InputError."""
-    folder = Path(flags["class_data_dir"] or Path(flags["output_dir"]) / "class_images")
-    made_by = dict(model=inputs.digest, quantization=quantization, prompt=f"a photo of {flags['class_word']}",
-                   resolution=str(flags["resolution"]), center_crop=str(flags["center_crop"]))  # fmt: skip
-    return PriorPictures(folder, flags["num_class_images"], made_by)
+    folder = Path(class_data_dir or Path(output_dir) / "class_images")
+    made_by = dict(model=inputs.digest, quantization=quantization, prompt=f"a photo of {class_word}",
+                   resolution=str(resolution), center_crop=str(center_crop))  # fmt: skip
+    return PriorPictures(folder, num_class_images, made_by)
