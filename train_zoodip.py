@@ -111,8 +111,8 @@ def check_flags(flags: dict) -> None:
 def without_effect(flags: dict, given: set[str]) -> Iterator[str]:
     """A line for each `given` flag that has no effect in this combination."""
     if flags["train_data_dir"] is None:
-        packing = {"save_quantized", "quantization", "pretrained_model_name_or_path", "revision", "variant", "model_config"}
-        for name in sorted(given - packing):
+        packing = "save_quantized quantization pretrained_model_name_or_path revision variant model_config resume_from_checkpoint"
+        for name in sorted(given - set(packing.split())):
             yield f"--{name} {flags[name]} has no effect without --train_data_dir: the model is only packed"
         return
     yield from arguments.without_effect(flags, given)

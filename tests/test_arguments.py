@@ -13,8 +13,9 @@ from conftest import arguments, make_subject, run_cli
 
 from train_zoodip import OPTIONAL_SETTINGS, SETTINGS, ZOAdam, build_parser, parse_args
 from zoodip.arguments import DEFAULT_MODEL, flags_for
-from zoodip.errors import memory_advice
+from zoodip.errors import InputError, memory_advice
 from zoodip.files import lock_folder
+from zoodip.folder import download_model
 from zoodip.quantize import default_precision
 
 
@@ -124,11 +125,15 @@ def test_hub_name_without_network(refused):
     assert "someone/some-model" in line and "hf download someone/some-model --local-dir" in line and "--variant" not in line
     line = refused(model=DEFAULT_MODEL)
     assert f"hf download {DEFAULT_MODEL} " in line and "'*/*.fp16.safetensors'" in line and "--variant fp16" in line
+    with pytest.raises(InputError) as error:  # of a model in one file, only the configurations are needed
+        download_model(DEFAULT_MODEL, None, None, weights=False)
+    assert f"hf download {DEFAULT_MODEL} " in str(error.value) and "fp16" not in str(error.value)
 
 
 @pytest.mark.parametrize(("flags", "on_gpu", "advice", "changed"), [
-    (dict(candidates_per_forward=None, quantization="none", mixed_precision=None, resolution=512), True,
-     "--candidates_per_forward 1, --quantization nf4, a smaller --resolution", " but --candidates_per_forward"),
+    (dict(candidates_per_forward=None, quantization="none", mixed_precision=None, resolution=512, final_picture=True), True,
+     "--candidates_per_forward 1, --quantization nf4, a smaller --resolution, --no-final_picture",
+     " but --candidates_per_forward or --final_picture"),
     (dict(candidates_per_forward=1, quantization=None, mixed_precision=None, train_batch_size=4), False,
      "a smaller --train_batch_size, --mixed_precision bf16", ""),
     (dict(gradient_checkpointing=False, mixed_precision="fp32", train_batch_size=1), True,

@@ -37,6 +37,7 @@ from zoodip.binding_losses import THRESHOLDS, Predictor, binding_losses, context
 from zoodip.binding_settings import CONTROL, FULL, MERGE, METHODS, PHRASE, PLAIN, PUBLISHED
 from zoodip.binding_states import Encoder, bind_prompt, composite, merge_groups, substitute_end_tokens, tokens_of
 from zoodip.errors import InputError
+from zoodip.files import lock_folder
 from zoodip.folder import WEIGHT_NAMES, resolve_model
 from zoodip.marks import parse_marks
 from zoodip.model import load_pipeline
@@ -720,6 +721,7 @@ def test_the_command(folder, tmp_path):
                    "--width", 32, "--height", 16, "--output", output, "--sheet", tmp_path / "row.png",
                    "--parse", "spacy")  # fmt: skip
     assert done.returncode == 0, done.stderr  # marked prompts are not parsed, so spaCy is not needed
+    assert "has no effect" not in done.stderr  # those lines are of training's flags
     record = json.loads((output / "binding.json").read_text())
     assert record["settings"]["phrase"]["states"] == "phrase" and record["settings"]["phrase"]["steps"] == 2
     assert [each["file"] for each in record["pictures"]] == [f"{k}-phrase-{seed}.png" for k in (0, 1) for seed in (0, 1)]
@@ -744,13 +746,23 @@ def test_pictures_are_written_as_they_are_drawn(folder, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         binding.main(dict(flags))
     pictures = {"0-phrase-0.png", "0-phrase-1.png"}
-    assert {path.name for path in tmp_path.iterdir()} == pictures
+    assert {path.name for path in tmp_path.iterdir()} == pictures | {".lock"}
     first = (tmp_path / "0-phrase-0.png").read_bytes()
     (tmp_path / "mine.png").touch()
     binding.main({**flags, "prompt": ["a [bird*]"]})
-    assert {path.name for path in tmp_path.iterdir()} == pictures | {"previous-1", "mine.png", "sheet.png", "binding.json"}
+    left = {".lock", "previous-1", "mine.png", "sheet.png", "binding.json"}
+    assert {path.name for path in tmp_path.iterdir()} == pictures | left
     assert {path.name for path in (tmp_path / "previous-1").iterdir()} == pictures
     assert (tmp_path / "previous-1" / "0-phrase-0.png").read_bytes() == first
+
+
+def test_a_command_that_is_still_drawing_keeps_its_folder(draw, tmp_path, capsys):
+    """Its pictures were moved aside while it drew."""
+    (tmp_path / "out").mkdir()
+    lock = lock_folder(tmp_path / "out")
+    assert draw("--prompt", "a [dog*]") == 2
+    assert "--output" in (error := capsys.readouterr().err) and "is in use by another run" in error
+    lock.release()
 
 
 def test_a_packed_folder_needs_no_flag(folder, tmp_path):
@@ -921,7 +933,7 @@ def test_the_command_moves_only_its_own_files(draw, tmp_path):
         (output / name).touch()
     assert draw("--prompt", "a [dog*]") == 0
     left = {path.name for path in output.iterdir()}
-    assert left == mine | {"previous-1", "0-phrase-0.png", "sheet.png", "binding.json"}
+    assert left == mine | {".lock", "previous-1", "0-phrase-0.png", "sheet.png", "binding.json"}
     assert {path.name for path in (output / "previous-1").iterdir()} == ours
 
 

@@ -377,7 +377,7 @@ def test_weight_tensors(outcome, copy_once, data, tmp_path, tiny_model, part, ch
     exchange(copy_once / weights(part), save({name: t.contiguous() for name, t in tensors.items()}, {"format": "pt"}))
     try:
         code, text = outcome(arguments(copy_once, data, tmp_path / "out", **RUN))
-        assert code == 0 or str(copy_once / part) in text or "the loss was not finite" in text or "no step had" in text
+        assert code == 0 or str(copy_once / part) in text or "no usable loss" in text or "no step had" in text
         assert code == 2 or not read or change not in {"missing", "integers", "bytes", "nan", "inf", "-inf", "empty", "deep"}
         if change in {"nan", "inf", "-inf", "integers"} and read:
             assert name.removeprefix("text_model.") in text

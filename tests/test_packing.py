@@ -14,7 +14,7 @@ from tiny import PARTS, assert_same, load
 
 import zoodip.packing
 from zoodip.errors import InputError
-from zoodip.packing import write_shards
+from zoodip.packing import save_quantized, write_shards
 from zoodip.quantize import QuantizedLayer
 
 
@@ -59,6 +59,25 @@ def test_packing_and_training_in_one(tiny_model, subject, tmp_path):
     argv = arguments(tiny_model, subject, tmp_path / "out", **resumed)
     assert run_cli(argv) == 0  # the same command, as an interrupted run says
     assert json.loads((tmp_path / "out" / "run.json").read_text())["steps_this_time"] == 2
+
+
+@pytest.mark.parametrize("there", ["another model's", "another packing", "of something else"])
+def test_a_resumed_run_takes_only_the_folder_that_it_packed(copy, subject, tmp_path, there, capsys):
+    """It trained one model's token on another's UNet."""
+    packed = tmp_path / "packed"
+    if there == "of something else":
+        packed.mkdir()
+    else:
+        save_quantized(packed, pretrained_model_name_or_path=str(copy), quantization="nf4")
+    if there == "another model's":
+        path = copy / "unet" / "diffusion_pytorch_model.safetensors"
+        save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    flags = dict(save_quantized=packed, resume_from_checkpoint="latest")
+    if there == "another packing":
+        flags["quantization"] = "int8"
+    assert run_cli(arguments(copy, subject, tmp_path / "out", **flags)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "already exists" in error and "choose a new folder" in error
 
 
 def test_shards_keep_packing_small(tmp_path):

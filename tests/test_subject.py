@@ -351,6 +351,8 @@ def test_a_linked_folder_is_called_as_the_user_calls_it(tmp_path):
     (tmp_path / "my link").symlink_to(folder)
     images = find_images(tmp_path / "my link")
     assert load_captions(file, tmp_path / "my link", images) == list(GOOD.values())
+    file.write_text(json.dumps({folder.name: GOOD}))  # captions that were written before the link was made
+    assert load_captions(file, tmp_path / "my link", images) == list(GOOD.values())
 
 
 def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):

@@ -259,6 +259,8 @@ def test_the_merged_unet_is_the_tuned_one(dtype, near, tiny_model, subject, tmp_
     # what another run had exported is not overwritten, and nothing is said to be set aside where there was nothing
     assert {path.name for path in (tmp_path / "merged").iterdir()} == ({"previous-1", "unet"} if again else {"unet"})
     assert (tmp_path / "merged" / "previous-1" / "unet" / "mine").exists() == again
+    assert run_cli([*argv, "--resume_from_checkpoint", "latest"], trainers.diffusekrona) == 0  # nothing to train: the same UNet
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == ({"previous-1", "unet"} if again else {"unet"})
     unmerged = load_tuned_pipeline(str(tiny_model), tmp_path / "out" / "pytorch_lokr_weights.safetensors").unet
     for timestep in (100, 600):
         expected = predict(unmerged, timestep)
@@ -781,6 +783,8 @@ def test_captions_in_words():
     assert in_words("a {} dog in the snow", "sks", "dog") == "a sks dog in the snow"  # not "sks dog dog"
     assert in_words("a {} catching a ball", "sks", "cat") == "a sks cat catching a ball"
     assert in_words("a {} cat, asleep", "sks", "cat") == "a sks cat, asleep"
+    assert in_words("two {} dogs", "sks", "dog") == "two sks dogs"
+    assert in_words("a {} doghouse", "sks", "dog") == "a sks dog doghouse"
 
 
 @each("tuneqdm", "s1")
@@ -843,6 +847,14 @@ WRONG = [
     (trainers.dreambooth, dict(learning_rate=-1), "--learning_rate"),
     (trainers.dreambooth, dict(num_class_images=0), "--num_class_images"),
 ]
+
+
+def test_class_pictures_stay_apart(subject, tmp_path, capsys):
+    """200 pictures of the class were drawn among the photographs, and the next run would have learned from them."""
+    for name, folder in dict(train_data_dir=subject, output_dir=tmp_path / "out").items():
+        argv = command(tmp_path / "model", subject, tmp_path / "out", prior_preservation=True, class_data_dir=folder)
+        assert run_cli(argv, trainers.qlora) == 2
+        assert f"--class_data_dir must not be --{name}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("module", "flags", "named"), WRONG, ids=[f"{m.__name__[9:]}-{list(f)[-1]}" for m, f, _ in WRONG])

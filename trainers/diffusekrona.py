@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line (`sys.argv` if `argv` is None); exit with code 2 and a one-line message on an error."""
-    return arguments.parse(build_parser(), check_flags, argv)
+    return arguments.parse(build_parser(), check_flags, argv, arguments.without_effect)
 
 
 def check_flags(flags: dict) -> None:
@@ -109,7 +109,8 @@ def main(args: argparse.Namespace) -> int:
     with tuning.run as run:
         for _ in run.steps(tuning.outputs):
             run.note(*tuning.step())
-    if system.export is not None and not run.interrupted:
+    exported = system.export is not None and any(system.export.glob("*.safetensors"))
+    if system.export is not None and not run.interrupted and not (exported and run.progress.step == run.first_step):
         if any(system.export.iterdir()):  # `claim` has made the folder
             move_aside(system.export.parent, [system.export])
         inputs = tuning.outputs.inputs

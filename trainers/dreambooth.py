@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line (`sys.argv` if `argv` is None); exit with code 2 and a one-line message on an error."""
-    return arguments.parse(build_parser(), arguments.check_tuning_flags, argv)
+    return arguments.parse(build_parser(), arguments.check_tuning_flags, argv, arguments.without_effect)
 
 
 # torch takes a second to import, so --help and invalid arguments are handled first.

@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line (`sys.argv` if `argv` is None); exit with code 2 and a one-line message on an error."""
-    return arguments.parse(build_parser(), check_flags, argv)
+    return arguments.parse(build_parser(), check_flags, argv, arguments.without_effect)
 
 
 def check_flags(flags: dict) -> None:

@@ -295,7 +295,7 @@ def parse(
     parser: argparse.ArgumentParser,
     check: Callable[[dict], None],
     argv: list[str] | None = None,
-    without_effect: Callable[[dict, set[str]], Iterator[str]] = without_effect,
+    without_effect: Callable[[dict, set[str]], Iterator[str]] | None = None,
 ) -> argparse.Namespace:
     """Parse the command line (`sys.argv` if `argv` is None); if `check(flags)` raises InputError, exit with its one-line message.
 
@@ -306,7 +306,7 @@ def parse(
         check(vars(flags))
     except InputError as error:
         parser.error(str(error))
-    if argv is None:
+    if argv is None and without_effect is not None:
         for line in without_effect(vars(flags), given_flags(vars(flags), parser)):
             notice(line)
     return flags
@@ -342,7 +342,8 @@ def check_training_flags(flags: dict) -> None:
     check_run_flags(flags, flags["placeholder_token"])
     start = Path(flags["initializer_token"])
     moved = is_embedding_file(start.name) and start.resolve().parent == Path(flags["output_dir"]).resolve()
-    require(flags, "initializer_token", not moved, "must not be in --output_dir, where the run would move or replace it")
+    rule = "must not be in --output_dir, where a new run moves and replaces files; copy it to another folder"
+    require(flags, "initializer_token", not moved, rule)
 
 
 def check_shared_flags(flags: dict) -> None:
@@ -374,6 +375,10 @@ def check_tuning_flags(flags: dict) -> None:
     require_positive(flags, "prior_loss_weight", "1.0")
     require_at_least_one(flags, "num_class_images")
     check_run_flags(flags, word)
+    if flags["class_data_dir"] is not None:
+        for name in ("train_data_dir", "output_dir"):
+            same = Path(flags["class_data_dir"]).resolve() == Path(flags[name]).resolve()
+            require(flags, "class_data_dir", not same, f"must not be --{name}: pictures of subject and class would mix")
 
 
 def check_timestep_range(flags: dict) -> None:

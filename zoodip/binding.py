@@ -84,7 +84,7 @@ import torch
 from zoodip.binding_drawing import Picture, canvas, check_groups, draw_bound
 from zoodip.binding_states import tokens_of
 from zoodip.binding_words import Embedding, add_words, expand, parse_prompts, read_embeddings
-from zoodip.files import ensure_writable, read_json, write_image, write_json
+from zoodip.files import ensure_writable, lock_folder, read_json, write_image, write_json
 
 # ---------------------------------------------------------------------------------------------------------------- drawing
 
@@ -113,10 +113,8 @@ def main(flags: dict) -> None:
     """Write pictures PROMPT-METHOD-SEED.png, a sheet and binding.json to --output. Raises InputError."""
     from zoodip.folder import packed_as, resolve_model, vae_scale_factor
     from zoodip.model import load_pipeline
-    from zoodip.pictures import picture_sheet
     from zoodip.prompts import load_tokenizer, read_embedding_rows
     from zoodip.quantize import DTYPES, default_precision
-    from zoodip.records import environment, plain_arguments
 
     methods, output = settings_of_flags(flags), flags["output"]
     sheet = flags["sheet"] or output / "sheet.png"
@@ -133,9 +131,22 @@ def main(flags: dict) -> None:
     prompts = checked_prompts(tokenizer, embeddings, flags, methods.values())
     for path, flag in {sheet.parent: "sheet", output: "output"}.items():
         ensure_writable(path, flag, 0)
-    pipeline = load_pipeline(str(folder), flags["quantization"], DTYPES[flags["mixed_precision"]], device, variant=variant)
-    if embeddings:
-        pipeline.load_textual_inversion([{each.word: each.vectors} for each in embeddings])
+    lock = lock_folder(output, "output")  # another command would move these pictures aside
+    try:
+        pipeline = load_pipeline(str(folder), flags["quantization"], DTYPES[flags["mixed_precision"]], device, variant=variant)
+        if embeddings:
+            pipeline.load_textual_inversion([{each.word: each.vectors} for each in embeddings])
+        draw(pipeline, prompts, methods, flags, sheet)
+    finally:
+        lock.release()
+
+
+def draw(pipeline, prompts: list[MarkedPrompt], methods: dict[str, Settings], flags: dict, sheet: Path) -> None:
+    """Draw every prompt with every method and write pictures, sheet and record, after moving an earlier command's aside."""
+    from zoodip.pictures import picture_sheet
+    from zoodip.records import environment, plain_arguments
+
+    output = flags["output"]
     set_aside(output)
     how = {name: flags[name] for name in ("seeds", "height", "width", "negative_prompt", "batch_size")}
     records, rows = [], []
@@ -149,7 +160,7 @@ def main(flags: dict) -> None:
     write_image(sheet, picture_sheet(rows, columns=len(methods), aspect=width / height))
     arguments = plain_arguments({name: value for name, value in flags.items() if name not in asdict(PLAIN)})
     used = {method: asdict(settings) for method, settings in methods.items()}
-    record = dict(arguments=arguments, settings=used, pictures=records, **environment(device))
+    record = dict(arguments=arguments, settings=used, pictures=records, **environment(pipeline.device))
     write_json(output / "binding.json", record, indent=1)
 
 

@@ -126,8 +126,10 @@ MEMORY_SAVERS: dict[str, tuple[str, tuple]] = dict(
     quantization=("--quantization nf4", (None, "nf4")), train_batch_size=("a smaller --train_batch_size", (1,)),
     batch_size=("a smaller --batch_size", (1,)), mixed_precision=("--mixed_precision bf16", ("bf16", "fp16")),
     resolution=("a smaller --resolution", ()), width=("a smaller --width and --height", ()),
+    final_picture=("--no-final_picture", (False,)), validation_prompt=("no --validation_prompt", (None,)),
 )  # fmt: skip
-SAVE_WHEN_RESUMED = ("candidates_per_forward", "gradient_checkpointing")  # a resumed run may not differ in the others
+# A resumed run may not differ in the others.
+SAVE_WHEN_RESUMED = ("candidates_per_forward", "gradient_checkpointing", "final_picture", "validation_prompt")
 
 
 def memory_advice(flags: dict, on_gpu: bool) -> str:

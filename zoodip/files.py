@@ -191,7 +191,7 @@ def ensure_writable(folder: Path, flag: str, size: int) -> None:
                          "GB there; free some space, or choose another")  # fmt: skip
 
 
-def lock_folder(folder: Path) -> FileLock:
+def lock_folder(folder: Path, flag: str = "output_dir") -> FileLock:
     """Lock the output folder, which is writable, for this process alone -> the lock, to be released when the run ends.
 
     Raises InputError if another run holds it.
@@ -203,7 +203,7 @@ def lock_folder(folder: Path) -> FileLock:
             path.unlink()
         lock.acquire(blocking=False)
     except Timeout:
-        raise InputError(f"--output_dir {str(folder)!r} is in use by another run; choose another") from None
+        raise InputError(f"--{flag} {str(folder)!r} is in use by another run; choose another") from None
     except OSError as error:
-        raise InputError(f"--output_dir {str(folder)!r} cannot be written ({error.strerror}); choose another") from error
+        raise InputError(f"--{flag} {str(folder)!r} cannot be written ({error.strerror}); choose another") from error
     return lock

@@ -138,9 +138,11 @@ def download_model(name: str, revision: str | None, variant: str | None, weights
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, authorisation, spelling: many classes, one remedy
-        variant = variant or ("fp16" if name == DEFAULT_MODEL else None)  # without network, it was not looked up
-        weights_of = f"*/*.{variant}.safetensors" if variant else "*/*.safetensors"
-        files = " ".join(f"--include '{pattern}'" for pattern in ("*.json", "*.txt", weights_of))
+        wanted = ["*.json", "*.txt"]
+        if weights:
+            variant = variant or ("fp16" if name == DEFAULT_MODEL else None)  # without network, it was not looked up
+            wanted.append(f"*/*.{variant}.safetensors" if variant else "*/*.safetensors")
+        files = " ".join(f"--include '{pattern}'" for pattern in wanted)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
             f"--pretrained_model_name_or_path: {name!r} is neither a folder here nor available from the hub ({reason}); run "

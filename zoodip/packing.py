@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from zoodip.errors import UNFINISHED, InputError
-from zoodip.files import copy_folder, read_json, serialize, write_atomically, write_json, writing
-from zoodip.folder import PACKED_NAME, WEIGHT_NAMES, choose_quantization, component_tensors, packed_as, resolve_model
+from zoodip.errors import UNFINISHED, DamagedModel, InputError
+from zoodip.files import copy_folder, copy_whole, read_json, serialize, write_atomically, write_json, writing
+from zoodip.folder import PACKED_NAME, WEIGHT_NAMES, choose_quantization, component_tensors, model_digest, resolve_model
 from zoodip.model import VAE_ENCODER, build_model, check_parameter, is_quantized, modern_name, module_of
 from zoodip.quantize import pack_weight
 
@@ -31,34 +31,38 @@ def save_quantized(
     """Write a model, packed, to the new folder `target`. On a CPU, loading either folder gives the same bits. Raises InputError.
 
     Plain diffusers cannot read packed weights, and randomly initialises whatever is missing from a weight file that it knows.
-    So the files have names of their own, at which it stops, and model_index.json says what the folder is. A run that is resumed
-    finds the folder that it has written.
+    So the files have names of their own, at which it stops, and model_index.json says what the folder is, by which a run that is
+    resumed knows the folder that it has written.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             f"--save_quantized {str(target)!r}: runs in one process, not {os.environ['WORLD_SIZE']}; start it with "
             "python, then train from that folder"
         )
-    if resume_from_checkpoint is not None and target.is_dir() and packed_as(target, None) is not None:
-        return target
-    if target.exists():
-        raise InputError(
-            f"--save_quantized: {str(target)!r} already exists; give it as --pretrained_model_name_or_path or choose a new folder"
-        )
+    exists = InputError(
+        f"--save_quantized: {str(target)!r} already exists; give it as --pretrained_model_name_or_path or choose a new folder"
+    )
+    if target.exists() and resume_from_checkpoint is None:
+        raise exists
     folder, variant = resolve_model(pretrained_model_name_or_path, revision, variant, model_config)
     quantization = choose_quantization(folder, variant, quantization)
+    marker = dict(_zoodip_packed=quantization, _zoodip_packed_from=model_digest(folder, variant))
+    if target.exists():
+        if not is_marked(target, marker):
+            raise exists
+        return target
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     UNFINISHED.append(unfinished)
     try:
         with writing(target):
             for component in WEIGHT_NAMES:
                 (unfinished / component).mkdir(parents=True)
-                shutil.copy(folder / component / "config.json", unfinished / component)
+                copy_whole(folder / component / "config.json", unfinished / component / "config.json")
                 tensors = packed_tensors(folder, component, variant, quantization)
                 write_shards(unfinished / component, PACKED_NAME, tqdm(tensors, desc=f"packing {component}", unit="tensor"))
             note = "packed weights: load the folder with zoodip.model.load_pipeline"
-            marker = dict(_zoodip_packed=quantization, _zoodip_note=note)
-            write_json(unfinished / "model_index.json", {**read_json(folder / "model_index.json"), **marker}, indent=2)
+            model_index = read_json(folder / "model_index.json") | marker | dict(_zoodip_note=note)
+            write_json(unfinished / "model_index.json", model_index, indent=2)
             for other in ("tokenizer", "scheduler"):
                 copy_folder(folder / other, unfinished / other)
             unfinished.rename(target)
@@ -68,6 +72,14 @@ def save_quantized(
     size = sum(path.stat().st_size for path in target.rglob("*"))
     print(f"{target}: the model with {quantization} weights, {size / 1e9:.2f} GB")
     return target
+
+
+def is_marked(folder: Path, marker: dict[str, str]) -> bool:
+    """Whether the folder's model_index.json holds `marker`: it was packed in this way from these weights."""
+    try:
+        return marker.items() <= read_json(folder / "model_index.json").items()
+    except DamagedModel:  # not a model's folder
+        return False
 
 
 def packed_tensors(folder: Path, component: str, variant: str | None, quantization: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -76,7 +76,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def receive(self, number: int, frame) -> None:
-        first, launched = self.number == 0, int(os.environ.get("WORLD_SIZE", "1")) > 1
+        first, launched = self.number == 0, "TORCHELASTIC_RUN_ID" in os.environ
         if first:
             self.number, self.since = number, time.monotonic()
         if launched and time.monotonic() - self.since < ECHO:

@@ -42,7 +42,7 @@ from zoodip.records import environment, peak_memory_gb
 TRACKER = "zoodip"  # the project in W&B, and TensorBoard's folder in the output folder
 WRITTEN_IN = ("", "unet*/", "vae/", "text_encoder/", "tokenizer/", "scheduler/", "peft_adapter*/")  # of the output folder
 LEFTOVER = re.compile(r"\..+\.[0-9]+\.tmp")  # as `write_atomically` names them; other .tmp files are the user's
-MOST_SKIPPED = 20  # consecutive steps with a loss that is not finite
+MOST_SKIPPED = 20  # consecutive steps without a usable loss
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Progress:
 
     step: int = 0
     forwards: int = 0  # UNet forwards of one batch, evaluation not counted
-    skipped: int = 0  # steps whose loss was not finite
+    skipped: int = 0  # steps without a usable loss: not finite or, of Gauss-Newton, lost in rounding
     smoothed_loss: float | None = None  # exponential mean of the steps' reported losses, horizon about 100 steps
     curve: list[dict] = field(default_factory=list)  # rows of training_log.csv
     skipped_in_a_row: int = 0
@@ -130,16 +130,22 @@ class Run:
     def load_checkpoint(self, path: Path) -> None:
         """Raises BrokenCheckpoint, or InputError if it is from another run."""
         header, tensors = read_checkpoint(path)
+
+        def from_elsewhere(fault: str) -> InputError:
+            return InputError(
+                f"--resume_from_checkpoint {path}: is from another method or version ({fault}); start over "
+                "without --resume_from_checkpoint"
+            )
+
         try:
             saved, ours = header["settings"], self.settings
-            # a setting that is optional is recorded only if it is not at its default
-            lost, added = [name for name in saved if name not in ours], [name for name in ours if name not in saved]
-            if added and (lost or len(added) == len(ours)):
-                raise KeyError(added[0])  # another method's checkpoint
-            different = [f"--{name} was {saved[name]!r}, is {ours[name]!r}" for name in ours
-                         if name in saved and saved[name] != ours[name]]  # fmt: skip
-            different += [f"--{name} is {ours[name]!r}, which it was not" for name in added]
-            different += [f"--{name} was {saved[name]!r}" for name in lost]
+            if saved.get("method") != ours.get("method"):
+                raise from_elsewhere(f"of {saved.get('method', 'ZOODiP')}, not {ours.get('method', 'ZOODiP')}")
+            different = []
+            for name in dict.fromkeys([*saved, *ours]):  # an optional setting is recorded only if it is not at its default
+                was, now = (repr(settings[name]) if name in settings else "not set" for settings in (saved, ours))
+                if saved.get(name) != ours.get(name) or (name in saved) != (name in ours):
+                    different.append(f"--{name} was {was}, is {now}")
             if different:
                 raise InputError(
                     f"--resume_from_checkpoint {path}: is from another run ({'; '.join(different)}); use the same "
@@ -152,12 +158,9 @@ class Run:
                         "them, or start over without --resume_from_checkpoint"
                     )
             progress = Progress(**{name: header["progress"][name] for name in vars(Progress())})
-        except (LookupError, TypeError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             fault = f"{error} is missing" if isinstance(error, LookupError) else f"its header has another form: {error}"
-            raise InputError(
-                f"--resume_from_checkpoint {path}: is from another method or version ({fault}); start over "
-                "without --resume_from_checkpoint"
-            ) from error
+            raise from_elsewhere(fault) from error
         if not can_follow(tensors, self.state()[1]):
             raise BrokenCheckpoint(path, "its tensors do not match this run")
         try:
@@ -251,7 +254,7 @@ class Run:
             progress.step += 1
             stopped = self.after_step(outputs, stopped)
         if progress.step == progress.skipped > 0:
-            raise InputError("no step had a finite loss; try --mixed_precision fp32 or bf16, or another model")
+            raise InputError("no step had a usable loss; try --mixed_precision fp32, or another model")
         self.bar.close()
         if self.is_main:
             outputs.save(self.folder, progress.step, final=True)
@@ -274,7 +277,7 @@ class Run:
             ) from error
 
     def note(self, loss: float | None, forwards: int) -> None:
-        """Record the current step: its loss, None if it was not finite and the step was skipped, and its UNet forwards."""
+        """Record the current step: its loss, None if it was not usable and the step was skipped, and its UNet forwards."""
         progress = self.progress
         progress.forwards += forwards
         if loss is None:
@@ -299,8 +302,8 @@ class Run:
         if progress.skipped_in_a_row >= MOST_SKIPPED:
             self.write_checkpoint()
             raise InputError(
-                f"the loss was not finite for {MOST_SKIPPED} steps up to step {step}; try --mixed_precision fp32 or "
-                f"bf16, or {self.trainer.remedy}"
+                f"no usable loss (not finite, or lost in rounding) for {MOST_SKIPPED} steps up to step {step}; try "
+                f"--mixed_precision fp32, or {self.trainer.remedy}"
             )
         assert self.bar is not None  # set in `steps`
         warning = outputs.check(step)
@@ -414,10 +417,10 @@ class Run:
     def finish(self) -> int:
         """Report where the run stands -> exit code: 0, or 128 + signal if it was interrupted (and saved)."""
         step, skipped, signalled = self.progress.step, self.progress.skipped, self.interrupted or self.stop.number != 0
+        # after going back to an older checkpoint, there may be later ones
+        latest = max(map(checkpoint_step, list_checkpoints(self.folder)), default=step) == step
+        checkpoint = "latest" if latest else str(self.folder / f"checkpoint-{step}.safetensors")
         if self.is_main and self.interrupted:
-            # after going back to an older checkpoint, there may be later ones
-            latest = max(map(checkpoint_step, list_checkpoints(self.folder)), default=step) == step
-            checkpoint = "latest" if latest else str(self.folder / f"checkpoint-{step}.safetensors")
             print(
                 f"interrupted and saved at step {step}; to continue, run the same command with "
                 f"--resume_from_checkpoint {checkpoint}",
@@ -427,14 +430,14 @@ class Run:
             assert self.outputs is not None  # set in `steps`
             print(
                 f"{self.outputs.result(self.folder)} after {step} {self.unit}s"
-                + (f" ({skipped} skipped: loss not finite)" if skipped else "")
+                + (f" ({skipped} skipped: no usable loss)" if skipped else "")
             )
             for name, what in self.produced.items():
                 print(f"{self.folder / name}: {what}")
             if signalled:
                 print(
                     "interrupted while drawing; everything but the pictures is saved, and the same command with "
-                    "--resume_from_checkpoint latest draws them",
+                    f"--resume_from_checkpoint {checkpoint} draws them",
                     file=sys.stderr,
                 )
         return 128 + (self.stop.number or signal.SIGTERM) if signalled else 0
@@ -472,4 +475,4 @@ def move_aside(folder: Path, earlier: list[Path]) -> None:
 
 
 def cannot_be_moved(error: OSError) -> InputError:
-    return InputError(f"{error.filename}: cannot be moved or removed ({error.strerror}); choose another --output_dir")
+    return InputError(f"{error.filename}: cannot be moved or removed ({error.strerror}); choose another folder")

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from zoodip.errors import UNFINISHED, InputError, damaged_model
-from zoodip.files import copy_folder, is_pickle, not_safetensors, read_json, write_json, writing
+from zoodip.files import copy_folder, copy_whole, is_pickle, not_safetensors, read_json, write_json, writing
 
 TABLE = "single_file.json"  # in a component's folder: {"file": path, "parameters": {name: [name in the file, rows, shape]}}
 KINDS = {"v1": "Stable Diffusion 1.x", "v2": "Stable Diffusion 2.x"}  # keys are diffusers' names
@@ -104,7 +104,7 @@ def folder_of_single_file(file: Path, tensors: dict[str, StandIn], configuration
     UNFINISHED.append(folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     with writing(folder):
-        shutil.copy(configuration / "model_index.json", folder)
+        copy_whole(configuration / "model_index.json", folder / "model_index.json")
         for name in ("tokenizer", "scheduler"):
             copy_folder(configuration / name, folder / name)
     for component in ("unet", "vae", "text_encoder"):

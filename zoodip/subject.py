@@ -185,7 +185,7 @@ def to_square(image: Image.Image, resolution: int, center_crop: bool) -> torch.T
 def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path], class_word: str | None = None) -> list[str]:
     """The caption of each image, with one {}: from `cc_file`, or else from NAME.txt beside the image, where the class word may
     stand for {}. If one is missing, raises an InputError that prints the JSON to add."""
-    name, place = Path(os.path.abspath(folder)).name, f"{cc_file} has"  # a link has the name that the user gave it
+    name, place = Path(os.path.abspath(folder)).name, f"{cc_file} has"  # not resolve(): a link has the name that the user gave it
     try:
         captions = json.loads(Path(cc_file).read_text(encoding="utf-8-sig"))  # some Windows programs write a byte-order mark
     except FileNotFoundError:
@@ -194,7 +194,7 @@ def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path], c
         captions, place = {}, f"there is no {cc_file} here, and there is"
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number of 5000 digits
         raise InputError(f"--cc_file {cc_file}: cannot be read as JSON ({error})") from error
-    known = captions.get(name, {}) if isinstance(captions, dict) else {}
+    known = captions.get(name, captions.get(Path(folder).resolve().name, {})) if isinstance(captions, dict) else {}
     known = known if isinstance(known, dict) else {}
     known = {**text_captions([path for path in images if path.name not in known], class_word), **known}
     missing = [path.name for path in images if path.name not in known]

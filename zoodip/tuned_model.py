@@ -54,7 +54,7 @@ class TuningInputs:
 
 def in_words(text: str, identifier: str, class_word: str) -> str:
     """A caption with {} replaced: "a {} in the snow" -> "a sks dog in the snow"; the class word is not repeated."""
-    named = re.search(rf"\{{\}} {re.escape(class_word)}(?!\w)", text)
+    named = re.search(rf"\{{\}} {re.escape(class_word)}s?(?!\w)", text)
     subject = identifier if named else f"{identifier} {class_word}"
     return text.replace("{}", subject)
 
