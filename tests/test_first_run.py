@@ -319,7 +319,7 @@ def test_a_template_that_only_the_picture_uses(tiny_model):
 
 @pytest.mark.parametrize(("script", "given", "said"), [
     ("dreambooth", ["--num_class_images", "9"], "--num_class_images 9 has no effect without --prior_preservation"),
-    ("qlora", ["--class_data_dir", "x"], "--class_data_dir x has no effect without --prior_preservation"),
+    ("qlora", ["--class_data_dir", "y"], "--class_data_dir y has no effect without --prior_preservation"),
     ("tuneqdm", ["--apply", "everywhere"], "--apply everywhere has no effect without --train_interval"),
     ("gauss_newton", ["--start_steps", "9"], "--start_steps 9 has no effect with --starts 1"),
     ("gf_ti", ["--candidates_per_forward", "2"], "--candidates_per_forward 2 has no effect without --mode fair"),

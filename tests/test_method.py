@@ -89,7 +89,7 @@ def test_snr_is_refused_before_photographs_are_encoded(copy, subject, refused, m
     """On the way of token trainers to their model, and on that of weight tuning."""
     scheduler_of(copy, rescale_betas_zero_snr=True).save_pretrained(copy / "scheduler")
     for loader in ("diffusion", "tuned_model"):
-        monkeypatch.setattr(f"zoodip.{loader}.encode_images", lambda *given: pytest.fail("photographs were encoded"))
+        monkeypatch.setattr(f"zoodip.{loader}.encode_photographs", lambda *given: pytest.fail("photographs were encoded"))
     assert "zero terminal SNR" in refused(model=copy, timestep_sampling="snr")
     argv = ["--pretrained_model_name_or_path", copy, "--train_data_dir", subject, "--output_dir", tmp_path / "tuned", "--cpu"]
     argv += ["--class_word", "dog", "--timestep_sampling", "snr", "--resolution", 16]

@@ -1635,7 +1635,7 @@ def test_momentum_descent_is_adam_whose_epsilon_hides_v():
 def test_epochs_show_every_image_once(tiny_settings):
     """The order follows from the seed and the epoch alone, so that a resumed run continues it."""
     latents = torch.arange(5.0)[:, None]
-    data = SimpleNamespace(latents=latents, choices=[[k] for k in range(5)], prompts=None, scheduler=None)
+    data = SimpleNamespace(latents=latents, choices=[[k] for k in range(5)], prompt_ids=None, scheduler=None)
     run = SimpleNamespace(progress=SimpleNamespace(step=0), settings=dict(seed=3))
     seen = []
     for run.progress.step in range(15):

@@ -263,12 +263,10 @@ def without_effect(flags: dict, given: set[str], evaluated: bool | None = None) 
     `evaluated`: whether the run uses the fixed evaluation set; default: if --eval_steps is not 0.
     """
     evaluated = flags["eval_steps"] > 0 if evaluated is None else evaluated
-    needed = dict.fromkeys(("prior_loss_weight", "num_class_images", "class_data_dir"), "prior_preservation") | dict(
-        cc_file="use_cc"
-    )
-    for name, other in needed.items():
-        if name in given and not flags[other]:
-            yield f"--{name} {flags[name]} has no effect without --{other}"
+    prior = dict.fromkeys(("prior_loss_weight", "num_class_images", "class_data_dir"), "prior_preservation")
+    for name, needed in {"cc_file": "use_cc", **prior}.items():
+        if name in given and not flags[needed]:
+            yield f"--{name} {flags[name]} has no effect without --{needed}"
     if "learnable_property" in given and flags["use_cc"] and (flags["validation_prompt"] or not flags["final_picture"]):
         yield f"--learnable_property {flags['learnable_property']} has no effect with --use_cc, which replaces the templates"
     sampling = flags.get("timestep_sampling", "puts")

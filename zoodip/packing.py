@@ -46,7 +46,8 @@ def save_quantized(
         raise exists
     folder, variant = resolve_model(pretrained_model_name_or_path, revision, variant, model_config)
     quantization = choose_quantization(folder, variant, quantization)
-    marker = dict(_zoodip_packed=quantization, _zoodip_packed_from=model_digest(folder, variant))
+    origin = read_json(folder / "model_index.json").get("_zoodip_packed_from", model_digest(folder, variant))
+    marker = dict(_zoodip_packed=quantization, _zoodip_packed_from=origin)
     if target.exists():
         if not is_marked(target, marker):
             raise exists

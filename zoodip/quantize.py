@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -118,16 +117,6 @@ class RecomputedProduct(torch.autograd.Function):
         return ctx.layer.transposed_product(gradient, ctx.input_shape), None, None
 
 
-def moves_only(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What `nn.Module._apply` is given, without its casts: a tensor keeps its dtype."""
-
-    def move(tensor: torch.Tensor) -> torch.Tensor:
-        moved = fn(tensor)
-        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-    return move
-
-
 class QuantizedLayer(nn.Module):
     """A frozen Linear or Conv2d that holds its weight packed and dequantises it on use.
 
@@ -172,7 +161,12 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         """Device moves apply, casts do not: the scales stay fp32."""
-        return super()._apply(moves_only(fn), recurse)
+        kept = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, moved in list(self.named_buffers(recurse=False)):
+            if moved.dtype != kept[name].dtype:
+                self._buffers[name] = kept[name].to(moved.device)
+        return self
 
     def dequantize(self, first: int = 0, last: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Output rows first .. last of the weight, in the layer's own shape (a convolution's in channels_last order)."""

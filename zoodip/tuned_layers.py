@@ -20,7 +20,7 @@ from torch import nn
 from zoodip.arguments import NUM_TRAIN_TIMESTEPS
 from zoodip.errors import InputError
 from zoodip.model import is_quantized
-from zoodip.quantize import AffineLayer, QuantizedLayer, moves_only
+from zoodip.quantize import AffineLayer, QuantizedLayer
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")  # of both attentions; to_out.1 is a dropout
 Shapes = dict[str, tuple[int, ...]]
@@ -96,7 +96,12 @@ class ScaledLayer(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         """Device moves apply, casts do not: like the base's own, the scales stay fp32."""
-        return super()._apply(moves_only(fn), recurse)
+        kept = [(parameter, parameter.data) for parameter in (*self.scale_out, *self.scale_in)]
+        super()._apply(fn, recurse)
+        for parameter, before in kept:
+            if parameter.dtype != before.dtype:
+                parameter.data = before.to(parameter.device)
+        return self
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         if self.expert is None:
