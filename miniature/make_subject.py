@@ -6,7 +6,6 @@ python -m miniature.make_subject furmix          # writes dataset/furmix/*.jpg a
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from miniature.captions import class_caption
 from miniature.critters import breed_by_name, held_out_breeds
 from miniature.drawing import render
 from miniature.world import scene_spec
+from zoodip.arguments import new_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,16 +36,16 @@ def make_subject(breed_name: str, folder: Path, seed: int = 0, size: int = 256) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__.splitlines()[0])
     parser.add_argument("breed", choices=[breed.name for breed in held_out_breeds()], help="a breed that no model was trained on")
-    parser.add_argument("--seed", type=int, default=0, help="seed of positions and scene details (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of positions and scene details ")
     args = parser.parse_args()
     captions = make_subject(args.breed, ROOT / "dataset" / args.breed, args.seed)
     cc_file = ROOT / "cc.json"
     known = json.loads(cc_file.read_text())
     known[args.breed] = captions
     cc_file.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
-    print(json.dumps({args.breed: captions}, indent=2))
+    print(f"{ROOT / 'dataset' / args.breed}: {len(captions)} pictures; their captions are in {cc_file}")
 
 
 if __name__ == "__main__":

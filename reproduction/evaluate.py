@@ -43,7 +43,7 @@ from reproduction.scores import (
     score_pictures,
 )
 from reproduction.worlds import CLIP, DINO
-from zoodip.arguments import flags_for, new_parser, settings_of
+from zoodip.arguments import DEFAULT_WORD, flags_for, new_parser, settings_of
 from zoodip.diffusion import FrozenModel, forbid_tf32, settle_flags
 from zoodip.errors import InputError, run_script
 from zoodip.files import write_atomically, write_image, write_json
@@ -54,13 +54,14 @@ from zoodip.process import make_accelerator
 from zoodip.prompts import read_embedding
 from zoodip.quantize import DTYPES
 from zoodip.records import environment, plain_arguments
+from zoodip.run import move_aside
 from zoodip.subject import find_images, open_image
 from zoodip.tuned_files import load_tuned_unet, tuned_settings
 from zoodip.tuned_model import TunedModel
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = new_parser(__doc__.splitlines()[0])
+    parser = new_parser(f"{__doc__.splitlines()[0]} Flags of train_zoodip.py that name the model are taken too.")
     add = parser.add_argument
     add("--embeddings", type=Path, nargs="+", default=[], help="learned_embeds.safetensors of each subject")
     add("--tuned", type=Path, nargs="+", default=[], help="instead: each subject's file of tuned weights, or DreamBooth's folder")
@@ -110,7 +111,8 @@ def read_learned(args: argparse.Namespace) -> list[Evaluated]:
         if args.tuned:
             what, settings = path, tuned_settings(path)
         else:
-            what, settings = read_embedding(path, flags.placeholder_token)
+            word = flags.placeholder_token if flags.placeholder_token != DEFAULT_WORD else None  # the file says its own
+            what, settings = read_embedding(path, word)
             what, asked = what.float(), flags.quantization or "nf4"
             if (quantization := settings.get("quantization", asked)) != asked:
                 print(f"{path}: was learned with --quantization {quantization}, its pictures are drawn with "
@@ -197,10 +199,11 @@ def main(args: argparse.Namespace) -> None:
             (row,) = cache.pictures([INTER_PROMPT], range(args.inter_images))
             scores[one.name].update(score_diversity(row, clip, dino))
         write_image(args.output / f"{one.name}.png", contact_sheet(one.references, pictures, one.prompts))
+    move_aside(args.output, [path for name in ("scores.json", "scores.csv") if (path := args.output / name).exists()])
     own = {name: value for name, value in vars(args).items() if name != "zoodip"}
     arguments = plain_arguments(own) | {"zoodip": settings_of(vars(flags), train_zoodip.SETTINGS)}
     means = write_scores(args.output, scores, dict(arguments=arguments, **environment(device)))
-    print(f"{args.output / 'scores.csv'}: mean of {len(scores)} subjects: "
+    print(f"{args.output / 'scores.csv'}: mean of {len(scores)} subject{'s' * (len(scores) != 1)}: "
           + ", ".join(f"{name} {value:.3f}" for name, value in means.items()))  # fmt: skip
 
 

@@ -87,6 +87,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("jobs", "threads", "dry_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.report_only and args.redraw:
+        parser.error("--redraw draws, and --report_only runs nothing; give one of them")
     args.tables = args.tables or [name for name, experiment in BY_NAME.items() if experiment.is_default_in(args.world)]
     if elsewhere := [name for name in args.tables if args.world not in BY_NAME[name].worlds]:
         parser.error(f"--tables: {elsewhere[0]} cannot be made in --world {args.world}; leave it out")
@@ -185,6 +187,9 @@ def main(args: argparse.Namespace) -> None:
             print_plan(jobs, args, settings, replace(settings, output=Path(restored)))
         return
     archives.unpack_runs(folder / archives.ARCHIVE, settings.output)
+    if args.report_only and not any(job.done(settings) for job in jobs):
+        raise InputError(f"--report_only: no run of these tables is finished in {settings.output / 'runs'} or "
+                         f"{folder / archives.ARCHIVE}; correct --output or --report")  # fmt: skip
     failures = []
     settings.missing = {name for name in (settings.clip, settings.dino) if name and load_scorer(name) is None}
     if not args.report_only:

@@ -63,6 +63,18 @@ def test_folders_that_would_spoil_each_other(refused, subject, tmp_path):
     assert "must not be in --output_dir" in line
 
 
+def test_a_path_is_not_a_word(refused, tmp_path):
+    """A run started from the mean of the path's letters."""
+    for start in ("results/my-dog", "my-dog.safetensors", tmp_path / "before_after.png"):
+        assert f"--initializer_token: there is no file {str(start)!r}" in refused(initializer_token=start)
+    assert "it is a folder" in refused(initializer_token=tmp_path)
+
+
+def test_what_is_required_is_said(capsys):
+    assert run_cli([]) == 2
+    assert capsys.readouterr().err == "error: --train_data_dir is required: a folder of photographs of the subject\n"
+
+
 def test_the_new_word_as_its_own_class(refused):
     """It was reported as a damaged model."""
     assert "must be a word that the model knows, for example dog" in refused(initializer_token="<sks>")
@@ -83,7 +95,7 @@ def test_folders(refused, tmp_path):
     line = refused(data=tmp_path / "empty")
     assert "no images" in line and str(tmp_path / "empty") in line
     folder = make_subject(tmp_path / "dog")
-    assert "there is no folder" in refused(data=folder / "00.png")
+    assert "is a file; give the folder that it is in" in refused(data=folder / "00.png")
     (folder / "01.png").write_bytes((folder / "01.png").read_bytes()[:200])
     assert "01.png" in refused(data=folder)
 

@@ -728,6 +728,7 @@ def test_the_command(folder, tmp_path):
     for each in record["pictures"]:
         assert Image.open(output / each["file"]).size == (32, 16) and each["forwards"] == 4 and each["seconds"] > 0
     assert Image.open(tmp_path / "row.png").size[0] > 2 * 256  # two pictures twice as wide as high
+    assert done.stdout == f"{tmp_path / 'row.png'}: 4 pictures, each of which is a file in {output}\n"
 
 
 def test_pictures_are_written_as_they_are_drawn(folder, tmp_path, monkeypatch):
@@ -830,12 +831,18 @@ def picture_of(folder) -> bytes:
     (["a [dog*]", "--sheet", "row.webp"], "--sheet must end in .png, .jpg or .jpeg, got 'row.webp'"),
     (["a [dog*]", MODEL, "no/model/here"], "--pretrained_model_name_or_path: there is no folder or file"),
     (["a [dog*]", "--variant", "fp16"], "set or drop --variant"),
+    (["a [dog*] and a {}"], "{} stands for nothing here"), (["a [dog*]", "--negative_prompt", "a {}"], "{} stands for nothing"),
+    (["a [dog*]", "--seeds", "0", "0"], "--seeds must differ from each other, got [0, 0]"),
+    (["a [dog*]", "--embedding", "."], "it is a folder"),
+    (["a [dog*]", "--sheet", "README.png"], "README.png' exists; choose another name"),
 ], ids=lambda each: each if isinstance(each, str) else "")  # fmt: skip
 def test_the_command_refuses_in_one_line(draw, word, tmp_path, argv, said, capsys, monkeypatch):
     """Before a model is loaded, and before an earlier command's pictures are set aside."""
     monkeypatch.setattr("zoodip.model.load_pipeline", None)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "0-phrase-0.png").touch()
+    (tmp_path / "README.png").touch()
+    monkeypatch.chdir(tmp_path)
     files = dict(a=word("a"), b=word("b"), wide=word("wide", width=16), known=word("known", "dog"), star=word("star", "<*>"),
                  three=word("three", vectors=3), first=word("first", "<sks>_1"), copy=word("copy", "emb_params"))  # fmt: skip
     named = ["=".join([str(files.get(name, name)), *more]) for name, *more in (each.split("=") for each in argv)]

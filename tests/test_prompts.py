@@ -11,7 +11,15 @@ from conftest import seeded
 from tiny import from_pretrained
 
 from zoodip.errors import InputError
-from zoodip.prompts import encode_prompts, initial_token, initializer_ids, load_tokenizer, read_embedding_rows, tokenize
+from zoodip.prompts import (
+    encode_prompts,
+    initial_token,
+    initializer_ids,
+    load_tokenizer,
+    read_embedding_rows,
+    starting_token,
+    tokenize,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,7 @@ def test_a_tokenizer_that_loads_and_cannot_encode(tiny_model, tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_initializer(tokenizer, tiny_model):
+def test_initializer(tokenizer, tiny_model, capsys):
     """One vector starts from the mean of several pieces; as many vectors as pieces start from one each."""
     assert len(initializer_ids(tokenizer, "dog")) == 1
     ids = initializer_ids(tokenizer, "dog cat snow")
@@ -45,6 +53,12 @@ def test_initializer(tokenizer, tiny_model):
     assert torch.equal(initial_token(rows, 1), rows.mean(0, keepdim=True))
     assert torch.equal(initial_token(rows, 2), rows.mean(0).expand(2, -1))
     assert len(initializer_ids(tokenizer, "zebra")) == 5  # not a word here: spelled out in bytes, which is fine
+    capsys.readouterr()
+    starting_token(tokenizer, tiny_model, None, "zebra", 1)
+    assert "--initializer_token zebra: is 5 tokens to this model" in capsys.readouterr().err
+    for word, vectors in (("dog", 1), ("dog", 2), ("dog cat", 1), ("zebra", 5)):
+        starting_token(tokenizer, tiny_model, None, word, vectors)
+    assert capsys.readouterr().err == ""
     again = initial_token(rows, 3)
     again += 1
     assert not torch.equal(again, rows)  # a tensor of its own

@@ -238,7 +238,7 @@ def test_a_picture_does_not_depend_on_its_batch(cache):
 @pytest.mark.usefixtures("line_scorer")
 def test_evaluate_command(tiny_model, subject, tmp_path, capsys):
     """Per-subject and mean scores, a sheet, nothing drawn a second time; and a line, as the token is from an INT8 model."""
-    settings = dict(placeholder_token="<sks>", initializer_token="dog", resolution=16, quantization="int8",
+    settings = dict(placeholder_token="<rex>", initializer_token="dog", resolution=16, quantization="int8",
                     pretrained_model_name_or_path="tiny")  # fmt: skip
     save_embedding(tmp_path, torch.ones(1, 32), settings, "epsilon", 3, final=True)
     (tmp_path / "learned_embeds.safetensors").rename(tmp_path / "x.safetensors")
@@ -828,6 +828,17 @@ def test_what_is_declared_exists():
 
 
 # ----------------------------------------------------------------------------------------------------- statistics
+
+
+def test_a_report_of_nothing_is_refused(tmp_path, capsys):
+    """A misspelt folder gave a report of no runs, and exit code 0."""
+    argv = ["--tables", "S4", "--report_only", "--output", str(tmp_path / "none")]
+    with pytest.raises(InputError, match="no run of these tables is finished in .*none"):
+        tables.main(tables.parse_args(argv))
+    assert not (tmp_path / "none" / "RESULTS.md").exists()
+    with pytest.raises(SystemExit):
+        tables.parse_args([*argv, "--redraw"])
+    assert "--report_only runs nothing" in capsys.readouterr().err
 
 
 def test_intervals_and_verdicts_by_hand():

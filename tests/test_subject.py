@@ -288,6 +288,12 @@ def captions_case(tmp_path: Path, content) -> tuple[Path, Path, list[Path]]:
 GOOD = {"00.png": "a photo of {} on grass", "01.png": "{} asleep"}
 
 
+def test_captions_under_other_names_are_told(tmp_path):
+    file, folder, images = captions_case(tmp_path, {"my dog": {"0.png": "a photo of {}"}})
+    with pytest.raises(InputError, match="no caption for 2 of the 2 images .*though one for '0.png', which is not there"):
+        load_captions(file, folder, images)
+
+
 def test_captions_are_found(tmp_path):
     """By folder and file name, in the images' order, whatever the path looks like."""
     file, folder, images = captions_case(tmp_path, {"my dog": GOOD, "cat": {}})

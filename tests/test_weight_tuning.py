@@ -17,7 +17,7 @@ import draw_tuned
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_subject, notices_of, run_cli, seeded
+from conftest import ROOT, arguments, make_subject, notices_of, run_cli, seeded
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -285,10 +285,12 @@ def test_the_merged_unet_has_the_precision_of_the_model(tiny_model, subject, tmp
 def test_a_model_is_not_set_aside(own, copy, tiny_model, subject, tmp_path, capsys):
     """A run moves an earlier run's unet/ away; the user's model is refused as --output_dir, in one line, and stays as it is."""
     before = sorted((path, path.stat().st_mtime_ns) for path in copy.rglob("*"))
-    argv = command(copy if own else tiny_model, subject, copy)
-    assert run_cli(argv, trainers.dreambooth) == 2
-    error = capsys.readouterr().err
-    assert "is a model's own folder" in error and error.count("\n") == 1
+    base = copy if own else tiny_model
+    runs = [(command(base, subject, copy), trainers.dreambooth), (arguments(base, subject, copy), train_zoodip)]
+    for argv, script in runs:
+        assert run_cli(argv, script) == 2
+        error = capsys.readouterr().err
+        assert "is a model's own folder" in error and error.count("\n") == 1
     assert sorted((path, path.stat().st_mtime_ns) for path in copy.rglob("*")) == before
 
 
@@ -483,9 +485,11 @@ def test_ctrl_c_saves(tiny_model, subject, tmp_path, monkeypatch, capsys):
     }
 
 
-def test_previews_before_and_after(tiny_model, subject, tmp_path):
+def test_previews_before_and_after(tiny_model, subject, tmp_path, capsys):
     argv = command(tiny_model, subject, tmp_path, validation_prompt="a {} in the snow", num_validation_images=1, save_steps=2)
     assert run_cli(argv, trainers.qlora) == 0
+    said = capsys.readouterr().out
+    assert "validation-0.png: 'a sks dog in the snow' before training" in said and "validation-4.png: 'a sks dog in" in said
     left = {path.name for path in tmp_path.iterdir()}
     assert {"validation-0.png", "validation-4.png", "pytorch_lora_weights-steps-2.safetensors", "sks-steps-2.safetensors"} <= left
     assert run_cli(argv, trainers.qlora) == 0  # an earlier run's results are set aside

@@ -61,11 +61,12 @@ import torch
 from torch import nn
 
 from zoodip.files import ensure_writable
+from zoodip.folder import refuse_model_folder
 from zoodip.run import move_aside
 from zoodip.tuned_files import merged_unet, save_lokr, save_unet
 from zoodip.tuned_layers import Parameters, Shapes, add_kronecker, kronecker_shapes
 from zoodip.tuned_model import TuningInputs
-from zoodip.weight_tuning import System, prepare, refuse_model_folder
+from zoodip.weight_tuning import System, prepare
 
 EXPORT_DTYPE = torch.float16  # of the merged UNet, as in other tools
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from zoodip.errors import InputError, notice
 
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DEFAULT_CC_FILE = "cc.json"
+DEFAULT_WORD = "<sks>"
 NUM_TRAIN_TIMESTEPS = 1000  # in every Stable Diffusion 1.x and 2.x
 
 # Flags of the groups below that affect what is learned. Checkpoints record them, and resuming with different values is refused.
@@ -115,7 +117,7 @@ def add_model_flags(parser: argparse.ArgumentParser, packing: bool = True) -> Ca
 
 def add_token_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("token").add_argument
-    add("--placeholder_token", default="<sks>", help="the new word, in angle brackets and lower case")
+    add("--placeholder_token", default=DEFAULT_WORD, help="the new word, in angle brackets and lower case")
     add(
         "--initializer_token",
         default=None,
@@ -316,6 +318,16 @@ def require(flags: dict, name: str, condition: bool, rule: str) -> None:
         raise InputError(f"--{name} {rule}, got {flags[name]!r}")
 
 
+PHOTOGRAPHS, CLASS_WORD = "a folder of photographs of the subject", "the word for its class, for example dog"
+
+
+def require_given(flags: dict, **wanted: str) -> None:
+    """Raise an InputError that says what is `wanted`, unless every flag in it is given."""
+    for name, what in wanted.items():
+        if flags[name] is None:
+            raise InputError(f"--{name} is required: {what}")
+
+
 def require_at_least_one(flags: dict, *names: str) -> None:
     for name in names:
         require(flags, name, flags[name] >= 1, "must be at least 1")
@@ -332,8 +344,7 @@ def is_text(text: str) -> bool:
 
 def check_training_flags(flags: dict) -> None:
     """Check the shared groups for training, as far as possible without opening a file. Raises InputError."""
-    for name in ("train_data_dir", "initializer_token"):
-        require(flags, name, flags[name] is not None, "is required")
+    require_given(flags, train_data_dir=PHOTOGRAPHS, initializer_token=CLASS_WORD)
     require_at_least_one(flags, "num_vectors")
     check_shared_flags(flags)
     check_token_flags(flags)
@@ -361,8 +372,7 @@ def check_shared_flags(flags: dict) -> None:
 
 def check_tuning_flags(flags: dict) -> None:
     """Check the groups of weight tuning, as far as possible without opening a file. Raises InputError."""
-    for name in ("train_data_dir", "class_word"):
-        require(flags, name, flags[name] is not None, "is required")
+    require_given(flags, train_data_dir=PHOTOGRAPHS, class_word=CLASS_WORD)
     check_shared_flags(flags)
     for name in ("identifier", "class_word"):
         plain = flags[name].strip() != "" and not re.search(r"[{}]", flags[name])
@@ -438,8 +448,8 @@ def flags_for(function: Callable, flags: dict) -> dict:
 
 
 def is_embedding_file(initializer_token: str) -> bool:
-    """Whether --initializer_token is a file rather than a word. Its name decides, so that a missing file is noticed."""
-    return initializer_token.lower().endswith((".safetensors", ".pt", ".bin"))
+    """Whether --initializer_token is a file rather than a word. How it is written decides, so that a missing file is noticed."""
+    return initializer_token.lower().endswith((".safetensors", ".pt", ".bin")) or {"/", os.sep} & set(initializer_token) != set()
 
 
 def settings_of(flags: dict, names: Iterable[str], optional: dict = OPTIONAL_SETTINGS) -> dict:

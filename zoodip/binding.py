@@ -59,6 +59,7 @@ def check_flags(flags: dict) -> None:
     """Check everything that can be checked without opening a file. Raises InputError."""
     for seed in flags["seeds"]:
         require(flags, "seeds", 0 <= seed < 2**63, "must be in [0, 2^63)")
+    require(flags, "seeds", len(set(flags["seeds"])) == len(flags["seeds"]), "must differ from each other")
     require(flags, "batch_size", flags["batch_size"] >= 1, "must be at least 1")
     if flags["clean_prompt"] is not None:
         count = len(flags["prompt"])
@@ -129,6 +130,8 @@ def main(flags: dict) -> None:
     tokenizer = load_tokenizer(folder)
     add_words(tokenizer, embeddings, width=read_embedding_rows(folder, variant, [0]).shape[1])
     prompts = checked_prompts(tokenizer, embeddings, flags, methods.values())
+    if sheet.exists() and sheet.parent.resolve() != output.resolve():  # in --output, an earlier sheet is moved aside
+        raise InputError(f"--sheet {str(sheet)!r} exists; choose another name, or remove it")
     for path, flag in {sheet.parent: "sheet", output: "output"}.items():
         ensure_writable(path, flag, 0)
     lock = lock_folder(output, "output")  # another command would move these pictures aside
@@ -162,6 +165,7 @@ def draw(pipeline, prompts: list[MarkedPrompt], methods: dict[str, Settings], fl
     used = {method: asdict(settings) for method, settings in methods.items()}
     record = dict(arguments=arguments, settings=used, pictures=records, **environment(pipeline.device))
     write_json(output / "binding.json", record, indent=1)
+    print(f"{sheet}: {len(records)} pictures, each of which is a file in {output}")
 
 
 def set_aside(output: Path) -> None:

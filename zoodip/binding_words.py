@@ -102,6 +102,8 @@ def expand(tokenizer, text: str) -> str:
 
 def check_words(tokenizer, text: str) -> None:
     """Raises InputError if a <word> of the text is unknown to the tokenizer, which would read it as letters."""
+    if "{}" in text:
+        raise InputError(f"the prompt {text!r}: {{}} stands for nothing here; write the learned word itself, or its noun")
     words = WORD.findall(text)
     unknown = [word for word in words if word not in tokenizer.get_vocab()]
     if unknown:

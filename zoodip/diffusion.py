@@ -83,8 +83,8 @@ def read_inputs(
     warn_of_an_ordinary_word(tokenizer, placeholder_token)
     token = starting_token(tokenizer, folder, variant, initializer_token, num_vectors)
 
-    def prompts_of(texts: list[str]) -> Prompts:
-        return build_prompts(tokenizer, folder, variant, texts, placeholder_token, len(token))
+    def prompts_of(texts: list[str], what: str) -> Prompts:
+        return build_prompts(tokenizer, folder, variant, texts, placeholder_token, len(token), what)
 
     picture_prompt = validation_prompt
     if final_picture and validation_prompt is None:
@@ -96,9 +96,9 @@ def read_inputs(
         variant,
         token,
         choices=[[texts.index(text) for text in captions] for captions in subject.captions],
-        prompts=prompts_of(texts),
+        prompts=prompts_of(texts, "the caption" if use_cc else "the template"),
         picture_prompt=picture_prompt,
-        picture_prompts=prompts_of([picture_prompt, ""]) if picture_prompt else None,
+        picture_prompts=prompts_of([picture_prompt, ""], "--validation_prompt") if picture_prompt else None,
         scheduler=load_scheduler(folder, timestep_sampling),
     )
 

@@ -32,7 +32,7 @@ class BrokenCheckpoint(InputError):
 
     def __init__(self, path: Path, fault: str):
         super().__init__(
-            f"--resume_from_checkpoint {path}: is not a valid checkpoint ({fault}); use an older checkpoint-N.safetensors"
+            f"--resume_from_checkpoint {path}: is no valid checkpoint ({fault}); use latest or an older checkpoint-N.safetensors"
         )
 
 
@@ -160,7 +160,7 @@ def stop_at_once(number: int, frame, resumable: bool = True) -> None:
         "interrupted outside the training steps; the same command with --resume_from_checkpoint latest continues from the "
         "last checkpoint, or starts over if there is none"
     )
-    print(how if resumable else "interrupted", file=sys.stderr, flush=True)
+    print("\n" + (how if resumable else "interrupted"), file=sys.stderr, flush=True)  # a progress bar may stand there
     os._exit(128 + number)
 
 

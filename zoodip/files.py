@@ -161,6 +161,8 @@ def is_pickle(path: Path) -> bool:
 
 def why_unreadable(path: Path, error: Exception) -> str:
     """What to say about one of our own files that safetensors cannot read."""
+    if not path.is_file():
+        return "it is a folder" if path.is_dir() else "there is no such file"
     return "it is a pickle, which could run code, so it is not read" if is_pickle(path) else str(error)
 
 

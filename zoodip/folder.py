@@ -138,6 +138,10 @@ def download_model(name: str, revision: str | None, variant: str | None, weights
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, authorisation, spelling: many classes, one remedy
+        if Path(name).parent.is_dir() and "/" in name:
+            raise InputError(
+                f"--pretrained_model_name_or_path: there is no folder or file {name!r}, nor such a model on the hub; correct it"
+            ) from None
         wanted = ["*.json", "*.txt"]
         if weights:
             variant = variant or ("fp16" if name == DEFAULT_MODEL else None)  # without network, it was not looked up
@@ -213,6 +217,13 @@ def choose_quantization(folder: Path, variant: str | None, wanted: str | None) -
             "the model that they were made from"
         )
     return wanted or packed or "nf4"
+
+
+def refuse_model_folder(flag: str, output: Path, base: Path | None = None) -> None:
+    """Raises InputError if the folder to write to is `base`, or a model that no run wrote: its unet/ could be moved aside."""
+    model, of_a_run = (output / "model_index.json").exists(), (output / "run.json").exists()
+    if (base is not None and output.resolve() == base.resolve()) or (model and not of_a_run):
+        raise InputError(f"--{flag} {str(output)!r} is a model's own folder; choose another")
 
 
 def model_digest(folder: Path, variant: str | None) -> str:

@@ -60,7 +60,7 @@ def save_quantized(
                 (unfinished / component).mkdir(parents=True)
                 copy_whole(folder / component / "config.json", unfinished / component / "config.json")
                 tensors = packed_tensors(folder, component, variant, quantization)
-                write_shards(unfinished / component, PACKED_NAME, tqdm(tensors, desc=f"packing {component}", unit="tensor"))
+                write_shards(unfinished / component, PACKED_NAME, tqdm(tensors, desc=f"packing {component}", unit=" tensor"))
             note = "packed weights: load the folder with zoodip.model.load_pipeline"
             model_index = read_json(folder / "model_index.json") | marker | dict(_zoodip_note=note)
             write_json(unfinished / "model_index.json", model_index, indent=2)

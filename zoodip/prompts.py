@@ -55,7 +55,9 @@ def initializer_ids(tokenizer, initializer_token: str) -> list[int]:
     return ids
 
 
-def tokenize(tokenizer, text: str, placeholder_id: int, num_vectors: int, length: int) -> list[int]:
+def tokenize(
+    tokenizer, text: str, placeholder_id: int, num_vectors: int, length: int, what: str = "the caption or prompt"
+) -> list[int]:
     """`length` token ids; the placeholder's id becomes placeholder_id .. placeholder_id + num_vectors - 1.
 
     Raises InputError if the text is too long, rather than silently truncating the caption.
@@ -67,8 +69,7 @@ def tokenize(tokenizer, text: str, placeholder_id: int, num_vectors: int, length
     if len(ids) > length - 2:
         fewer = ", or give fewer --num_vectors" if num_vectors > 1 else ""
         raise InputError(
-            f"the caption or prompt {text!r:.500} is {len(ids)} tokens long, but the text encoder takes {length - 2}; shorten "
-            f"it{fewer}"
+            f"{what} {text!r:.500} is {len(ids)} tokens long, but the text encoder takes {length - 2}; shorten it{fewer}"
         )
     ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
     return ids + [tokenizer.pad_token_id] * (length - len(ids))
@@ -112,7 +113,13 @@ class Prompts:
 
 
 def build_prompts(
-    tokenizer, folder: Path, variant: str | None, texts: list[str], placeholder_token: str | None, num_vectors: int
+    tokenizer,
+    folder: Path,
+    variant: str | None,
+    texts: list[str],
+    placeholder_token: str | None,
+    num_vectors: int,
+    what: str = "the caption or prompt",
 ) -> Prompts:
     """Tokenise `texts` and read the rows they need. Raises InputError.
 
@@ -124,7 +131,7 @@ def build_prompts(
         placeholder_id = tokenizer.convert_tokens_to_ids(placeholder_token)
         texts = [text.replace("{}", placeholder_token) for text in texts]
     length = config_number(folder / "text_encoder" / "config.json", "max_position_embeddings", 77)
-    ids = torch.tensor([tokenize(tokenizer, text, placeholder_id, num_vectors, length) for text in texts])
+    ids = torch.tensor([tokenize(tokenizer, text, placeholder_id, num_vectors, length, what) for text in texts])
     ordinary = ids[ids < placeholder_id].unique()  # sorted
     vectors = torch.arange(num_vectors) + placeholder_id
     local_ids = torch.searchsorted(torch.cat([ordinary, vectors]), ids)
@@ -138,7 +145,14 @@ def starting_token(tokenizer, folder: Path, variant: str | None, initializer_tok
     """
     if not is_embedding_file(initializer_token):
         rows = read_embedding_rows(folder, variant, initializer_ids(tokenizer, initializer_token))
+        if len(rows) not in (1, num_vectors) and len(initializer_token.split()) == 1:
+            notice(
+                f"--initializer_token {initializer_token}: is {len(rows)} tokens to this model, from whose mean the new word "
+                "starts; the correct spelling, or a more common word, may be one token"
+            )
         return initial_token(rows, num_vectors)
+    if not Path(initializer_token).exists():
+        raise InputError(f"--initializer_token: there is no file {initializer_token!r}; give an embedding file, or a word")
     theta, _ = read_embedding(Path(initializer_token), None)
     width = read_embedding_rows(folder, variant, [0]).shape[1]
     if theta.shape[1] != width:

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from zoodip.checkpoints import can_follow, checkpoint_step, list_checkpoints, read_checkpoint, write_checkpoint
 from zoodip.errors import BrokenCheckpoint, InputError, Interrupted, notice
 from zoodip.files import ensure_writable, lock_folder, write_atomically, write_image, write_json
+from zoodip.folder import refuse_model_folder
 from zoodip.process import StopSignal
 from zoodip.records import environment, peak_memory_gb
 
@@ -188,6 +189,7 @@ class Run:
         saved: size in bytes of what is learned, if that is large. Raises InputError.
         """
         if self.is_main:
+            refuse_model_folder("output_dir", self.folder)
             checkpoint = sum(tensor.nbytes for tensor in self.state()[1].values())
             copies = self.max_train_steps // self.save_steps - self.progress.step // self.save_steps if self.save_steps else 0
             regular = checkpoint if self.checkpointing_steps else 0
@@ -244,7 +246,7 @@ class Run:
             unit=self.unit,
             smoothing=0.05,
             mininterval=0.5,
-            disable=not self.is_main,
+            disable=not self.is_main or progress.step >= self.max_train_steps,
         )
         while progress.step < self.max_train_steps and not stopped:
             started = time.perf_counter()

@@ -53,6 +53,8 @@ def find_images(folder: str | Path) -> list[Path]:
     Raises InputError if the folder is missing or holds no image.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise InputError(f"--train_data_dir: {str(folder)!r} is a file; give the folder that it is in")
     if not folder.is_dir():
         raise InputError(
             f"--train_data_dir: there is no folder {str(folder)!r}; give a folder of images (dataset/README.md "
@@ -200,10 +202,12 @@ def load_captions(cc_file: str | Path, folder: str | Path, images: list[Path], c
     missing = [path.name for path in images if path.name not in known]
     if missing:
         example = json.dumps({name: {file: "a photo of {} ..." for file in missing}}, ensure_ascii=False)
+        strange = sorted(known.keys() - {path.name for path in images})
+        strange = f" (though one for {strange[0]!r}, which is not there)" if strange else ""
         raise InputError(
-            f"--use_cc: {place} no caption for {len(missing)} of the {len(images)} images of {name!r}; add {example}, describing "
-            f"everything in each picture but the subject, or write each caption to {Path(missing[0]).with_suffix('.txt')} and so "
-            "on, or give --no-use_cc"
+            f"--use_cc: {place} no caption for {len(missing)} of the {len(images)} images of {name!r}{strange}; add {example}, "
+            f"describing everything in each picture but the subject, or write each caption to "
+            f"{Path(missing[0]).with_suffix('.txt')} and so on, or give --no-use_cc"
         )
     for path in images:
         caption = known[path.name]

@@ -191,7 +191,8 @@ class TunedFile:
         found = [reader for part, reader in readers.items() if any(part in name for name in self.tensors)]
         if not found:
             raise InputError(
-                f"{self.path}: holds no tuned weights (scales, Kronecker factors or LoRA); give a file written by a trainer"
+                f"{self.path}: holds no tuned weights under the names that are read here; of the trainer's files, give "
+                "tuned_scales.safetensors, pytorch_lokr_weights.safetensors or pytorch_lora_weights.safetensors"
             )
         return found[0]
 
@@ -232,16 +233,17 @@ def read_tuned(path: Path) -> TunedFile:
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}
         file = TunedFile(path, header, tensors)
         check_header(file.header)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: holds no tuned weights ({why_unreadable(path, error)}); give a file that a weight-tuning "
                          "trainer wrote") from error  # fmt: skip
     return file
 
 
 def check_header(header: dict[str, str]) -> None:
-    """Raises KeyError or ValueError if it lacks what every weight-tuning trainer writes into its files."""
-    for key in ("base_model", "base_quantization", "model_digest"):
-        header[f"zoodip.{key}"]
+    """Raises ValueError if it lacks what every weight-tuning trainer writes into its files."""
+    for key in ("base_model", "base_quantization", "model_digest", "settings"):
+        if f"zoodip.{key}" not in header:
+            raise ValueError(f"its header lacks zoodip.{key}")
     if not isinstance(json.loads(header["zoodip.settings"]), dict):
         raise ValueError("its settings are not a JSON object")
 
@@ -259,7 +261,7 @@ def unet_header(tuned: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as handle:
             header = handle.metadata() or {}
         check_header(header)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: was not written by a weight-tuning trainer ({why_unreadable(path, error)}); give the folder "
                          "of one of its runs") from error  # fmt: skip
     return header

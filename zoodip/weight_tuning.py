@@ -25,7 +25,7 @@ from tqdm import tqdm
 from zoodip.arguments import flags_for, settings_of
 from zoodip.diffusion import Batch, Data, TimestepSampler, draw_batch, evaluation_batches, merge_batches, timestep_sampler
 from zoodip.errors import InputError, Interrupted
-from zoodip.folder import native_resolution, packed_as
+from zoodip.folder import native_resolution, packed_as, refuse_model_folder
 from zoodip.model import build_model
 from zoodip.pictures import Drawer, picture_sheet
 from zoodip.prior import PriorPictures
@@ -193,7 +193,7 @@ class TunedOutputs:
         class_data: Data | None = None,
     ):
         self.system, self.tuner, self.inputs, self.model, self.settings = system, tuner, inputs, model, settings
-        self.files, self.saved, self.guidance = system.files, Path(), validation_guidance
+        self.files, self.saved, self.guidance, self.step = system.files, Path(), validation_guidance, 0
 
         def fixed_set(data: Data) -> list[Batch]:
             return evaluation_batches(data, num_eval_samples, t_min, t_max) if eval_steps else []
@@ -246,7 +246,9 @@ class TunedOutputs:
 
     def guide(self) -> dict[str, str]:
         """{name: what it is} for the final files besides the one in `result`."""
-        return {"validation-0.png": f"{self.inputs.picture_prompt!r} before training"} if self.draws_before else {}
+        prompt = repr(self.inputs.picture_prompt)
+        pictures = {"validation-0.png": f"{prompt} before training", f"validation-{self.step}.png": f"{prompt} after it"}
+        return pictures if self.draws_before else {}
 
     def header(self, step: int) -> dict[str, str]:
         """The header of every file that is written. The same run gives the same header."""
@@ -269,6 +271,7 @@ class TunedOutputs:
 
     def save(self, folder: Path, step: int, final: bool) -> None:
         """Write what has been learned so far. Raises InputError."""
+        self.step = step
         suffix = "" if final else f"-steps-{step}"
         self.saved = self.system.save(folder, self.inputs, self.model.unet, self.tuner.parameters, self.header(step), suffix)
 
@@ -336,13 +339,6 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     sample = system.sample or timestep_sampler(data, **flags_for(timestep_sampler, flags))
     batch_size, prior_weight = flags["train_batch_size"], flags["prior_loss_weight"]
     return Tuning(run, outputs, tuner, model, data, class_data, sample, generator, batch_size, prior_weight)
-
-
-def refuse_model_folder(flag: str, output: Path, base: Path) -> None:
-    """Raises InputError if the folder to write to is a model that no run has written: its unet/ would be moved aside."""
-    model, of_a_run = (output / "model_index.json").exists(), (output / "run.json").exists()
-    if output.resolve() == base.resolve() or (model and not of_a_run):
-        raise InputError(f"--{flag} {str(output)!r} is a model's own folder; choose another")
 
 
 def refuse_other_packing(system: System, inputs: TuningInputs) -> None:
