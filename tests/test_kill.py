@@ -238,7 +238,7 @@ def test_signals_while_the_script_starts(tiny_model, subject, tmp_path):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130 and stderr.startswith("interrupted") and stderr.count("\n") == 1, stderr
+    assert process.returncode == 130 and stderr.startswith("\ninterrupted") and stderr.count("\n") == 2, stderr
 
 
 def test_interrupted_while_packing(server, tmp_path):

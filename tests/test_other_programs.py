@@ -110,7 +110,7 @@ def test_files_that_training_cannot_start_from(learned, tiny_model, subject, tmp
     vectors = len(load_file(learned / "my-dog.safetensors")["emb_params"])
     cases = [
         (dict(initializer_token=learned / "my-dog.safetensors"), wide, "32 numbers, but this model's words have 64"),
-        (dict(initializer_token=tmp_path / "none.safetensors"), tiny_model, "No such file"),
+        (dict(initializer_token=tmp_path / "none.safetensors"), tiny_model, "there is no file"),
         (dict(initializer_token=other), tiny_model, "2 tensors"),
         (dict(initializer_token=pickle), tiny_model, "pickle"),
         (dict(initializer_token=learned / "my-dog.safetensors", num_vectors=5), tiny_model, f"holds {vectors}"),
