@@ -177,9 +177,9 @@ def collect(experiment: Experiment, settings: Settings) -> dict[str, stats.Recor
 
 
 def spread(rows: list[stats.Records], scores: Iterable[str]) -> stats.Records:
-    """The standard deviation of each score over rows, for every run that all of them have."""
+    """The standard deviation of each score over rows, for every run that all of them have, in the order of the first."""
     records: stats.Records = {}
-    for run in set.intersection(*(set(records) for records in rows)):
+    for run in (run for run in rows[0] if all(run in others for others in rows)):
         values = {score: [records[run][score] for records in rows if score in records[run]] for score in scores}
         records[run] = {score: stdev(some) for score, some in values.items() if len(some) == len(rows)}
     return records

@@ -830,6 +830,15 @@ def test_what_is_declared_exists():
 # ----------------------------------------------------------------------------------------------------- statistics
 
 
+def test_a_spread_keeps_the_order_of_runs():
+    """It came from a set, so that results.json differed from process to process."""
+    rows = [{(f"breed {k}", 0): {"CLIP-I": k * rate} for k in range(12)} for rate in (1.0, 3.0)]
+    found = plans.spread(rows, ["CLIP-I"])
+    assert list(found) == list(rows[0])
+    # of k and 3 k: 2 k apart, divided by the root of 2
+    assert [record["CLIP-I"] for record in found.values()] == pytest.approx([2**0.5 * k for k in range(12)])
+
+
 def test_a_report_of_nothing_is_refused(tmp_path, capsys):
     """A misspelt folder gave a report of no runs, and exit code 0."""
     argv = ["--tables", "S4", "--report_only", "--output", str(tmp_path / "none")]
