@@ -318,7 +318,7 @@ def require(flags: dict, name: str, condition: bool, rule: str) -> None:
         raise InputError(f"--{name} {rule}, got {flags[name]!r}")
 
 
-PHOTOGRAPHS, CLASS_WORD = "a folder of photographs of the subject", "the word for its class, for example dog"
+PHOTOGRAPHS, CLASS_WORD = "a folder of photographs of the subject", "the word for the subject's class, for example dog"
 
 
 def require_given(flags: dict, **wanted: str) -> None:

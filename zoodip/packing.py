@@ -46,7 +46,8 @@ def save_quantized(
         raise exists
     folder, variant = resolve_model(pretrained_model_name_or_path, revision, variant, model_config)
     quantization = choose_quantization(folder, variant, quantization)
-    origin = read_json(folder / "model_index.json").get("_zoodip_packed_from", model_digest(folder, variant))
+    model_index = read_json(folder / "model_index.json")
+    origin = model_index.get("_zoodip_packed_from") or model_digest(folder, variant)
     marker = dict(_zoodip_packed=quantization, _zoodip_packed_from=origin)
     if target.exists():
         if not is_marked(target, marker):
@@ -62,8 +63,7 @@ def save_quantized(
                 tensors = packed_tensors(folder, component, variant, quantization)
                 write_shards(unfinished / component, PACKED_NAME, tqdm(tensors, desc=f"packing {component}", unit=" tensor"))
             note = "packed weights: load the folder with zoodip.model.load_pipeline"
-            model_index = read_json(folder / "model_index.json") | marker | dict(_zoodip_note=note)
-            write_json(unfinished / "model_index.json", model_index, indent=2)
+            write_json(unfinished / "model_index.json", model_index | marker | dict(_zoodip_note=note), indent=2)
             for other in ("tokenizer", "scheduler"):
                 copy_folder(folder / other, unfinished / other)
             unfinished.rename(target)
