@@ -629,16 +629,16 @@ def shape_of(steps: list[dict]) -> list:
     ]
 
 
-def test_alone_or_in_a_batch(pipeline):
-    """Prompts of one to three groups."""
+def test_alone_or_in_a_batch(folder, tmp_path_factory):
+    """Prompts of one to three groups; in fp64, because other batch sizes round differently and guidance amplifies that."""
+    pipeline = pipeline_of(folder, tmp_path_factory, 1, dtype=torch.float64)
     prompts = [TWO, "a [red dog*]", "a [red dog*] and a [white cat*] and a [blue bird*]"]
     for settings in (PHRASE, FULL, replace(FULL, sem_steps=2, update_rows="composite")):
         how = dict(settings=replace(settings, **SHORT), seeds=[0, 1], **SIZE)
         together, alone = draw_bound(pipeline, prompts, batch_size=6, **how), draw_bound(pipeline, prompts, **how)
         for one, other in zip(together, alone, strict=True):
             assert (one.prompt, one.seed, shape_of(one.steps)) == (other.prompt, other.seed, shape_of(other.steps))
-            # other batch sizes round differently, and guidance of 5 amplifies that
-            assert torch.allclose(one.latents, other.latents, atol=2e-3)
+            torch.testing.assert_close(one.latents, other.latents, rtol=0, atol=1e-11)  # of size 17; 4e-14 was seen
 
 
 def test_a_picture_with_narrow_maps_stops_while_others_go_on(pipeline, monkeypatch):
