@@ -183,7 +183,7 @@ class AuthorsLoop(Reference):
     def quantize(self, model: nn.Module) -> nn.Module:
         for name, module in list(model.named_modules()):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                model.set_submodule(name, quantized_layer(module, pack_weight(module.weight.data, self.weights), self.dtype))
+                model.set_submodule(name, quantized_layer(module, pack_weight(module.weight.data, self.weights)))
         return model
 
     def load(self) -> None:

@@ -39,7 +39,7 @@ def round_trip(model: nn.Module, quantization: str, convolutions: bool, ends: bo
     kinds = (nn.Linear, nn.Conv2d) if convolutions else (nn.Linear,)
     for name, module in model.named_modules():
         if isinstance(module, kinds) and (ends or name not in ("conv_in", "conv_out")):
-            packed = quantized_layer(module, pack_weight(module.weight, quantization), torch.float32)
+            packed = quantized_layer(module, pack_weight(module.weight, quantization))
             module.weight = nn.Parameter(packed.dequantize().contiguous(), requires_grad=False)
     return model
 

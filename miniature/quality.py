@@ -60,8 +60,8 @@ def round_weights_to_nf4(pipeline: StableDiffusionPipeline) -> int:
         for name, layer in getattr(pipeline, part).named_modules():
             if is_quantized(part, name, layer):
                 weight = layer.weight.data
-                packed = quantized_layer(layer, pack_weight(weight, "nf4"), weight.dtype)
-                layer.weight.data = packed.dequantize().contiguous()
+                packed = quantized_layer(layer, pack_weight(weight, "nf4"))
+                layer.weight.data = packed.dequantize(dtype=weight.dtype).contiguous()
                 count += weight.numel()
     return count
 

@@ -193,7 +193,7 @@ def test_gpu_without_a_gpu_is_refused_in_a_line(capsys):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_stock_path_of_scales_is_the_same_layer(layer, bits):
     """The stock layer in the weight-tuning benchmark computes the same as ours, in fp32 with sums in another order."""
-    packed = quantized_layer(layer, pack_weight(layer.weight.data, f"affine{bits}"), torch.float32)
+    packed = quantized_layer(layer, pack_weight(layer.weight.data, f"affine{bits}"))
     ours, theirs = ScaledLayer(packed, 2, True), Dequantised(layer, bits, 2, True)
     with torch.no_grad():
         for e in range(2):

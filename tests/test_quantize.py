@@ -34,7 +34,7 @@ def make_linear(shape, quantization: str, dtype=torch.float32, bias: bool = True
     weight = torch.randn(shape, generator=seeded(1)) / shape[1] ** 0.5
     layer.weight.copy_(weight)
     layer.to(dtype)
-    return layer, weight, quantized_layer(layer, pack_weight(weight, quantization), dtype)
+    return layer, weight, quantized_layer(layer, pack_weight(weight, quantization))
 
 
 def make_convolution(shape, options: dict, quantization: str, dtype=torch.float32):
@@ -43,7 +43,7 @@ def make_convolution(shape, options: dict, quantization: str, dtype=torch.float3
     weight = torch.randn(shape, generator=seeded(2)) / math.prod(shape[1:]) ** 0.5
     layer.weight.copy_(weight)
     layer.to(dtype)
-    return layer, weight, quantized_layer(layer, pack_weight(weight, quantization), dtype)
+    return layer, weight, quantized_layer(layer, pack_weight(weight, quantization))
 
 
 NF4 = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
@@ -113,7 +113,7 @@ def check(layer, weight, quantized, inputs, apply):
 def test_a_weight_of_zeros(quantization):
     """0 / 0 in the scale must not become NaN."""
     layer = nn.Linear(70, 5).requires_grad_(False)
-    quantized = quantized_layer(layer, pack_weight(torch.zeros(5, 70), quantization), torch.float32)
+    quantized = quantized_layer(layer, pack_weight(torch.zeros(5, 70), quantization))
     assert torch.equal(quantized.dequantize(), torch.zeros(5, 70))
 
 
@@ -124,7 +124,7 @@ def test_compute_dtype(dtype, quantization):
     shape = (96, 200)
     _, weight, wide = make_linear(shape, quantization)
     _, _, narrow = make_linear(shape, quantization, dtype)
-    restored = narrow.dequantize()
+    restored = narrow.dequantize(dtype=dtype)
     assert restored.dtype == dtype
     torch.testing.assert_close(restored.float(), wide.dequantize(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     assert narrow(torch.randn(2, 200).to(dtype)).dtype == dtype
@@ -150,17 +150,17 @@ def test_packing_in_slices_is_packing_whole():
         (packed["absmax_offset"], state.offset),
     ):
         assert torch.equal(ours, theirs)
-    layer = quantized_layer(nn.Linear(4096, 1100, device="meta"), packed, torch.float32)
+    layer = quantized_layer(nn.Linear(4096, 1100, device="meta"), packed)
     assert torch.equal(layer.dequantize().flatten(), bnb.dequantize_4bit(whole, state).flatten())
 
 
 def test_the_two_ways_to_hold_scales_agree(monkeypatch):
     """Small layers hold the scales of the packed weight unpacked: the same numbers, not better ones."""
     layer, weight = nn.Linear(4096, 512, device="meta"), torch.randn(512, 4096, generator=seeded())  # 2 M: packed scales
-    whole = quantized_layer(layer, pack_weight(weight, "nf4"), torch.float32)
+    whole = quantized_layer(layer, pack_weight(weight, "nf4"))
     assert whole.absmax.dtype == torch.uint8
     packed = pack_weight(weight[:100], "nf4")  # 0.4 M: unpacked
-    small = quantized_layer(nn.Linear(4096, 100, device="meta"), packed, torch.float32)
+    small = quantized_layer(nn.Linear(4096, 100, device="meta"), packed)
     assert small.absmax.dtype == torch.float32 and not hasattr(small, "absmax_scale")
     from bitsandbytes import functional as bnb
 
@@ -180,10 +180,10 @@ def test_slices_of_a_large_layer(quantization, bias, monkeypatch):
         layer.requires_grad_(False)
         inputs = torch.randn(shape, generator=seeded())
         packed = pack_weight(layer.weight, quantization)
-        whole = quantized_layer(layer, packed, torch.float32)
+        whole = quantized_layer(layer, packed)
         with monkeypatch.context() as patch:
             patch.setattr(QuantizedLayer, "AT_ONCE", 7 * math.prod(layer.weight.shape[1:]))
-            sliced = quantized_layer(layer, packed, torch.float32)
+            sliced = quantized_layer(layer, packed)
         assert sliced.rows_at_once == 7 and whole.rows_at_once == 40
         assert torch.equal(torch.cat([sliced.dequantize(0, 7), sliced.dequantize(7, 40)]), whole.dequantize())
         # sums of up to 576 terms of size 1 / 24, which the kernel may reorder for another number of rows
@@ -194,7 +194,7 @@ def test_layers_that_cannot_be_sliced(monkeypatch):
     """Layers with groups, or with rows that do not end where a block ends, are left whole."""
     monkeypatch.setattr(QuantizedLayer, "AT_ONCE", 10)
     for layer in (nn.Linear(65, 8), nn.Conv2d(128, 8, 3, groups=2)):
-        quantized = quantized_layer(layer, pack_weight(layer.weight.detach(), "nf4"), torch.float32)
+        quantized = quantized_layer(layer, pack_weight(layer.weight.detach(), "nf4"))
         assert quantized.rows_at_once == 8
 
 
@@ -209,7 +209,7 @@ def test_packed_tensors_that_do_not_fit(change, words):
     packed = pack_weight(layer.weight.detach(), "nf4")
     change(packed)
     with pytest.raises(ValueError, match=words):
-        quantized_layer(layer, packed, torch.float32)
+        quantized_layer(layer, packed)
 
 
 def test_only_the_packed_weight_is_kept():
@@ -265,10 +265,10 @@ def test_gradients_reach_the_input():
 def test_the_direct_call_is_the_operator(dtype, shape, monkeypatch):
     """The library's C function, called directly for speed, and its operator give the same bits; without it, the operator."""
     _, _, quantized = make_linear(shape, "nf4", dtype)
-    direct = quantized.dequantize()
+    direct = quantized.dequantize(dtype=dtype)
     assert nf4_cpu_function(dtype) is not None, "this bitsandbytes has no such function: the layer falls back to the operator"
     monkeypatch.setattr(zoodip.quantize, "nf4_cpu_function", lambda dtype: None)
-    assert torch.equal(quantized.dequantize(), direct)
+    assert torch.equal(quantized.dequantize(dtype=dtype), direct)
 
 
 def test_the_miniature_is_measured_with_the_weights_that_training_packs(tiny_model):

@@ -43,7 +43,7 @@ def layer_and_input(request):
 
 
 def packed_layer(layer: nn.Module, quantization: str, dtype=torch.float32):
-    return quantized_layer(layer, pack_weight(layer.weight.data, quantization), dtype)
+    return quantized_layer(layer, pack_weight(layer.weight.data, quantization))
 
 
 def product(layer: nn.Module, inputs: torch.Tensor, weight: torch.Tensor, bias=None) -> torch.Tensor:

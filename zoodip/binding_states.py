@@ -24,7 +24,11 @@ class Encoded:
 
     states: Tensor  # [L, d]
     spans: list[Span]  # of the tokens before the end token
-    end: int  # row of the first end token
+
+    @property
+    def end(self) -> int:
+        """Row of the first end token."""
+        return len(self.spans)
 
     def rows(self, span: Span) -> list[int]:
         """Rows of the tokens that overlap `span`."""
@@ -43,7 +47,7 @@ class Encoder:
         if text not in self.known:
             ids, spans = tokens_of(self.tokenizer, text)
             states = self.text_encoder(torch.tensor([ids], device=self.text_encoder.device)).last_hidden_state[0]
-            self.known[text] = Encoded(states, spans, len(spans))
+            self.known[text] = Encoded(states, spans)
         return self.known[text]
 
     def mean(self) -> Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from zoodip.errors import DamagedModel, InputError, damaged_model
 from zoodip.files import read_json
 from zoodip.folder import WEIGHT_NAMES, choose_quantization, component_tensors, resolve_model
+from zoodip.prompts import load_tokenizer
 from zoodip.quantize import pack_weight, quantized_layer
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import
@@ -64,11 +65,11 @@ def load_frozen(
             continue
         tensor = check_parameter(tensor, name, module, where).to(device)
         if quantization != "none" and leaf == "weight" and is_quantized(component, module_name, module):
-            model.set_submodule(module_name, quantized_layer(module, pack_weight(tensor, quantization), dtype))
+            model.set_submodule(module_name, quantized_layer(module, pack_weight(tensor, quantization)))
         else:
             setattr(module, leaf, nn.Parameter(tensor.to(dtype, copy=True), requires_grad=False))
     for module_name, packed in packed_weights.items():
-        set_packed(model, module_name, packed, quantization, dtype, where)
+        set_packed(model, module_name, packed, quantization, where)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise DamagedModel(where, f"the weights lack {missing[0]!r} and {len(missing) - 1} more that config.json describes")
@@ -86,9 +87,7 @@ def settle_threads(unet: nn.Module, device: torch.device | str) -> None:
         torch.set_num_threads(1)
 
 
-def set_packed(
-    model: nn.Module, name: str, packed: dict[str, torch.Tensor], quantization: str, dtype: torch.dtype, where: Path
-) -> None:
+def set_packed(model: nn.Module, name: str, packed: dict[str, torch.Tensor], quantization: str, where: Path) -> None:
     """Put a module's packed weight in its place; without tensors, for a module that is skipped, an empty one.
 
     Raises InputError if it does not fit the module or has another quantization.
@@ -98,7 +97,7 @@ def set_packed(
         if not packed:
             module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
             return
-        layer = quantized_layer(module, packed, dtype)
+        layer = quantized_layer(module, packed)
     except (AttributeError, KeyError, ValueError) as error:
         raise InputError(
             f"{where}: the packed weight of {name} does not fit config.json ({error}); "
@@ -224,16 +223,12 @@ def load_pipeline(
         from zoodip.tuned_files import load_tuned_pipeline
 
         return load_tuned_pipeline(name, tuned_scales, dtype, device, revision, variant, model_config)
-    from transformers import CLIPTokenizer
-
     folder, variant = resolve_model(name, revision, variant, model_config)
     quantization = choose_quantization(folder, variant, quantization)
     components: dict[str, Any] = {}
     for component in WEIGHT_NAMES:
         components[component] = load_frozen(folder, component, variant, quantization, dtype, device)
-    with damaged_model(folder / "tokenizer"):
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    return assemble_pipeline(folder, **components, tokenizer=tokenizer)
+    return assemble_pipeline(folder, **components, tokenizer=load_tokenizer(folder))
 
 
 def build_scheduler(folder: Path, name: str) -> SchedulerMixin:

@@ -86,7 +86,7 @@ def two_a_byte(integers: torch.Tensor) -> torch.Tensor:
     return nibbles[0::2] | (nibbles[1::2] << 4)
 
 
-def quantized_layer(layer: nn.Module, packed: dict[str, torch.Tensor], dtype: torch.dtype) -> QuantizedLayer:
+def quantized_layer(layer: nn.Module, packed: dict[str, torch.Tensor]) -> QuantizedLayer:
     """A Linear or Conv2d with its weight as `pack_weight` packed it. Raises ValueError if `packed` does not fit the layer."""
     if not isinstance(layer, (nn.Linear, nn.Conv2d)):
         raise ValueError(f"{type(layer).__name__} is never packed")
@@ -94,7 +94,7 @@ def quantized_layer(layer: nn.Module, packed: dict[str, torch.Tensor], dtype: to
     found = [name for name in formats if name in packed]
     if not found:
         raise ValueError(f"of a packed weight there is only {', '.join(sorted(packed)) or 'nothing'}")
-    return formats[found[0]](layer, packed, dtype)
+    return formats[found[0]](layer, packed)
 
 
 class RecomputedProduct(torch.autograd.Function):
@@ -127,9 +127,9 @@ class QuantizedLayer(nn.Module):
     AT_ONCE = 1 << 24
     quantization: str  # nf4, int8, affine8 or affine4
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, packed: dict[str, torch.Tensor], dtype: torch.dtype):
+    def __init__(self, layer: nn.Linear | nn.Conv2d, packed: dict[str, torch.Tensor]):
         super().__init__()
-        self.shape, self.bias, self.dtype = layer.weight.shape, layer.bias, dtype
+        self.shape, self.bias = layer.weight.shape, layer.bias
         self.packed_shape = rows, columns = self.shape[0], math.prod(self.shape[1:])
         expected = self.expected_tensors(rows, columns)
         found = {name: (tensor.numel(), tensor.dtype) for name, tensor in packed.items()}
@@ -168,10 +168,10 @@ class QuantizedLayer(nn.Module):
                 self._buffers[name] = kept[name].to(moved.device)
         return self
 
-    def dequantize(self, first: int = 0, last: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def dequantize(self, first: int = 0, last: int | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Output rows first .. last of the weight, in the layer's own shape (a convolution's in channels_last order)."""
         last = self.shape[0] if last is None else last
-        return self.in_layer_shape(self.unpack(first, last, dtype or self.dtype), last - first)
+        return self.in_layer_shape(self.unpack(first, last, dtype), last - first)
 
     def in_layer_shape(self, flat: torch.Tensor, rows: int) -> torch.Tensor:
         """Rows in packed order, flat or [rows, columns], in the layer's own shape."""
@@ -258,8 +258,8 @@ class AffineLayer(QuantizedLayer):
     scale: torch.Tensor  # [rows] fp32
     zero: torch.Tensor  # [rows] fp32, whole numbers
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, packed: dict[str, torch.Tensor], dtype: torch.dtype):
-        super().__init__(layer, packed, dtype)
+    def __init__(self, layer: nn.Linear | nn.Conv2d, packed: dict[str, torch.Tensor]):
+        super().__init__(layer, packed)
         if self.convolution and self.convolution["groups"] > 1:
             raise ValueError("convolutions with groups have no scale for their input channels")
         self.power = 2.0 ** round(math.log2(self.scale.median().item()))
@@ -338,8 +338,8 @@ class NF4Layer(QuantizedLayer):
     absmax_offset: torch.Tensor
     absmax_code: torch.Tensor
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, packed: dict[str, torch.Tensor], dtype: torch.dtype):
-        super().__init__(layer, packed, dtype)
+    def __init__(self, layer: nn.Linear | nn.Conv2d, packed: dict[str, torch.Tensor]):
+        super().__init__(layer, packed)
         from bitsandbytes.functional import create_dynamic_map
 
         self.register_buffer("absmax_code", create_dynamic_map().to(self.nf4.device))
