@@ -99,6 +99,8 @@ def check_flags(flags: dict) -> None:
         require(flags, "quantization", flags["quantization"] != "none", "must be nf4 or int8 with --save_quantized")
         if flags["train_data_dir"] is None:
             return
+        packed, output = (Path(flags[name]).resolve() for name in ("save_quantized", "output_dir"))
+        require(flags, "save_quantized", packed not in (output, *output.parents), "must not be, or contain, --output_dir")
     arguments.check_training_flags(flags)
     require_at_least_one(flags, "n")
     if flags["mu"] is not None:
@@ -461,7 +463,7 @@ def main(args: argparse.Namespace) -> int:
         settings["max_train_steps"] = args.max_train_steps
     run = Run(zo, generator, accelerator, settings, inputs.fingerprint(), **flags_for(Run, flags))
     run.resume(args.resume_from_checkpoint)
-    run.claim()
+    run.claim(inputs.folder)
     model, data = load_model(inputs, device=accelerator.device, **flags_for(load_model, flags))
     outputs = TokenOutputs(zo, inputs, model, data, run.settings, **flags_for(TokenOutputs, flags))
     if args.timestep_sampling == "puts":

@@ -86,6 +86,10 @@ def test_required_flags(refused):
     assert "--initializer_token" in refused(argv=["--train_data_dir", "x", "--save_quantized", "y"])
     assert parse_args(["--save_quantized", "y"]).train_data_dir is None  # packing alone needs no pictures
     assert "--quantization" in refused(argv=["--save_quantized", "y", "--quantization", "none"])
+    both = ["--train_data_dir", "x", "--initializer_token", "dog", "--output_dir", "y/run"]
+    for packed in ("y", "y/run"):  # training creates --output_dir first, and packing then finds it there
+        assert "--save_quantized y" in refused(argv=[*both, "--save_quantized", packed])
+    assert parse_args([*both, "--save_quantized", "y/packed"]).save_quantized == "y/packed"
 
 
 def test_folders(refused, tmp_path):

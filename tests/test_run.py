@@ -178,6 +178,39 @@ def test_a_checkpoint_from_another_folder_overwrites_nothing(train):
     assert torch.equal(theta(second), theta(first))
 
 
+@pytest.mark.parametrize("checkpointing_steps", [0, 100])
+def test_going_on_from_another_folder_can_be_stopped_at_once(train, monkeypatch, checkpointing_steps):
+    """Before the first step, the folder holds no checkpoint of its own; `latest`, as the last line says, must not start over."""
+    first = train("first", max_train_steps=6, checkpointing_steps=3)
+    flags = dict(max_train_steps=6, checkpointing_steps=checkpointing_steps, validation_prompt="a photo of {}",
+                 num_validation_images=1, validation_steps=3)  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "stop_requested", lambda run: True)
+        out = train("second", code=143, resume_from_checkpoint=first / "checkpoint-3.safetensors", **flags)
+    assert {name for name in names(out) if name.startswith("checkpoint")} == {"checkpoint-3.safetensors"}
+    train("second", resume_from_checkpoint="latest", **flags)
+    assert torch.equal(theta(out), theta(first)) and json.loads((out / "run.json").read_text())["steps_this_time"] == 3
+
+
+def test_a_run_killed_on_its_way_to_another_folder_s_next_checkpoint(train, monkeypatch):
+    """Killed outright, it repeats at most --checkpointing_steps steps there too."""
+    first = train("first", max_train_steps=6, checkpointing_steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "note", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        argument = dict(max_train_steps=9, checkpointing_steps=3, resume_from_checkpoint=first / "checkpoint-6.safetensors")
+        out = train("second", code=130, **argument)
+    assert "checkpoint-6.safetensors" in names(out)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"step": 6}', ""])
+def test_a_record_that_somebody_emptied(train, content):
+    """It is not the user's fault that a finished run cannot be told from it: the run is resumed all the same."""
+    out = train(max_train_steps=6, checkpointing_steps=3)
+    (out / "run.json").write_text(content)
+    train(max_train_steps=6, checkpointing_steps=3, resume_from_checkpoint="latest")
+    assert (out / "run.json").read_text() == content or json.loads((out / "run.json").read_text())["step"] == 6
+
+
 def test_drawing_what_is_missing_keeps_the_record(train):
     """A run that is resumed after its last step trains nothing; how fast it was, and in how much memory, is known already."""
     out = train(max_train_steps=6, checkpointing_steps=3)
@@ -368,11 +401,15 @@ def test_only_a_trackers_folder_is_moved_aside(tmp_path):
 def test_leftovers_of_a_killed_run(train, tmp_path):
     """Partial files are removed wherever a run writes; a folder that is being packed beside it is not its own."""
     out = tmp_path / "out"
-    partial, packing, other = out / "unet" / ".model.1.tmp", out / ".packed.1.tmp" / "vae", out / "sub" / ".run.json.1.tmp"
+    partial, packing, other = (
+        out / "class_images" / ".model.1.tmp",
+        out / ".packed.1.tmp" / "vae",
+        out / "sub" / ".run.json.1.tmp",
+    )
     for path in (partial, packing / "config.json", other):
         path.parent.mkdir(parents=True)
         path.touch()
-    mine = [out / ".notes.tmp", out / ".probe", out / "unet" / ".draft.tmp"]
+    mine = [out / ".notes.tmp", out / ".probe", out / "class_images" / ".draft.tmp"]
     for path in mine:
         path.write_text("the user's")
     train()
@@ -504,6 +541,13 @@ def test_losses_that_stay_infinite_stop_the_run(train, overflowing, capsys):
     assert "not finite" in capsys.readouterr().err.splitlines()[-1]
     for precision in ("fp32", "bf16"):
         assert json.loads((train(precision, mixed_precision=precision, **flags) / "run.json").read_text())["skipped_steps"] == 0
+
+
+def test_stopped_while_every_step_overflows(train, overflowing, capsys, monkeypatch):
+    """A signal ends the run as it always does, saved and with the way on; that no loss was usable yet is no error then."""
+    monkeypatch.setattr(Run, "stop_requested", lambda run: run.progress.step == 2)
+    out = train(code=143, model=overflowing(5e5), mixed_precision="fp16", max_train_steps=30)
+    assert "interrupted and saved at step 3" in capsys.readouterr().err and "checkpoint-3.safetensors" in names(out)
 
 
 def test_steps_that_overflow_are_skipped_and_counted(train, overflowing, capsys):

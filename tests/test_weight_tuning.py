@@ -31,6 +31,7 @@ import trainers.diffusekrona
 import trainers.dreambooth
 import trainers.qlora
 import trainers.tuneqdm
+import zoodip.prior
 import zoodip.tuned_model
 from zoodip.checkpoints import read_checkpoint
 from zoodip.diffusion import Batch, noise_batch
@@ -292,6 +293,15 @@ def test_a_model_is_not_set_aside(own, copy, tiny_model, subject, tmp_path, caps
         error = capsys.readouterr().err
         assert "is a model's own folder" in error and error.count("\n") == 1
     assert sorted((path, path.stat().st_mtime_ns) for path in copy.rglob("*")) == before
+
+
+def test_a_killed_run_s_pipeline_is_no_model_of_the_user_s(tiny_model, subject, tmp_path):
+    """run.json is written last: without it, the whole pipeline in the output folder must not stop the run from going on."""
+    argv = command(tiny_model, subject, tmp_path, save_pipeline=True, checkpointing_steps=2)
+    assert run_cli(argv, trainers.dreambooth) == 0
+    (tmp_path / "run.json").unlink()
+    assert run_cli([*argv, "--resume_from_checkpoint=latest"], trainers.dreambooth) == 0
+    assert (tmp_path / "run.json").exists() and (tmp_path / "model_index.json").exists()
 
 
 def test_a_folder_that_cannot_be_exported_to(copy, subject, tmp_path, capsys):
@@ -694,6 +704,19 @@ def test_class_pictures_are_drawn_once(tiny_model, subject, tmp_path, capsys):
     assert "quantization was 'nf4', is 'affine4'" in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
+def test_class_pictures_in_a_folder_that_may_only_be_read(tiny_model, subject, tmp_path, monkeypatch):
+    """The user's own pictures are enough; that what is encoded cannot be kept beside them costs time, not the run."""
+    folder = make_subject(tmp_path / "class", count=2, side=16)
+
+    def refuse(path, content):
+        raise InputError(f"{path}: cannot be written")
+
+    monkeypatch.setattr(zoodip.prior, "write_atomically", refuse)
+    prior = dict(prior_preservation=True, num_class_images=2, class_data_dir=folder, max_train_steps=1, eval_steps=0)
+    assert run_cli(command(tiny_model, subject, tmp_path / "out", **prior), trainers.qlora) == 0
+    assert not (folder / "class_latents.safetensors").exists()
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"prompt": "a photo'], ids=["empty", "list", "cut off"])
 def test_a_damaged_record_of_class_pictures_is_no_damaged_download(content, tmp_path):
     (tmp_path / "class_pictures.json").write_text(content)
@@ -742,11 +765,11 @@ def test_the_rate_is_that_of_the_bits(bits, given, rate):
 
 @pytest.mark.parametrize(("interval", "more", "told"), [
     ((0, 500), {}, True), ((900, 1000), {}, True), ((0, 501), {}, False), ((0, 250), dict(t_min=0, t_max=250), False),
-    ((0, 500), dict(apply="everywhere"), False),
+    ((0, 500), dict(apply="everywhere"), False), ((0, 500), dict(eval_steps=0), False),
 ])  # fmt: skip
 def test_an_interval_that_is_never_evaluated_is_told(interval, more, told):
     """Outside its interval S1 uses the untuned scales, so that eval_loss would be a constant."""
-    argv = command(Path("x"), Path("y"), Path("z"), train_interval=interval, **more)
+    argv = command(Path("x"), Path("y"), Path("z"), train_interval=interval, **(dict(eval_steps=1) | more))
     lines = notices_of(trainers.tuneqdm, argv)
     assert any(line.startswith(f"--train_interval {interval[0]} {interval[1]} is outside") for line in lines) == told
 

@@ -458,7 +458,7 @@ def main(args: argparse.Namespace) -> int:
     settings = arguments.settings_of(flags, SETTINGS)
     run = Run(starts, generator, accelerator, settings, inputs.fingerprint(), **flags_for(Run, flags))
     run.resume(args.resume_from_checkpoint)
-    run.claim()
+    run.claim(inputs.folder)
     model, data = load_model(inputs, device=accelerator.device, **flags_for(load_model, flags))
     outputs = TokenOutputs(starts, inputs, model, data, settings, **flags_for(TokenOutputs, flags))
     sample = partial(uniform_timesteps, low=args.t_min, high=args.t_max)

@@ -305,7 +305,7 @@ def main(args: argparse.Namespace) -> int:
     run = Run(evolution, generator, accelerator, arguments.settings_of(flags, SETTINGS), inputs.fingerprint(), unit="generation",
               **flags_for(Run, flags))  # fmt: skip
     run.resume(args.resume_from_checkpoint)
-    run.claim()
+    run.claim(inputs.folder)
     model, data = load_model(inputs, device=accelerator.device, **flags_for(load_model, flags))
     outputs = TokenOutputs(evolution, inputs, model, data, run.settings, **flags_for(TokenOutputs, flags))
     fixed_set = evaluation_batches(data, args.num_eval_samples, args.t_min, args.t_max)

@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> int:
     run = Run(inversion, generator, accelerator, arguments.settings_of(flags, SETTINGS), inputs.fingerprint(),
               **flags_for(Run, flags))  # fmt: skip
     run.resume(args.resume_from_checkpoint)
-    run.claim()
+    run.claim(inputs.folder)
     model, data = load_model(inputs, device=accelerator.device, **flags_for(load_model, flags))
     outputs = TokenOutputs(inversion, inputs, model, data, run.settings, **flags_for(TokenOutputs, flags))
     sample = timestep_sampler(data, **flags_for(timestep_sampler, flags))

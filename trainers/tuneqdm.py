@@ -100,7 +100,8 @@ def without_effect(flags: dict, given: set[str]) -> Iterator[str]:
     if "apply" in given and flags["train_interval"] is None:
         yield f"--apply {flags['apply']} has no effect without --train_interval"
     low, high = flags["train_interval"] or (0, NUM_TRAIN_TIMESTEPS)
-    if (high <= flags["t_min"] or flags["t_max"] <= low) and flags["apply"] == "interval":
+    unseen = high <= flags["t_min"] or flags["t_max"] <= low
+    if unseen and flags["apply"] == "interval" and flags["eval_steps"]:
         yield (f"--train_interval {low} {high} is outside the evaluation set's timesteps: eval_loss will not show what is "
                f"learned; give --t_min {low} --t_max {high}")  # fmt: skip
 

@@ -219,10 +219,11 @@ def choose_quantization(folder: Path, variant: str | None, wanted: str | None) -
     return wanted or packed or "nf4"
 
 
-def refuse_model_folder(flag: str, output: Path, base: Path | None = None) -> None:
+def refuse_model_folder(flag: str, output: Path, base: Path) -> None:
     """Raises InputError if the folder to write to is `base`, or a model that no run wrote: its unet/ could be moved aside."""
-    model, of_a_run = (output / "model_index.json").exists(), (output / "run.json").exists()
-    if (base is not None and output.resolve() == base.resolve()) or (model and not of_a_run):
+    model = (output / "model_index.json").exists()
+    of_a_run = any((output / name).exists() for name in ("run.json", ".lock"))  # a killed run leaves only its lock
+    if output.resolve() == base.resolve() or (model and not of_a_run):
         raise InputError(f"--{flag} {str(output)!r} is a model's own folder; choose another")
 
 

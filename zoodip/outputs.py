@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from zoodip.arguments import is_embedding_file
 from zoodip.diffusion import Data, FrozenModel, Inputs, evaluation_batches
-from zoodip.errors import InputError, Interrupted
-from zoodip.pictures import Drawer, picture_sheet
+from zoodip.errors import InputError
+from zoodip.pictures import Drawer, cell_size, drawing_bar, picture_sheet
 from zoodip.prompts import file_stem, save_embedding
 
 SIZES_ELSEWHERE = (768, 1024)  # of the tokens of Stable Diffusion 1.x and 2.x; other programs load no others
@@ -80,14 +79,8 @@ class TokenOutputs:
         if not (self.validates or compare):
             return
         drawer, prompt = self.drawer(), self.inputs.picture_prompt
-        cell = drawer.resolution * math.ceil(256 / drawer.resolution)  # a miniature's 64 pixels are hard to see
-        rows, total = 1 + compare, len(self.seeds) * drawer.forwards
-        with tqdm(total=rows * total, desc=f"drawing {prompt!r}", unit="step", leave=False) as bar:
-
-            def after_step() -> None:
-                bar.update()
-                if stopped():
-                    raise Interrupted
+        cell, steps = cell_size(drawer.resolution), (1 + compare) * len(self.seeds) * drawer.forwards
+        with drawing_bar(prompt, steps, stopped) as after_step:
 
             def row(theta: torch.Tensor) -> list[Image.Image]:
                 assert self.inputs.picture_prompts is not None

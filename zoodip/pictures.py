@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 from zoodip.diffusion import FrozenModel
-from zoodip.errors import damaged_model
+from zoodip.errors import Interrupted, damaged_model
 from zoodip.model import assemble_pipeline, load_vae_decoder
 from zoodip.prompts import Prompts, encode_prompts
 
@@ -101,6 +104,24 @@ def wrap(text: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
                 lines.append("")
             lines[-1] += letter
     return [line for line in lines if line]
+
+
+@contextmanager
+def drawing_bar(prompt: str | None, steps: int, stopped: Callable[[], bool]) -> Iterator[Callable[[], None]]:
+    """A bar over `steps` denoising steps -> what to call after each, which raises Interrupted once `stopped()`."""
+    with tqdm(total=steps, desc=f"drawing {prompt!r}", unit="step", leave=False) as bar:
+
+        def after_step() -> None:
+            bar.update()
+            if stopped():
+                raise Interrupted
+
+        yield after_step
+
+
+def cell_size(resolution: int) -> int:
+    """Pixels at which a sheet shows a picture of `resolution`: at least 256, since a miniature's 64 are hard to see."""
+    return resolution * math.ceil(256 / resolution)
 
 
 def picture_sheet(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -87,5 +88,6 @@ class PriorPictures:
         except (SafetensorError, OSError):
             pass  # none yet, or incomplete
         latents = encode(paths)
-        write_atomically(self.encoded, serialize({"latents": latents}, {"format": "pt", "key": key}))
+        with suppress(InputError):  # it is only a cache, and the user's pictures may be in a read-only folder
+            write_atomically(self.encoded, serialize({"latents": latents}, {"format": "pt", "key": key}))
         return latents

@@ -5,7 +5,7 @@ A trainer has `state_dict`, `load_state_dict` and `remedy` (what to try if its n
 draw the untrained model), like `TokenOutputs`. Every training script then has the same form:
 
     run = Run(trainer, generator, accelerator, settings, fingerprint, ...)
-    run.resume(checkpoint), run.claim()            # errors are reported here, before a model is loaded
+    run.resume(checkpoint), run.claim(base)        # errors are reported here, before a model is loaded
     with run:
         for step in run.steps(outputs):            # bar, curve, checkpoints, pictures, Ctrl-C
             run.note(loss of the step, forwards)
@@ -41,7 +41,8 @@ from zoodip.process import StopSignal
 from zoodip.records import environment, peak_memory_gb
 
 TRACKER = "zoodip"  # the project in W&B, and TensorBoard's folder in the output folder
-WRITTEN_IN = ("", "unet*/", "vae/", "text_encoder/", "tokenizer/", "scheduler/", "peft_adapter*/")  # of the output folder
+# of the output folder
+WRITTEN_IN = ("", "unet*/", "vae/", "text_encoder/", "tokenizer/", "scheduler/", "peft_adapter*/", "class_images/")
 LEFTOVER = re.compile(r"\..+\.[0-9]+\.tmp")  # as `write_atomically` names them; other .tmp files are the user's
 MOST_SKIPPED = 20  # consecutive steps without a usable loss
 
@@ -183,13 +184,13 @@ class Run:
         )
         return header, {**tensors, "generator": self.generator.get_state()}
 
-    def claim(self, saved: int = 0) -> None:
+    def claim(self, base: Path, saved: int = 0) -> None:
         """Create the output folder, check that it can hold the run's files, lock it, remove partial files of a killed run.
 
-        saved: size in bytes of what is learned, if that is large. Raises InputError.
+        base: the model's folder; saved: size in bytes of what is learned, if that is large. Raises InputError.
         """
         if self.is_main:
-            refuse_model_folder("output_dir", self.folder)
+            refuse_model_folder("output_dir", self.folder, base)
             checkpoint = sum(tensor.nbytes for tensor in self.state()[1].values())
             copies = self.max_train_steps // self.save_steps - self.progress.step // self.save_steps if self.save_steps else 0
             regular = checkpoint if self.checkpointing_steps else 0
@@ -228,6 +229,8 @@ class Run:
         elsewhere = self.resumed_from is not None and self.resumed_from.resolve().parent != self.folder.resolve()
         if self.is_main and (progress.step == 0 or elsewhere):
             set_aside(self.folder, outputs.files)  # before a tracker opens its folder, which is moved too
+        if elsewhere and self.checkpointing_steps:
+            self.write_checkpoint()  # this folder's first, from which `latest` goes on
         given = {name: value for name, value in self.settings.items() if value is not None}
         plain = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in given.items()}
         self.start_trackers(plain)
@@ -236,6 +239,8 @@ class Run:
             self.evaluate(outputs)
         if progress.step:  # the run may have stopped before this step's pictures were drawn
             stopped = self.draw_if_due(outputs, unless_drawn=True)
+            if stopped and elsewhere:
+                self.write_checkpoint()
         if outputs.draws_before and progress.step == 0:
             if self.is_main:
                 self.draw(outputs, final=False)
@@ -255,7 +260,7 @@ class Run:
             stopped = self.stop_requested()
             progress.step += 1
             stopped = self.after_step(outputs, stopped)
-        if progress.step == progress.skipped > 0:
+        if progress.step == progress.skipped > 0 and not stopped:
             raise InputError("no step had a usable loss; try --mixed_precision fp32, or another model")
         self.bar.close()
         if self.is_main:
@@ -395,7 +400,7 @@ class Run:
         """
         progress, steps = self.progress, self.progress.step - self.first_step
         if steps == 0:
-            with suppress(OSError, ValueError, LookupError):
+            with suppress(OSError, ValueError, LookupError, TypeError):
                 if json.loads((self.folder / "run.json").read_text())["step"] == progress.step:
                     return
         write_json(

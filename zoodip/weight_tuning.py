@@ -12,7 +12,6 @@ A system is a subclass of `System` in a script of trainers/. Every such script t
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from zoodip.arguments import flags_for, settings_of
 from zoodip.diffusion import Batch, Data, TimestepSampler, draw_batch, evaluation_batches, merge_batches, timestep_sampler
-from zoodip.errors import InputError, Interrupted
-from zoodip.folder import native_resolution, packed_as, refuse_model_folder
+from zoodip.errors import InputError
+from zoodip.folder import native_resolution, packed_as
 from zoodip.model import build_model
-from zoodip.pictures import Drawer, picture_sheet
+from zoodip.pictures import Drawer, cell_size, drawing_bar, picture_sheet
 from zoodip.prior import PriorPictures
 from zoodip.process import make_accelerator
 from zoodip.quantize import default_precision, frozen_format
@@ -223,18 +221,10 @@ class TunedOutputs:
         if not self.draws_before:
             return
         drawer, states = self.drawer(), self.model.states[[self.inputs.picture_row, self.inputs.empty_row]]
-        cell = drawer.resolution * math.ceil(256 / drawer.resolution)  # a miniature's 64 pixels are hard to see
-        total = len(self.seeds) * drawer.forwards
-        with tqdm(total=total, desc=f"drawing {self.inputs.picture_prompt!r}", unit="step", leave=False) as bar:
-
-            def after_step() -> None:
-                bar.update()
-                if stopped():
-                    raise Interrupted
-
-            with self.model.precision():
-                pictures = list(drawer.draw_states(states, [(0, seed) for seed in self.seeds], after_step))
-        caption = f"{self.inputs.picture_prompt}, after {step} steps"
+        prompt, steps, cell = self.inputs.picture_prompt, len(self.seeds) * drawer.forwards, cell_size(drawer.resolution)
+        with drawing_bar(prompt, steps, stopped) as after_step, self.model.precision():
+            pictures = list(drawer.draw_states(states, [(0, seed) for seed in self.seeds], after_step))
+        caption = f"{prompt}, after {step} steps"
         yield f"validation-{step}.png", picture_sheet([(pictures, caption)], cell=cell, gap=0)
 
     def check(self, step: int) -> str | None:
@@ -309,7 +299,6 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     flags: {name: value}, those of `arguments.add_tuning_flags`; setting_names: which of them affect the result.
     """
     inputs = read_tuning_inputs(**flags_for(read_tuning_inputs, flags))
-    refuse_model_folder("output_dir", Path(flags["output_dir"]), inputs.folder)
     refuse_other_packing(system, inputs)
     accelerator = make_accelerator(1, compile=False, **flags_for(make_accelerator, flags))
     device = accelerator.device
@@ -327,7 +316,7 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     run = Run(tuner, generator, accelerator, settings, fingerprint(inputs, prior), **flags_for(Run, flags))
     run.resume(flags["resume_from_checkpoint"])
     system.claim(inputs, architecture)
-    run.claim(system.saved_bytes(tuner.shapes))
+    run.claim(inputs.folder, system.saved_bytes(tuner.shapes))
     model, data, class_data = load_tuned_model(
         inputs, system.quantization, system.trains_unet, prior, device, **flags_for(load_tuned_model, flags)
     )
