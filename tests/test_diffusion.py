@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import seeded
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from tiny import alphas_cumprod, from_pretrained, scheduler_of
 
@@ -17,6 +18,7 @@ from zoodip.diffusion import (
     Data,
     draw_batch,
     encode_images,
+    encoder_moments,
     evaluation_batches,
     load_model,
     merge_batches,
@@ -114,6 +116,16 @@ def test_encode_images(tiny_model, tmp_path, center_crop):
             # the same sums in another order, in fp32: values of size 0.1 to 1
             torch.testing.assert_close(latents[i, flip, 0], distribution.mean[0] * 0.18215, rtol=0, atol=2e-6)
             torch.testing.assert_close(latents[i, flip, 1], distribution.std[0] * 0.18215, rtol=0, atol=2e-6)
+
+
+def test_an_encoder_with_attention():
+    """An autoencoder that is not built like Stable Diffusion's is left to the library, and none of its layers is left out."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(down_block_types=("AttnDownEncoderBlock2D", "DownEncoderBlock2D"), block_out_channels=(8, 8),
+                        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4).eval()  # fmt: skip
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(encoder_moments(vae, pixels), vae.encode(pixels).latent_dist.parameters)
 
 
 def test_a_fault_of_the_compiler_is_not_blamed_on_the_folder(tiny_model, subject, monkeypatch):

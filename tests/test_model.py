@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import PARTS, assert_same, from_pretrained, load, rewrite, weights_of
 from torch import nn
 
-from zoodip.errors import InputError
+from zoodip.errors import DamagedModel, InputError, damaged_model
 from zoodip.folder import WEIGHT_NAMES, download_model, find_model_folder
 from zoodip.model import load_pipeline, settle_threads
 from zoodip.prompts import build_prompts, encode_prompts, load_tokenizer, read_embedding_rows
@@ -333,3 +333,12 @@ def test_a_small_model_on_a_cpu_has_one_thread(monkeypatch):
             assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_fault_of_the_gpu_is_not_told_by_the_folder_s_name(tmp_path):
+    """A driver's error is no fault of the files, but a folder may well be called after a GPU."""
+    folder = tmp_path / "cuda" / "sd"
+    with pytest.raises(DamagedModel, match="cuda/sd"), damaged_model(folder):
+        raise OSError(f"Can't load tokenizer for '{folder}'")
+    with pytest.raises(RuntimeError, match="illegal memory access"), damaged_model(folder):
+        raise RuntimeError(f"CUDA error: an illegal memory access was encountered, loading {folder}")

@@ -165,6 +165,15 @@ def test_modes(tmp_path, mode, suffix, colour, expected):
     assert difference(open_image(tmp_path / f"x.{suffix}"), Image.new("RGB", (16, 16), expected)) <= 3
 
 
+@pytest.mark.parametrize("most", [1, 255, 65535])
+def test_floating_point_greys(tmp_path, most):
+    """TIFF of floats come in the ranges [0, 1], [0, 255] and [0, 65535]; all show the same greys."""
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    Image.fromarray(ramp * most).save(tmp_path / "x.tiff")
+    shown = np.asarray(open_image(tmp_path / "x.tiff"), int)
+    assert np.abs(shown - np.arange(256).reshape(16, 16, 1)).max() <= 1  # rounded once
+
+
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
 def test_animation_gives_its_first_frame(tmp_path, suffix):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
@@ -273,6 +282,8 @@ def test_find_images(tmp_path, capsys):
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "skipped 5" in line and "notes.txt" in line and "HEIC" not in line
     assert [path.name for path in find_images(f"{folder}/")] == expected
+    with pytest.raises(InputError, match="^--references: there is no folder 'nowhere'"):  # the flag that the user gave
+        find_images("nowhere", "references")
 
 
 # --- captions ---

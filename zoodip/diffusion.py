@@ -186,7 +186,11 @@ def encoder_moments(vae: AutoencoderKL, hidden: torch.Tensor) -> torch.Tensor:
 
     At 512 pixels, one takes 0.13 GB; the encoder's own forward holds six of them.
     """
+    from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D
+
     encoder: Any = vae.encoder  # its blocks are of several classes with the same parts
+    if not all(type(block) is DownEncoderBlock2D for block in encoder.down_blocks):
+        return vae._encode(hidden)  # not built like Stable Diffusion's
     hidden = encoder.conv_in(hidden)
     for block in encoder.down_blocks:
         for resnet in block.resnets:

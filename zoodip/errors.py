@@ -54,13 +54,14 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(phrase in str(error) for phrase in words)
 
 
-def of_gpu_or_compiler(error: Exception) -> bool:
-    """Whether an error comes from a GPU, its driver or a compiler, and says nothing about a file."""
+def of_gpu_or_compiler(error: Exception, path: Path | None = None) -> bool:
+    """Whether an error comes from a GPU, its driver or a compiler, and says nothing about the file or folder `path`."""
     import torch
 
     if isinstance(error, torch.AcceleratorError) or type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return True
-    return re.search("CUDA|cuDNN|triton", str(error), re.IGNORECASE) is not None
+    text = str(error) if path is None else str(error).replace(str(path), "")  # the path may have such a word in it
+    return re.search("CUDA|cuDNN|triton", text, re.IGNORECASE) is not None
 
 
 @contextmanager
@@ -71,7 +72,7 @@ def damaged_model(path: Path) -> Iterator[None]:
     except (InputError, Interrupted):
         raise
     except Exception as error:  # every class of every library raises its own
-        if out_of_memory(error) or of_gpu_or_compiler(error):
+        if out_of_memory(error) or of_gpu_or_compiler(error, path):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DamagedModel(path, f"cannot be loaded ({reason})") from error

@@ -47,26 +47,24 @@ STYLE_TEMPLATES = [
 ]  # fmt: skip
 
 
-def find_images(folder: str | Path) -> list[Path]:
+def find_images(folder: str | Path, flag: str = "train_data_dir") -> list[Path]:
     """The image files of `folder` in name order; hidden, nested and other entries are skipped with a one-line notice.
 
     Raises InputError if the folder is missing or holds no image.
     """
     folder = Path(folder)
     if folder.is_file():
-        raise InputError(f"--train_data_dir: {str(folder)!r} is a file; give the folder that it is in")
+        raise InputError(f"--{flag}: {str(folder)!r} is a file; give the folder that it is in")
     if not folder.is_dir():
         raise InputError(
-            f"--train_data_dir: there is no folder {str(folder)!r}; give a folder of images (dataset/README.md "
+            f"--{flag}: there is no folder {str(folder)!r}; give a folder of images (dataset/README.md "
             "says how to get the paper's)"
         )
     try:
         entries = sorted(folder.iterdir(), key=lambda path: path.name)
         images = [path for path in entries if is_image_name(path)]
     except OSError as error:
-        raise InputError(
-            f"--train_data_dir: {str(folder)!r} cannot be read ({error.strerror}); change its permissions"
-        ) from error
+        raise InputError(f"--{flag}: {str(folder)!r} cannot be read ({error.strerror}); change its permissions") from error
     captions = {path.with_suffix(".txt") for path in images}
     skipped = [path for path in entries if path not in images and path not in captions]
     heic = any(is_heic(path) for path in skipped)
@@ -80,7 +78,7 @@ def find_images(folder: str | Path) -> list[Path]:
         counts = {path.name: count_images(path) for path in skipped if path.is_dir()}
         nested = ", ".join(f"there are {count} in {name}/" for name, count in counts.items() if count)
         remedy = f"{nested}: give that folder" if nested else f"put JPEG, PNG or WebP files there{hint}"
-        raise InputError(f"--train_data_dir: no images in {str(folder)!r}; {remedy}")
+        raise InputError(f"--{flag}: no images in {str(folder)!r}; {remedy}")
     return images
 
 
@@ -142,6 +140,8 @@ def open_image(path: str | Path) -> Image.Image:
                 if not np.isfinite(values).all():
                     raise ValueError("it holds NaN or Inf")
                 scale = 257.0 if image.mode.startswith("I;16") or values.max() > 255 else 1.0
+                if image.mode == "F" and values.max() <= 1:  # floating-point files have either range
+                    scale = 1 / 255
                 image = Image.fromarray((values / scale).clip(0, 255).round().astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
                 image = image.convert("RGBA")
