@@ -45,7 +45,7 @@ from reproduction.scores import (
 from reproduction.worlds import CLIP, DINO
 from zoodip.arguments import DEFAULT_WORD, flags_for, new_parser, settings_of
 from zoodip.diffusion import FrozenModel, forbid_tf32, settle_flags
-from zoodip.errors import InputError, run_script
+from zoodip.errors import InputError, notice, run_script
 from zoodip.files import write_atomically, write_image, write_json
 from zoodip.folder import resolve_model
 from zoodip.model import SCHEDULERS, load_text_encoder, load_unet
@@ -113,12 +113,9 @@ def read_learned(args: argparse.Namespace) -> list[Evaluated]:
         else:
             word = flags.placeholder_token if flags.placeholder_token != DEFAULT_WORD else None  # the file says its own
             what, settings = read_embedding(path, word)
-            what, asked = what.float(), flags.quantization or "nf4"
-            if (quantization := settings.get("quantization", asked)) != asked:
-                print(f"{path}: was learned with --quantization {quantization}, its pictures are drawn with "
-                      f"{asked}", file=sys.stderr)  # fmt: skip
+            what = what.float()
         name = folder.resolve().name
-        references = [open_image(path) for path in find_images(folder)]
+        references = [open_image(path) for path in find_images(folder, "references")]
         learned.append(Evaluated(name, what, settings, references, *read_prompts(args.prompts, name, args.class_word)))
     if len({one.name for one in learned}) < len(learned):
         raise InputError("--references: two folders have the same name; name each after its subject")
@@ -190,6 +187,9 @@ def main(args: argparse.Namespace) -> None:
         if drawer is None or args.tuned:  # tokens share a model
             tuned = one.what if isinstance(one.what, Path) else None
             drawer = load_drawer(flags, device, args.inference_steps, args.guidance, args.batch_size, args.scheduler, tuned)
+        learned_with, drawn_with = one.settings.get("quantization", flags.quantization), flags.quantization
+        if learned_with != drawn_with and not args.tuned:  # tuned weights bring their own
+            notice(f"{one.name}: was learned with --quantization {learned_with}, its pictures are drawn with {drawn_with}")
         cache = PictureCache(drawer, args.output / one.name, learned_words(one, flags, drawer),
                              [flags.quantization, flags.mixed_precision, args.scheduler])  # fmt: skip
         pictures = cache.pictures(one.prompts, range(args.images))

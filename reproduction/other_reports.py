@@ -12,15 +12,17 @@ from reproduction.binding_report import AIM_HEADER, COST_HEADER, aims, cost_line
 from reproduction.binding_rows import CORE
 from reproduction.fewer_forwards_forms import DEFAULT
 from reproduction.fewer_forwards_tables import measured_tables, read_found, searched_rivals
-from reproduction.pages import Image, Section, Table, shortened
+from reproduction.pages import Image, Section, Table, in_words, shortened
 from zoodip.records import ROOT
 
 BINDING = ROOT / "reproduction" / "binding"
 FEWER_FORWARDS = ROOT / "reproduction" / "fewer_forwards"
 
 BINDING_NOTE = """Two creatures in one picture, each with its own attributes; made by `python -m reproduction.binding`, all of
-whose rows and scores are in `reproduction/binding/RESULTS.md`. Yes (no) means that the interval lies wholly on that side of the
-bound."""
+whose rows and scores are in `reproduction/binding/RESULTS.md`. Here S1, S4 and S5 are sets of prompts (two creatures of
+different colours; a learned breed and another creature, each with an accessory; one creature), not tables of the paper;
+"phrase", "full" and "control" are methods of `docs/binding.md`; weights "none" are not quantised; figures are per cent. Yes
+(no) means that the interval lies wholly on that side of the bound."""
 COST_NOTE = "Processor time of one picture drawn by itself, in seconds and as a multiple of a plain picture's."
 FEWER_NOTE = """The Gauss-Newton trainer, which uses all of a forward's prediction, compared with the paper's loop at equal
 forwards on the twelve breeds; made by `python -m reproduction.fewer_forwards`, all of whose scores are in
@@ -47,7 +49,7 @@ def pictures(folder: Path, paths: list[Path]) -> list[Image]:
 def fewer_forwards_sections(folder: Path, fewer: Path) -> list[Section]:
     found, commits = read_found(fewer / "results.json")
     tables = measured_tables(found, DEFAULT.label, searched_rivals(fewer))
-    note = f"{FEWER_NOTE} Runs of commit {', '.join(map(shortened, commits))}."
+    note = f"{FEWER_NOTE} Runs of {in_words([*map(shortened, commits)])}."
     return [
         Section("Fewer forwards: the aims", [note], table=tables["aims"]),
         Section("Fewer forwards: at which budgets it wins", [VERDICT_NOTE], table=tables["verdicts"],
@@ -61,7 +63,7 @@ def binding_sections(folder: Path, binding: Path) -> list[Section]:
     wanted = Table(AIM_HEADER, aims(tables_of(records["pictures"], CORE), records["costs"]))
     cost = Table(COST_HEADER, cost_lines(records["costs"]))
     return [
-        Section("Binding: the aims", [f"{BINDING_NOTE} Pictures of commit {', '.join(commits)}."], table=wanted,
+        Section("Binding: the aims", [f"{BINDING_NOTE} Pictures of {in_words(commits)}."], table=wanted,
                 sheets=pictures(folder, sorted(binding.glob("S*.jpg")))),
         Section("Binding: what a picture costs", [COST_NOTE], table=cost),
     ]  # fmt: skip

@@ -69,3 +69,8 @@ def shortened(commit: str) -> str:
     """The first seven digits, and whether the working tree differed from the commit."""
     digits, _, dirty = commit.partition("-")
     return digits[:7] + f"-{dirty}" * bool(dirty)
+
+
+def in_words(commits: list[str]) -> str:
+    """Commits as they stand in a sentence."""
+    return f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"

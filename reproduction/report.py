@@ -16,7 +16,7 @@ from reproduction.declarations import CLAIM_COLUMNS, COLUMNS, Experiment, Row
 from reproduction.experiments import BY_NAME, CLASS_WORD, EXPERIMENTS
 from reproduction.memory_claims import memory_claims
 from reproduction.other_reports import other_reports
-from reproduction.pages import Image, Section, Table, shortened, write_pages
+from reproduction.pages import Image, Section, Table, in_words, shortened, write_pages
 from reproduction.rates import rates_note
 from reproduction.runs import Job, Settings
 from reproduction.stats import (
@@ -144,7 +144,7 @@ def difference_of(values: list[float], score: str) -> str:
         return "-"
     mean, half_width = mean_interval(values)
     text = interval(mean, half_width, score, sign=True)
-    if np.isfinite(half_width) and abs(mean) <= half_width:
+    if half_width > 0 and abs(mean) <= half_width < np.inf:  # without any spread, nothing is known about what would be seen
         text += f" ({number(smallest_effect(half_width, len(values)), score)} would be seen)"
     return text
 
@@ -215,7 +215,7 @@ def difference(finding: Finding, score: str) -> str:
         return "-"
     mean, half_width, count = finding.differences[score]
     text = interval(mean, half_width, score, sign=True)
-    if score == finding.score and finding.margin is None and np.isfinite(half_width) and abs(mean) <= half_width:
+    if score == finding.score and finding.margin is None and half_width > 0 and abs(mean) <= half_width < np.inf:
         text += f", {number(smallest_effect(half_width, count), score)} would be seen"
     text += f" (published {number(finding.published[score], score, sign=True)})" if score in finding.published else ""
     return f"**{text}**" if score == finding.score else text
@@ -290,18 +290,20 @@ def several_note(findings: list[Finding]) -> str:
 
 
 CLAIMS_NOTE = """A claim is from ZOODiP's paper unless another source is named, and is about the difference between two rows. It
-is reproduced if the 95 % interval of that difference lies above 0, contradicted if it lies below, and no difference was found if
-the interval contains 0: whatever it contains remains possible. "One larger than X would probably have shown" means that these
-runs would have shown a true difference of X with a probability of 80 %. "As good" is judged in the same way against minus a tenth
-of what the other row gained over the class word, and is not decided if the interval contains that value. Our own questions are
-answered with yes or no."""
+is reproduced if the 95 % interval of that difference lies above 0, contradicted if it lies below, and no difference was found
+if the interval contains 0: whatever it contains remains possible. "One larger than X would probably have shown" means that
+these runs would have shown a true difference of X with a probability of 80 %. "As good" is judged in the same way against minus
+a tenth of what the other row gained over the class word, and is not decided if the interval contains that value. Such an
+interval may lie wholly below 0: then the row is worse, and it is open only whether by more than that tenth. Our own questions
+are answered with yes or no."""
 
 MORE_ON_CLAIMS = """A subject's seeds are averaged, and the rows are then paired over subjects (for a single subject: over its
-seeds or rounds). One score decides a claim, chosen before the runs (bold in the table); all others are given for comparison. For
-losses, lower is better. The tenth that "as good" may give up is measured on the same runs, and its own error is not counted.
-"The best other row" is chosen on the other subjects. "Made on two machines" means that the pair's runs differ in device or in
-versions of the libraries. Rounds are of one machine, and their intervals hold for it alone. "Mean loss on the way there" is the
-mean of the learning curve over the forwards that every row has used."""
+seeds or rounds). One score decides a claim, chosen before the runs (bold in the table); all others are given for comparison.
+For losses, drift and similarity of pictures of one prompt (DINO_inter, CLIP_inter), lower is better. The tenth that "as good"
+may give up is measured on the same runs, and its own error is not counted. "The best other row" is chosen on the other
+subjects. "Made on two machines" means that the pair's runs differ in device or in versions of the libraries. Rounds are of one
+machine, and their intervals hold for it alone. "Mean loss on the way there" is the mean of the learning curve over the forwards
+that every row has used."""
 
 
 MEMORY_NOTE = """What nvidia-smi shows on a GPU for each method's own script at Stable Diffusion v1.5's size, with 512 pixels,
@@ -310,7 +312,9 @@ There is one run of each. "Reproduced" means that our ratio is at most a quarter
 record was made."""
 
 CURVES_NOTE = ("Loss on the judging set (t in [500, 900)), and scores of the snapshots' pictures, against forwards used; bands "
-               "are 95 % intervals after each subject's own level is taken out.")  # fmt: skip
+               "are 95 % intervals after each subject's own level is taken out. Only runs of Tables 1 and Stop have pictures on "
+               "their way, fewer than the tables score: elsewhere a single line of scores is the default run, which Table 1 has "
+               "too.")  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The report
@@ -348,7 +352,7 @@ def introduction(names: list[str], settings: Settings, jobs: list[Job], done: in
     versions = "; or ".join(sorted({", ".join(map(" ".join, packages.items())) for _, packages in machines}))
     text = [
         f"{done} of {len(jobs)} runs, {hours:.1f} hours of training in all (summed over processes that ran side by side). "
-        f"Made by `{command_of(names, settings)}` on {devices}, commit {', '.join(commits)}; {versions}. The tokens, curves "
+        f"Made by `{command_of(names, settings)}` on {devices}, {in_words(commits)}; {versions}. The tokens, curves "
         f"and scores of every run are in `{archives.ARCHIVE}`, but not tuned weights, which are too large: `--report_only` makes "
         "this report from it, and `--redraw` the pictures of tokens.",
         "± is the half width of a 95 % interval (Student's t over subjects, each the mean of its seeds; for a single subject "

@@ -48,6 +48,8 @@ TUNER_ROWS = (
 )
 CONFOUND = ("The systems that tune weights are prompted with \"a sks dog in the jungle\", the token methods with \"a <sks> in "
             "the jungle\": the class word is part of what is compared.")  # fmt: skip
+WEIGHTS = ("DreamBooth's weights are not quantised, those of QLoRA and DiffuseKronA (factors 4 and 16) are NF4, those of PEQA "
+           "and TuneQDM (four experts) 8-bit integers; losses on different weights cannot be compared.")  # fmt: skip
 NO_DRIFT = "Drift is measured on pictures of the class word alone, which a token does not change."
 
 INTERVALS = ((0, 250), (250, 500), (500, 750), (750, 1000), (500, 900))  # the last is PUTS's
@@ -116,7 +118,7 @@ TUNING_EXPERIMENTS = (
     ), TUNING_COLUMNS, on_request=True,
         plot=PictureGrid("tuning.jpg", {"untuned": "untuned, NF4"} | {system: system for system in TUNERS}, SHOWN),
         note="Every photograph has the prompt \"a photo of sks\" followed by its class. Drift is measured on pictures of the "
-             "class word alone; the untuned rows show how much of it is chance."),
+             "class word alone; the untuned rows show how much of it is chance. " + WEIGHTS),
     Experiment("Prompts", "Captions and prior preservation in weight tuning", (
         *(row for system in TUNERS
           for row in (tuned(system), tuned(system, f"{system}, captions", against=system, use_cc=True))),
@@ -152,10 +154,12 @@ TUNING_EXPERIMENTS = (
         plot=PictureGrid("krona.jpg", {"untuned": "untuned, NF4", "KronA (4, 64)": "KronA (4, 64)",
                                        "KronA (4, 16)": "KronA (4, 16)", "KronA (8, 64)": "KronA (8, 64)",
                                        "LoRA": "LoRA r = 2"}, SHOWN),
-        note="LoRA r = 2 has as many parameters as (4, 64) in Stable Diffusion v1.5; on the miniature (8, 64) is nearest to it, "
-             "and the rows at four rates are of (4, 16), which has fewer (last column). The four rates are the same for both "
-             "systems, around KronA's. KronA's paper uses another model, other subjects and another DINO (Stable Diffusion v1.4, "
-             "12 subjects; CLIP-I, CLIP-T, DINO: LoRA .808, .260, .710, (8, 64) .822, .269, .732)."),
+        note="LoRA r = 2 has as many parameters as (4, 64) in Stable Diffusion v1.5; on the miniature (8, 64) is nearest to "
+             "it, and the rows at four rates are of (4, 16), which has fewer (last column) and whose run is the row "
+             "\"DiffuseKronA, 1 x\". QLoRA is LoRA r = 2 too. Rows of the spread over the four rates give the standard "
+             "deviation of each score over them, as a mean over breeds. The four rates are the same for both systems, "
+             "around KronA's. KronA's paper uses another model, other subjects and another DINO (Stable Diffusion v1.4, 12 "
+             "subjects; CLIP-I, CLIP-T, DINO: LoRA .808, .260, .710, (8, 64) .822, .269, .732)."),
     Experiment("Factors", "Kronecker factors of DiffuseKronA", (
         *(factor_row(a1, 64) for a1 in (2, 4, 8, 16)), *(factor_row(a1, 16) for a1 in (2, 4)),
     ), (*TUNING_COLUMNS, "trained"), on_request=True, breeds=4, against="KronA (4, 64)"),

@@ -338,7 +338,7 @@ that a run fits these, and only pictures show whether it knows the subject."""
                 raise InputError(
                     f"--data {self.data}: has no folder {subject}; dataset/README.md says how to get the paper's subjects"
                 )
-            find_images(self.data / subject)
+            find_images(self.data / subject, "data")
         self.write_other_captions()
 
     def class_word(self, subject: str) -> str:

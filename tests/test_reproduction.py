@@ -56,6 +56,7 @@ from reproduction.experiments import BY_NAME, EXPERIMENTS, QUALITY_AND_MEMORY, T
 from reproduction.tuning_experiments import GRID_FACTORS, SYSTEMS, TUNERS
 from zoodip.errors import InputError
 from zoodip.model import load_unet
+from zoodip.packing import save_quantized
 from zoodip.prompts import read_embedding, save_embedding
 from zoodip.records import ROOT
 from zoodip.tuned_files import load_tuned_pipeline
@@ -274,6 +275,10 @@ def test_evaluate_command(tiny_model, subject, tmp_path, capsys):
     assert (tmp_path / "out" / "scores.csv").read_text().splitlines()[0] == "subject,CLIP-T,CLIP-I,DINO,CLIP_inter,DINO_inter"
     assert len(list((tmp_path / "out" / "dog6").glob("*.png"))) == 2 * 2 + 2
     assert Image.open(tmp_path / "out" / "dog6.png").width > 200
+    save_quantized(tmp_path / "packed", pretrained_model_name_or_path=str(tiny_model), revision=None, variant=None,
+                   model_config=None, quantization="int8")  # fmt: skip
+    evaluate.main(evaluate.parse_args([*argv[:-2], str(tmp_path / "packed"), "--cpu"]))
+    assert "was learned with" not in capsys.readouterr().err  # a packed folder has its own bits
 
 
 @pytest.mark.parametrize(("method", "base"), [("qlora", "folder"), ("dreambooth", "folder"), ("qlora", "hub"), ("qlora", "file")])
