@@ -11,12 +11,13 @@ import pytest
 import torch
 from conftest import arguments, make_subject, run_cli
 
+from miniature.trainer import autocast
 from train_zoodip import OPTIONAL_SETTINGS, SETTINGS, ZOAdam, build_parser, parse_args
 from zoodip.arguments import DEFAULT_MODEL, flags_for
 from zoodip.errors import InputError, memory_advice
 from zoodip.files import lock_folder
 from zoodip.folder import download_model
-from zoodip.quantize import default_precision
+from zoodip.quantize import choose_precision
 
 
 @pytest.mark.parametrize(("flag", "value", "words"), [
@@ -88,7 +89,7 @@ def test_required_flags(refused):
     assert "--quantization" in refused(argv=["--save_quantized", "y", "--quantization", "none"])
     both = ["--train_data_dir", "x", "--initializer_token", "dog", "--output_dir", "y/run"]
     for packed in ("y", "y/run"):  # training creates --output_dir first, and packing then finds it there
-        assert "--save_quantized y" in refused(argv=[*both, "--save_quantized", packed])
+        assert "must not be, or contain, --output_dir" in refused(argv=[*both, "--save_quantized", packed])
     assert parse_args([*both, "--save_quantized", "y/packed"]).save_quantized == "y/packed"
 
 
@@ -226,7 +227,17 @@ def test_defaults_of_functions_are_the_flags():
 
 def test_defaults_that_depend_on_the_device():
     """Half precision where it halves the memory."""
-    assert [default_precision(torch.device(name)) for name in ("cpu", "cuda")] == ["fp32", "fp16"]
+    assert [choose_precision(None, torch.device(name)) for name in ("cpu", "cuda")] == ["fp32", "fp16"]
+
+
+@pytest.mark.parametrize(("capability", "told"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
+def test_a_processor_that_emulates_16_bits(monkeypatch, capsys, capability, told):
+    """On one from before AVX-512, bf16 made steps three times slower, without a word."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert [choose_precision(name, torch.device("cpu")) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
+    assert choose_precision("bf16", torch.device("cuda")) == "bf16"
+    assert capsys.readouterr().err.count("this processor has no instructions for it") == 2 * told
+    assert autocast(torch.device("cpu"))._enabled != told
 
 
 @pytest.mark.parametrize(("given", "expected"), [

@@ -115,7 +115,7 @@ def main(flags: dict) -> None:
     from zoodip.folder import packed_as, resolve_model, vae_scale_factor
     from zoodip.model import load_pipeline
     from zoodip.prompts import load_tokenizer, read_embedding_rows
-    from zoodip.quantize import DTYPES, default_precision
+    from zoodip.quantize import DTYPES, choose_precision
 
     methods, output = settings_of_flags(flags), flags["output"]
     sheet = flags["sheet"] or output / "sheet.png"
@@ -125,7 +125,7 @@ def main(flags: dict) -> None:
     )
     device = torch.device("cuda" if torch.cuda.is_available() and not flags["cpu"] else "cpu")
     flags["quantization"] = flags["quantization"] or packed_as(folder, variant) or "none"
-    flags["mixed_precision"] = flags["mixed_precision"] or default_precision(device)
+    flags["mixed_precision"] = choose_precision(flags["mixed_precision"], device)
     canvas(read_json(folder / "unet" / "config.json"), vae_scale_factor(folder), flags["height"], flags["width"])
     tokenizer = load_tokenizer(folder)
     add_words(tokenizer, embeddings, width=read_embedding_rows(folder, variant, [0]).shape[1])
