@@ -37,7 +37,7 @@ from zoodip.model import load_unet
 from zoodip.pictures import Drawer
 from zoodip.process import make_accelerator
 from zoodip.prompts import read_embedding
-from zoodip.quantize import DTYPES, AffineLayer, choose_precision, frozen_format
+from zoodip.quantize import DTYPES, AffineLayer, default_precision, frozen_format
 from zoodip.records import environment
 from zoodip.subject import find_images, open_image
 from zoodip.tuned_files import load_tuned_unet
@@ -279,7 +279,7 @@ class WeightJudge(Judge):
         args, path = self.args, runs.learned_path(spec, settings)
         flags = {name: vars(args)[name] for name in JUDGED_TUNING_FLAGS}
         flags |= dict(use_cc=True, num_eval_samples=settings.eval_samples, train_data_dir=self.judged_on)
-        flags["mixed_precision"] = self.precision = choose_precision(args.mixed_precision, self.device)
+        flags["mixed_precision"] = self.precision = args.mixed_precision or default_precision(self.device)
         inputs = read_tuning_inputs(**flags_for(read_tuning_inputs, flags))
         folder, variant = inputs.folder, inputs.variant
         flags["resolution"] = self.resolution = args.resolution or native_resolution(folder)

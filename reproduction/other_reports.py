@@ -21,8 +21,8 @@ FEWER_FORWARDS = ROOT / "reproduction" / "fewer_forwards"
 BINDING_NOTE = """Two creatures in one picture, each with its own attributes; made by `python -m reproduction.binding`, all of
 whose rows and scores are in `reproduction/binding/RESULTS.md`. Here S1, S4 and S5 are sets of prompts (two creatures of
 different colours; a learned breed and another creature, each with an accessory; one creature), not tables of the paper;
-"phrase", "full" and "control" are methods of `docs/binding.md`; weights "none" are not quantised; figures are per cent. Yes
-(no) means that the interval lies wholly on that side of the bound."""
+"phrase", "full" and "control" are methods of `docs/binding.md`; weights "none" are not quantised; figures are per cent, except
+the cost. Yes (no) means that the interval lies wholly on that side of the bound."""
 COST_NOTE = "Processor time of one picture drawn by itself, in seconds and as a multiple of a plain picture's."
 FEWER_NOTE = """The Gauss-Newton trainer, which uses all of a forward's prediction, compared with the paper's loop at equal
 forwards on the twelve breeds; made by `python -m reproduction.fewer_forwards`, all of whose scores are in

@@ -312,9 +312,9 @@ There is one run of each. "Reproduced" means that our ratio is at most a quarter
 record was made."""
 
 CURVES_NOTE = ("Loss on the judging set (t in [500, 900)), and scores of the snapshots' pictures, against forwards used; bands "
-               "are 95 % intervals after each subject's own level is taken out. Only runs of Tables 1 and Stop have pictures on "
-               "their way, fewer than the tables score: elsewhere a single line of scores is the default run, which Table 1 has "
-               "too.")  # fmt: skip
+               "are 95 % intervals after each subject's own level is taken out. Only the runs of Tables 1 and Stop have pictures "
+               "of their snapshots, fewer than the tables score; in the other plots, a single line of scores is the default run, "
+               "which is also in Table 1.")  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The report

@@ -17,7 +17,7 @@ from zoodip.arguments import DEFAULT_MODEL, flags_for
 from zoodip.errors import InputError, memory_advice
 from zoodip.files import lock_folder
 from zoodip.folder import download_model
-from zoodip.quantize import choose_precision
+from zoodip.quantize import default_precision, warn_of_emulation
 
 
 @pytest.mark.parametrize(("flag", "value", "words"), [
@@ -227,15 +227,18 @@ def test_defaults_of_functions_are_the_flags():
 
 def test_defaults_that_depend_on_the_device():
     """Half precision where it halves the memory."""
-    assert [choose_precision(None, torch.device(name)) for name in ("cpu", "cuda")] == ["fp32", "fp16"]
+    assert [default_precision(torch.device(name)) for name in ("cpu", "cuda")] == ["fp32", "fp16"]
 
 
 @pytest.mark.parametrize(("capability", "told"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
 def test_a_processor_that_emulates_16_bits(monkeypatch, capsys, capability, told):
     """On one from before AVX-512, bf16 made steps three times slower, without a word."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert [choose_precision(name, torch.device("cpu")) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
-    assert choose_precision("bf16", torch.device("cuda")) == "bf16"
+    warn_of_emulation.cache_clear()
+    for _ in range(2):
+        for precision, device in (("fp32", "cpu"), ("bf16", "cpu"), ("fp16", "cpu"), ("bf16", "cuda")):
+            warn_of_emulation(precision, device)
+    warn_of_emulation.cache_clear()
     assert capsys.readouterr().err.count("this processor has no instructions for it") == 2 * told
     assert autocast(torch.device("cpu"))._enabled != told
 

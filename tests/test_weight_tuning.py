@@ -285,6 +285,8 @@ def test_the_merged_unet_has_the_precision_of_the_model(tiny_model, subject, tmp
 @pytest.mark.parametrize("own", [True, False], ids=["the base", "another model"])
 def test_a_model_is_not_set_aside(own, copy, tiny_model, subject, tmp_path, capsys):
     """A run moves an earlier run's unet/ away; the user's model is refused as --output_dir, in one line, and stays as it is."""
+    if own:
+        (copy / ".lock").touch()  # as if a run had written it
     before = sorted((path, path.stat().st_mtime_ns) for path in copy.rglob("*"))
     base = copy if own else tiny_model
     runs = [(command(base, subject, copy), trainers.dreambooth), (arguments(base, subject, copy), train_zoodip)]

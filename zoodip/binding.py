@@ -112,10 +112,10 @@ def checked_prompts(tokenizer, embeddings: Sequence[Embedding], flags: dict, met
 
 def main(flags: dict) -> None:
     """Write pictures PROMPT-METHOD-SEED.png, a sheet and binding.json to --output. Raises InputError."""
-    from zoodip.folder import packed_as, resolve_model, vae_scale_factor
+    from zoodip.folder import packed_as, refuse_model_folder, resolve_model, vae_scale_factor
     from zoodip.model import load_pipeline
     from zoodip.prompts import load_tokenizer, read_embedding_rows
-    from zoodip.quantize import DTYPES, choose_precision
+    from zoodip.quantize import DTYPES, default_precision, warn_of_emulation
 
     methods, output = settings_of_flags(flags), flags["output"]
     sheet = flags["sheet"] or output / "sheet.png"
@@ -125,13 +125,15 @@ def main(flags: dict) -> None:
     )
     device = torch.device("cuda" if torch.cuda.is_available() and not flags["cpu"] else "cpu")
     flags["quantization"] = flags["quantization"] or packed_as(folder, variant) or "none"
-    flags["mixed_precision"] = choose_precision(flags["mixed_precision"], device)
+    flags["mixed_precision"] = flags["mixed_precision"] or default_precision(device)
+    warn_of_emulation(flags["mixed_precision"], device.type)
     canvas(read_json(folder / "unet" / "config.json"), vae_scale_factor(folder), flags["height"], flags["width"])
     tokenizer = load_tokenizer(folder)
     add_words(tokenizer, embeddings, width=read_embedding_rows(folder, variant, [0]).shape[1])
     prompts = checked_prompts(tokenizer, embeddings, flags, methods.values())
     if sheet.exists() and sheet.parent.resolve() != output.resolve():  # in --output, an earlier sheet is moved aside
         raise InputError(f"--sheet {str(sheet)!r} exists; choose another name, or remove it")
+    refuse_model_folder("output", output, folder)
     for path, flag in {sheet.parent: "sheet", output: "output"}.items():
         ensure_writable(path, flag, 0)
     lock = lock_folder(output, "output")  # another command would move these pictures aside

@@ -18,7 +18,7 @@ from zoodip.errors import DamagedModel, InputError, damaged_model, is_first_proc
 from zoodip.folder import choose_quantization, model_digest, native_resolution, resolve_model
 from zoodip.model import load_text_encoder, load_unet, load_vae_encoder
 from zoodip.prompts import Prompts, build_prompts, encode_prompts, load_tokenizer, starting_token, warn_of_an_ordinary_word
-from zoodip.quantize import DTYPES, choose_precision
+from zoodip.quantize import DTYPES, default_precision, warn_of_emulation
 from zoodip.subject import Subject, load_subject, open_image, to_square
 from zoodip.thrift import LOADING, STEPPING, computed_once, modules_before_text, split_feed_forward, tune_malloc
 
@@ -119,7 +119,7 @@ def settle_flags(
     return dict(
         variant=variant,
         quantization=choose_quantization(folder, variant, quantization),
-        mixed_precision=choose_precision(mixed_precision, device),
+        mixed_precision=mixed_precision or default_precision(device),
         resolution=resolution or native_resolution(folder),
     )
 
@@ -376,6 +376,7 @@ def load_model(
     forbid_tf32()
     tune_malloc(*LOADING)
     latents = encode_photographs(folder, variant, inputs.subject.paths, device, resolution, center_crop)
+    warn_of_emulation(mixed_precision, device.type)
     dtype = DTYPES[mixed_precision]
     text_encoder = load_text_encoder(folder, variant, quantization, dtype, device)
     unet = load_unet(folder, variant, quantization, dtype, device)

@@ -20,20 +20,27 @@ from zoodip.errors import notice
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def choose_precision(wanted: str | None, device: torch.device) -> str:
-    """--mixed_precision, with a notice if this processor has to emulate it. Default: fp16 halves memory on a GPU; on a CPU fp32,
-    as bf16 measures slopes less precisely."""
-    if wanted is None:
-        return "fp16" if device.type == "cuda" else "fp32"
-    if wanted != "fp32" and device.type == "cpu" and emulates_16_bits():
-        notice(f"--mixed_precision {wanted}: this processor has no instructions for it; it saves memory, but fp32 is faster")
-    return wanted
+def default_precision(device: torch.device) -> str:
+    """Default precision of activations: fp16 halves memory on a GPU; on a CPU fp32, as bf16 measures slopes less precisely."""
+    return "fp16" if device.type == "cuda" else "fp32"
 
 
-def emulates_16_bits() -> bool:
-    """Whether an x86 CPU has nothing newer than AVX2. With bf16 or fp16, a step of the miniature then takes 2.5 to 3.4 times as
-    long as with fp32, and one of its VAE's training eleven times."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+@cache
+def warn_of_emulation(mixed_precision: str, device_type: str) -> None:
+    """Tell, once, that this processor computes in 16 bits only slowly."""
+    if mixed_precision != "fp32" and emulates_16_bits(device_type):
+        notice(
+            f"--mixed_precision {mixed_precision}: this processor has no instructions for it; it saves memory, but fp32 is faster"
+        )
+
+
+def emulates_16_bits(device_type: str) -> bool:
+    """Whether the device is an x86 CPU with nothing newer than AVX2; AVX-512 without bf16 is not recognised.
+
+    With bf16 or fp16, a step of the miniature then takes 2.5 to 3.4 times as long as with fp32, and one of its VAE's training
+    eleven times.
+    """
+    return device_type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def frozen_format(quantization: str) -> str:

@@ -41,7 +41,7 @@ from zoodip.process import StopSignal
 from zoodip.records import environment, peak_memory_gb
 
 TRACKER = "zoodip"  # the project in W&B, and TensorBoard's folder in the output folder
-# of the output folder
+# folders of the output folder in which a run writes
 WRITTEN_IN = ("", "unet*/", "vae/", "text_encoder/", "tokenizer/", "scheduler/", "peft_adapter*/", "class_images/")
 LEFTOVER = re.compile(r"\..+\.[0-9]+\.tmp")  # as `write_atomically` names them; other .tmp files are the user's
 MOST_SKIPPED = 20  # consecutive steps without a usable loss
@@ -239,7 +239,7 @@ class Run:
             self.evaluate(outputs)
         if progress.step:  # the run may have stopped before this step's pictures were drawn
             stopped = self.draw_if_due(outputs, unless_drawn=True)
-            if stopped and elsewhere:
+            if stopped and elsewhere and not self.checkpointing_steps:
                 self.write_checkpoint()
         if outputs.draws_before and progress.step == 0:
             if self.is_main:

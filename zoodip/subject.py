@@ -140,7 +140,7 @@ def open_image(path: str | Path) -> Image.Image:
                 if not np.isfinite(values).all():
                     raise ValueError("it holds NaN or Inf")
                 scale = 257.0 if image.mode.startswith("I;16") or values.max() > 255 else 1.0
-                if image.mode == "F" and values.max() <= 1:  # floating-point files have either range
+                if image.mode == "F" and values.max() <= 2:  # of floats in [0, 1], which resampling may have thrown a little over
                     scale = 1 / 255
                 image = Image.fromarray((values / scale).clip(0, 255).round().astype(np.uint8))
             if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

@@ -19,7 +19,7 @@ from zoodip.folder import model_digest, resolve_model
 from zoodip.model import load_text_encoder, load_unet
 from zoodip.prior import PriorPictures
 from zoodip.prompts import Prompts, build_prompts, encode_prompts, load_tokenizer
-from zoodip.quantize import DTYPES, frozen_format
+from zoodip.quantize import DTYPES, frozen_format, warn_of_emulation
 from zoodip.subject import Subject, load_subject
 from zoodip.thrift import LOADING, STEPPING, split_feed_forward, tune_malloc
 
@@ -159,6 +159,7 @@ def load_tuned_model(
     folder, variant = inputs.folder, inputs.variant
     forbid_tf32()
     tune_malloc(*LOADING)
+    warn_of_emulation(mixed_precision, device.type)
     dtype, others = DTYPES[mixed_precision], frozen_format(quantization)
     data, states = load_tuning_data(inputs, others, dtype, device, resolution, center_crop)
     autocast = dtype if trains_unet else None

@@ -28,7 +28,7 @@ from zoodip.model import build_model
 from zoodip.pictures import Drawer, cell_size, drawing_bar, picture_sheet
 from zoodip.prior import PriorPictures
 from zoodip.process import make_accelerator
-from zoodip.quantize import choose_precision, frozen_format
+from zoodip.quantize import default_precision, frozen_format
 from zoodip.records import package_versions
 from zoodip.run import Run
 from zoodip.tuned_layers import Parameters, Shapes, num_parameters
@@ -302,7 +302,7 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     refuse_other_packing(system, inputs)
     accelerator = make_accelerator(1, compile=False, **flags_for(make_accelerator, flags))
     device = accelerator.device
-    flags["mixed_precision"] = choose_precision(flags["mixed_precision"], device)
+    flags["mixed_precision"] = flags["mixed_precision"] or default_precision(device)
     flags["resolution"] = flags["resolution"] or native_resolution(inputs.folder)
     settings = {"method": system.name, **settings_of(flags, setting_names)}
     prior = None
