@@ -157,7 +157,7 @@ class Reference:
         """Load the tokenizer with the placeholder, the noise schedule, the photograph as pixels, and a prompt."""
         self.tokenizer = load_tokenizer(self.task.model, PLACEHOLDER, 1)
         self.scheduler = load_scheduler(self.task.model)
-        photograph = open_image(find_images(self.task.photographs)[0])
+        photograph = open_image(find_images(self.task.photographs, "photos")[0])
         self.pixels = to_square(photograph, native_resolution(self.task.model), False)[:1].to(self.device, self.dtype)
         prompt = f"a photo of {PLACEHOLDER}"
         ids = self.tokenizer(prompt, padding="max_length", max_length=self.text_length(), return_tensors="pt").input_ids

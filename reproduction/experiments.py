@@ -44,6 +44,7 @@ SHORTEST = ((250, 4e-2, "constant"), (500, 4e-2, "constant"), (500, 3e-2, "const
 SHORT_RUNS, RATES, SCHEDULES = (250, 500), (1e-2, 2e-2, 4e-2, 8e-2), ("constant", "linear", "cosine")
 
 OF_30 = "30 forwards a step"  # which the paper names for GF-TI; its authors' script takes 20
+EQUAL_FORWARDS = "Equal forwards are as many as the run with the fewest has."
 CLASS_WORD = Row("class word (untrained)", {}, "initial")
 METHOD_ROWS = (
     CLASS_WORD,
@@ -215,7 +216,7 @@ EXPERIMENTS = (
     ), (*QUALITY, *OUR_SCORES, "forwards", "loss_at", "loss_path"), curves="estimator",
         note="The supplement prints the one-point estimate as (L(theta + mu u_i+1) - L(theta + mu u_i)) / mu times u_i, whose "
              "expectation is minus the gradient; the last row uses it exactly as printed. The row above it multiplies by u_i+1. "
-             "Equal forwards are as many as the run with the fewest has."),
+             f"{EQUAL_FORWARDS}"),
     Experiment("S5", "Perturbation mu", (
         Row("mu = 1e-2", dict(mu=1e-2), published=scores(.281, .778, .599)),
         Row("mu = 1e-3", dict(mu=1e-3), published=scores(.277, .797, .613)),
@@ -230,8 +231,7 @@ EXPERIMENTS = (
         Row("n = 8", dict(n=8), published=scores(.282, .798, .627)),
     ), (*QUALITY, *OUR_SCORES, "forwards", "loss_at", "loss_path"), paper_subjects=("dog6", "shiny_sneaker"),
         curves="directions n",
-        note="The paper's figures are means over dog6 and shiny_sneaker. Equal forwards are as many as the run with the "
-             "fewest has."),
+        note=f"The paper's figures are means over dog6 and shiny_sneaker. {EQUAL_FORWARDS}"),
     Experiment("S7", "PUTS for gradients", (
         Row("TI, uniform", TI_PAPER, "ti", scores(.241, .798, .584)),
         Row("TI, PUTS", TI_PAPER | dict(timestep_sampling="puts"), "ti", scores(.247, .825, .661)),

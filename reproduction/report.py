@@ -144,9 +144,14 @@ def difference_of(values: list[float], score: str) -> str:
         return "-"
     mean, half_width = mean_interval(values)
     text = interval(mean, half_width, score, sign=True)
-    if half_width > 0 and abs(mean) <= half_width < np.inf:  # without any spread, nothing is known about what would be seen
-        text += f" ({number(smallest_effect(half_width, len(values)), score)} would be seen)"
-    return text
+    seen = would_be_seen(mean, half_width, len(values), score)
+    return text + (f" ({seen})" if seen else "")
+
+
+def would_be_seen(mean: float, half_width: float, count: int, score: str) -> str:
+    """The smallest true difference that an interval would have shown if it contains 0 and, so that this is known, has a width."""
+    found_nothing = half_width > 0 and abs(mean) <= half_width < np.inf
+    return f"{number(smallest_effect(half_width, count), score)} would be seen" if found_nothing else ""
 
 
 def signals_note(experiment: Experiment, rows: dict[str, Records]) -> str:
@@ -215,8 +220,8 @@ def difference(finding: Finding, score: str) -> str:
         return "-"
     mean, half_width, count = finding.differences[score]
     text = interval(mean, half_width, score, sign=True)
-    if score == finding.score and finding.margin is None and half_width > 0 and abs(mean) <= half_width < np.inf:
-        text += f", {number(smallest_effect(half_width, count), score)} would be seen"
+    if score == finding.score and finding.margin is None and (seen := would_be_seen(mean, half_width, count, score)):
+        text += f", {seen}"
     text += f" (published {number(finding.published[score], score, sign=True)})" if score in finding.published else ""
     return f"**{text}**" if score == finding.score else text
 

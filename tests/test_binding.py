@@ -766,6 +766,15 @@ def test_a_command_that_is_still_drawing_keeps_its_folder(draw, tmp_path, capsys
     lock.release()
 
 
+def test_pictures_are_not_drawn_into_the_model(draw, folder, capsys):
+    """Its lock would make the model look like a run's folder, which may be moved aside."""
+    before = sorted(folder.rglob("*"))
+    assert draw("--prompt", "a [dog*]", "--output", folder) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --output ") and "is a model's own folder" in error and error.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_a_packed_folder_needs_no_flag(folder, tmp_path):
     """Weights that --save_quantized packed are used as they are; the record says how that was."""
     packed = tmp_path / "packed"
