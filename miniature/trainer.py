@@ -244,6 +244,6 @@ def edit_json(path: Path, **changes: object) -> None:
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bf16 products, measured 1.6 times faster than fp32 on a CPU with AVX512-BF16; where they would be emulated, at a tenth of
-    the speed, fp32. Weights stay fp32."""
+    """bf16 products, measured 1.6 times faster than fp32 on a CPU with AVX512-BF16; where they would be emulated, far
+    more slowly, fp32. Weights stay fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=not emulates_16_bits(device.type))

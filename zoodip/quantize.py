@@ -37,8 +37,8 @@ def warn_of_emulation(mixed_precision: str, device_type: str) -> None:
 def emulates_16_bits(device_type: str) -> bool:
     """Whether the device is an x86 CPU with nothing newer than AVX2; AVX-512 without bf16 is not recognised.
 
-    With bf16 or fp16, a step of the miniature then takes 2.5 to 3.4 times as long as with fp32, and one of its VAE's training
-    eleven times.
+    With bf16 or fp16, a step of the miniature then takes about four times as long as with fp32
+    (benchmarks/emulated_precision.json).
     """
     return device_type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
