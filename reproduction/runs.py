@@ -129,7 +129,8 @@ def make_spec(
     """The specification of a run; `flags` are the paper's, and those that depend on the size of a token are scaled here.
 
     paper_steps: steps in proportion to the paper's 30,000 for ZOODiP. mu: left out where it is the script's own default, so that
-    the run is that of the other tables. For runs that measure cost, the seed is the round.
+    the run is that of the other tables. For runs that measure cost, the seed is the round; they have no learning rate, on which
+    cost does not depend, so that rows that differ in nothing else share them.
     """
     world = settings.world
     if method in RENDERED:
@@ -144,11 +145,18 @@ def make_spec(
     all_flags |= scaled
     if "max_train_steps" in all_flags:
         steps = settings.dry_steps or round(all_flags["max_train_steps"] / (QUICK_SPEEDUP if settings.quick else 1))
-        all_flags["max_train_steps"] = (settings.dry_steps or world.cost_steps) if cost else steps
+        all_flags["max_train_steps"] = settings.dry_steps or steps_of_cost(method, world) if cost else steps
+    if cost:
+        all_flags.pop("learning_rate", None)
     if settings.dry_steps and "num_class_images" in all_flags:
         all_flags["num_class_images"] = settings.dry_steps
     spec = dict(world=world.name, model=settings.model_id, method=method, subject=subject, seed=seed, flags=all_flags)
     return spec | ({"cost": True} if cost else {}) | ({"variation": sorted(variation)} if variation else {})
+
+
+def steps_of_cost(method: str, world: World) -> int:
+    """Steps of a run that measures cost. A step of GF-TI is a whole generation, of 20 forwards or more, so a tenth of them."""
+    return max(1, world.cost_steps // 10) if "population" in flag_names(method) else world.cost_steps
 
 
 def spec_argv(spec: dict, settings: Settings) -> list[str]:

@@ -605,6 +605,19 @@ def test_cost_is_measured_in_rounds(tmp_path, monkeypatch):
     assert report.cell([3.0, 3.0], "forwards", None) == "3"
 
 
+def test_rows_of_equal_cost_share_its_runs(tmp_path):
+    """Those that differ only in learning rate or number of steps; and a generation of GF-TI counts as ten steps."""
+    settings, table_2 = settings_of(tmp_path), BY_NAME["2"]
+    costs = {row.label: [job.spec for job in plans.cost_jobs(BY_NAME["S10"], row, settings)] for row in BY_NAME["S10"].rows}
+    measured = [job.spec for row in table_2.rows for job in plans.jobs_of(table_2, row, settings)]
+    assert len(costs["TI, as published"]) == 5
+    assert costs["TI, as published"] == costs["TI, six times the paper's share of steps"]
+    assert all(spec in measured for system in TUNERS for spec in costs[system])
+    assert all(spec not in measured for spec in costs["GF-TI, fair"])
+    steps = {spec["method"]: spec["flags"]["max_train_steps"] for spec in measured}
+    assert steps["gf_ti"] * 10 == steps["zoodip"] == steps["dreambooth"] == 200
+
+
 @pytest.mark.parametrize("flags", [(), ("--quick",), ("--quick", "--subjects", "neddom"), ("--dry_steps", "3"),
                                    ("--tables", "3", "S4", "--subjects", "meppor", "--seeds", "4", "5", "--learning_rate", "3e-3",
                                     "--no-use_cc", "--center_crop", "--n", "1", "--max_train_steps", "77"),
