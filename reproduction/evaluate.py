@@ -182,7 +182,7 @@ def main(args: argparse.Namespace) -> None:
     flags, learned = args.zoodip, read_learned(args)
     device = make_accelerator(1, **flags_for(make_accelerator, vars(flags))).device
     clip, dino = load_scorer(args.clip, device), load_scorer(args.dino, device)
-    drawer, scores = None, {}
+    drawer, scores, sheets = None, {}, {}
     for one in tqdm(learned, unit="subject"):
         if drawer is None or args.tuned:  # tokens share a model
             tuned = one.what if isinstance(one.what, Path) else None
@@ -198,8 +198,11 @@ def main(args: argparse.Namespace) -> None:
         if args.inter_images:
             (row,) = cache.pictures([INTER_PROMPT], range(args.inter_images))
             scores[one.name].update(score_diversity(row, clip, dino))
-        write_image(args.output / f"{one.name}.png", contact_sheet(one.references, pictures, one.prompts))
-    move_aside(args.output, [path for name in ("scores.json", "scores.csv") if (path := args.output / name).exists()])
+        sheets[args.output / f"{one.name}.png"] = contact_sheet(one.references, pictures, one.prompts)
+    written = [args.output / "scores.json", args.output / "scores.csv", *sheets]
+    move_aside(args.output, [path for path in written if path.exists()])
+    for path, sheet in sheets.items():
+        write_image(path, sheet)
     own = {name: value for name, value in vars(args).items() if name != "zoodip"}
     arguments = plain_arguments(own) | {"zoodip": settings_of(vars(flags), train_zoodip.SETTINGS)}
     means = write_scores(args.output, scores, dict(arguments=arguments, **environment(device)))

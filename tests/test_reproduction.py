@@ -275,6 +275,8 @@ def test_evaluate_command(tiny_model, subject, tmp_path, capsys):
     assert (tmp_path / "out" / "scores.csv").read_text().splitlines()[0] == "subject,CLIP-T,CLIP-I,DINO,CLIP_inter,DINO_inter"
     assert len(list((tmp_path / "out" / "dog6").glob("*.png"))) == 2 * 2 + 2
     assert Image.open(tmp_path / "out" / "dog6.png").width > 200
+    earlier = {path.name for path in (tmp_path / "out" / "previous-1").iterdir()}
+    assert earlier == {"scores.json", "scores.csv", "dog6.png"}  # the first command's, together
     save_quantized(tmp_path / "packed", pretrained_model_name_or_path=str(tiny_model), revision=None, variant=None,
                    model_config=None, quantization="int8")  # fmt: skip
     evaluate.main(evaluate.parse_args([*argv[:-2], str(tmp_path / "packed"), "--cpu"]))
