@@ -247,6 +247,19 @@ def test_quoted_differences_are_those_of_the_record(quoted):
         assert difference in " ".join((ROOT / page).read_text().split()), (page, difference)
 
 
+def test_costs_in_words_are_those_of_the_record():
+    """Ratios of medians over the rounds of Table 2."""
+    record = json.loads((ROOT / "reproduction/evidence/results.json").read_text())["2"]
+    assert {len(runs) for runs in record.values()} == {5}
+    speed = {row: np.median([run["steps_per_second"] for run in runs]) for row, runs in record.items()}
+    ours, unquantised = speed["ZOODiP, INT8, n = 2"], speed["ZOODiP, not quantised, n = 2"]
+    text = " ".join((ROOT / "reproduction/README.md").read_text().split())
+    assert f"({ours / speed['TuneQDM']:.1f} and {ours / speed['GF-TI, INT8']:.1f} times as fast; the paper" in text
+    assert f"({speed['ZOODiP, INT8, n = 1'] / ours:.1f} times; the paper: 1.3)" in text
+    assert f"({ours / unquantised:.2f} of the speed; the paper: .88;".replace("0.", ".") in text
+    assert f"({unquantised / speed['TI, 16/32-bit weights, fp32']:.2f}; the paper: 1.95;".replace("0.", ".") in text
+
+
 def test_lengths_of_words_are_those_of_the_record():
     """Means over breeds at the end of the runs."""
     record = json.loads((ROOT / "reproduction/evidence/results.json").read_text())["1"]
