@@ -216,7 +216,7 @@ EXPERIMENTS = (
     ), (*QUALITY, *OUR_SCORES, "forwards", "loss_at", "loss_path"), curves="estimator",
         note="The supplement prints the one-point estimate as (L(theta + mu u_i+1) - L(theta + mu u_i)) / mu times u_i, whose "
              "expectation is minus the gradient; the last row uses it exactly as printed. The row above it multiplies by u_i+1. "
-             f"{EQUAL_FORWARDS}"),
+             + EQUAL_FORWARDS),
     Experiment("S5", "Perturbation mu", (
         Row("mu = 1e-2", dict(mu=1e-2), published=scores(.281, .778, .599)),
         Row("mu = 1e-3", dict(mu=1e-3), published=scores(.277, .797, .613)),
