@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> int:
         merged = merged_unet(tuning.model.unet, inputs.folder, inputs.variant)
         save_unet(system.export, merged, inputs.folder, EXPORT_DTYPE, tuning.outputs.header(run.progress.step))
         print(f"{system.export}: the UNet with the products added, fp16")
-    return run.finish()
+    return run.finish(tuning.outputs)
 
 
 if __name__ == "__main__":

@@ -466,7 +466,7 @@ def main(args: argparse.Namespace) -> int:
     judging = evaluation_batches(data, JUDGING_SAMPLES, args.t_min, args.t_max)
     with run:
         train(run, outputs, starts, model, data, sample, args.train_batch_size, generator, basis_size, judging)
-    return run.finish()
+    return run.finish(outputs)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
     with tuning.run as run:
         for _ in run.steps(tuning.outputs):
             run.note(*tuning.step())
-    return run.finish()
+    return run.finish(tuning.outputs)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def main(args: argparse.Namespace) -> int:
     sample = timestep_sampler(data, **flags_for(timestep_sampler, flags))
     with run:
         train(run, outputs, inversion, model, data, sample, args.train_batch_size, generator)
-    return run.finish()
+    return run.finish(outputs)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ draw the untrained model), like `TokenOutputs`. Every training script then has t
     with run:
         for step in run.steps(outputs):            # bar, curve, checkpoints, pictures, Ctrl-C
             run.note(loss of the step, forwards)
-    sys.exit(run.finish())
+    sys.exit(run.finish(outputs))
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Run:
         self.checkpointing_steps, self.checkpoints_total_limit = checkpointing_steps, checkpoints_total_limit
         self.validation_steps, self.unit = validation_steps, unit
         self.progress, self.seconds, self.stop, self.lock, self.bar = Progress(), 0.0, StopSignal(), None, None
-        self.first_step, self.outputs, self.resumed_from = 0, None, None
+        self.first_step, self.resumed_from = 0, None
         self.produced = {}  # {name: description} of the other files written at the end
 
     @property
@@ -225,7 +225,7 @@ class Run:
     def steps(self, outputs) -> Iterator[int]:
         """Yield the number of each step, from the current one to the last or to a signal; in between, and at the end, write all
         that the run leaves. The caller trains one step and calls `note`. Raises InputError if the run cannot continue."""
-        progress, stopped, self.outputs = self.progress, False, outputs
+        progress, stopped = self.progress, False
         elsewhere = self.resumed_from is not None and self.resumed_from.resolve().parent != self.folder.resolve()
         if self.is_main and (progress.step == 0 or elsewhere):
             set_aside(self.folder, outputs.files)  # before a tracker opens its folder, which is moved too
@@ -421,7 +421,7 @@ class Run:
             indent=2,
         )
 
-    def finish(self) -> int:
+    def finish(self, outputs) -> int:
         """Report where the run stands -> exit code: 0, or 128 + signal if it was interrupted (and saved)."""
         step, skipped, signalled = self.progress.step, self.progress.skipped, self.interrupted or self.stop.number != 0
         # after going back to an older checkpoint, there may be later ones
@@ -434,9 +434,8 @@ class Run:
                 file=sys.stderr,
             )
         elif self.is_main:
-            assert self.outputs is not None  # set in `steps`
             print(
-                f"{self.outputs.result(self.folder)} after {step} {self.unit}s"
+                f"{outputs.result(self.folder)} after {step} {self.unit}s"
                 + (f" ({skipped} skipped: no usable loss)" if skipped else "")
             )
             for name, what in self.produced.items():
