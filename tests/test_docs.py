@@ -18,13 +18,15 @@ import train_zoodip
 from reproduction import archives
 from reproduction.binding_report import cost_ratios, interval, read_records, tables_of
 from reproduction.binding_rows import CORE
+from reproduction.claims import CLAIMS
+from reproduction.experiments import CLASS_WORD
 from reproduction.runs import digest
-from reproduction.tuning_experiments import TUNERS
+from reproduction.stats import judge
 from zoodip.records import ROOT, mean_interval
 
 TRAINERS = sorted(path.stem for path in (ROOT / "trainers").glob("*.py") if path.stem != "__init__")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
-REPORTS = [*ROOT.glob("reproduction/RESULTS.md"), *sorted(ROOT.glob("reproduction/*/RESULTS.md"))]
+REPORTS = sorted(ROOT.glob("reproduction/*/RESULTS.md"))
 NAMES = {"PIL": "pillow", "pillow_heif": "pillow-heif"}  # what is imported under another name than it is installed under
 COMMANDS = ("pip install -r requirements.txt && sh train_zoodip.sh demo", "pip install -r requirements.txt && python -m pytest")
 
@@ -185,66 +187,28 @@ def test_binding_in_the_readme_is_that_of_the_record():
     ) in text
 
 
-# (record, table, row, other row, score): what reproduction/README.md quotes; docs/weight_tuning.md has TuneQDM's and KronA's
-QUOTED = [
-    *(
-        ("evidence", "1", "ZOODiP", other, "CLIP-I")
-        for other in (
-            "TI, ZOODiP's weights, captions, timesteps",
-            "TI, as published",
-            "GF-TI, as published, 30 forwards a step (the paper)",
-            "GF-TI, fair",
-            "ZOODiP, templates",
-            *TUNERS,
-        )
-    ),
-    ("evidence", "3", "SG and PUTS", "PUTS", "CLIP-I"),
-    ("evidence", "3", "SG", "neither", "CLIP-I"),
-    *(
-        ("evidence", table, *rows, "CLIP-I")
-        for table in ("Adam", "Momentum")
-        for rows in (("SG and PUTS", "PUTS"), ("SG", "neither"))
-    ),
-    ("evidence", "3", "SG and PUTS", "SG", "CLIP-I"),
-    ("evidence", "S4", "RGE", "SPSA", "CLIP-I"),
-    ("evidence", "S4", "SPSA", "one-point", "CLIP-I"),
-    (
-        "evidence",
-        "Stop",
-        "stopped after a third of the steps, about as many as in the other tables",
-        "stopped at the end",
-        "CLIP-I",
-    ),
-    ("evidence", "S5", "mu = 1e-3", "mu = 1e-2", "CLIP-I"),
-    ("evidence", "S5", "mu = 1e-3", "mu = 1e-4", "CLIP-I"),
-    ("evidence", "S6", "n = 2", "n = 1", "CLIP-I"),
-    ("evidence", "S6", "n = 2", "n = 8", "CLIP-I"),
-    ("evidence", "S8", "INT8", "NF4", "CLIP-I"),
-    *(("evidence", "KronA", f"KronA {factors}", "LoRA r = 2", "CLIP-I") for factors in ("(4, 64)", "(4, 16)", "(8, 64)")),
-    ("evidence", "S7", "TI, PUTS", "TI, uniform", "CLIP-I"),
-    ("evidence", "S7", "DreamBooth, PUTS", "DreamBooth, uniform", "CLIP-I"),
-    ("evidence", "TuneQDM", "8 bit, s_out, N = 2", "8 bit, s_out, N = 1", "CLIP-I"),
-    ("evidence", "TuneQDM", "8 bit, s_out and s_in, N = 2", "8 bit, s_out and s_in, N = 4", "CLIP-I"),
-    ("evidence", "TuneQDM", "4 bit, s_out and s_in, N = 4", "4 bit, s_out, N = 1", "CLIP-I"),
-    ("evidence", "TuneQDM", "8 bit, s_out and s_in, N = 1", "8 bit, s_out, N = 1", "CLIP-I"),
-    ("evidence", "TuneQDM", "8 bit, N = 1, s_in at its own rate 0.001", "8 bit, s_out, N = 1", "CLIP-I"),
-]
-
-
-def signed(values) -> str:
-    """Mean and half width as the pages write them, without the zero before the point."""
-    mean, half_width = mean_interval(list(values))
-    return f"{mean:+.3f} ± {half_width:.3f}".replace("-0.000", "+0.000").replace("0.", ".")  # as the report writes 0
-
-
-@pytest.mark.parametrize("quoted", QUOTED, ids=lambda quoted: " ".join(quoted))
-def test_quoted_differences_are_those_of_the_record(quoted):
-    folder, table, row, other, score = quoted
-    record = json.loads((ROOT / "reproduction" / folder / "results.json").read_text())[table]
-    first, second = ({run["spec"]["subject"]: run[score] for run in record[name]} for name in (row, other))
-    difference = signed(first[subject] - second[subject] for subject in first)
-    for page in ("reproduction/README.md", *(["docs/weight_tuning.md"] if table in ("TuneQDM", "KronA") else [])):
-        assert difference in " ".join((ROOT / page).read_text().split()), (page, difference)
+def test_every_claim_about_likeness_is_quoted_as_the_record_has_it():
+    """Judged anew from the figures of the runs."""
+    record = json.loads((ROOT / "reproduction/evidence/results.json").read_text())
+    rows = {
+        table: {
+            row: {(run["spec"]["subject"], run["spec"]["seed"]): run for run in runs if "spec" in run}  # a control has none
+            for row, runs in found.items()
+        }
+        for table, found in record.items()
+    }
+    pages = ("reproduction/README.md", "docs/weight_tuning.md")
+    text = " ".join(word for page in pages for word in (ROOT / page).read_text().split())
+    quoted = 0
+    for claim in CLAIMS:
+        finding = judge(claim, rows[claim.experiment], rows["1"][CLASS_WORD.label])
+        if finding is None or finding.score != "CLIP-I" or finding.unit != "subjects":
+            continue
+        mean, half_width, _ = finding.differences["CLIP-I"]
+        difference = f"{mean:+.3f} ± {half_width:.3f}".replace("-0.000", "+0.000").replace("0.", ".")  # as the report writes 0
+        assert difference in text, (claim.text, difference)
+        quoted += 1
+    assert quoted > 40
 
 
 def test_costs_in_words_are_those_of_the_record():
@@ -286,7 +250,7 @@ def test_commands_run_from_a_clone():
 
 
 def test_the_archive_has_as_many_runs_as_the_page_says():
-    """A later session goes on from there; a run counts if it has its specification and its result."""
+    """A run counts if it has its specification and its result."""
     runs = archives.read_archive(ROOT / "reproduction/evidence" / archives.ARCHIVE).values()
     whole = [files for files in runs if {"spec.json", "result.json"} <= files.keys()]
-    assert f"has {len(whole)} of all" in " ".join((ROOT / "reproduction/README.md").read_text().split())
+    assert f"has all {len(whole):,} runs," in " ".join((ROOT / "reproduction/README.md").read_text().split())

@@ -116,6 +116,19 @@ def test_training_lowers_the_loss(train):
     assert last < first - 1e-4
 
 
+@pytest.mark.slow  # a minute of compiling
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_compiled_gradients(train, quantization):
+    """--compile changes only the rounding of a gradient, also of one that passes through 4-bit weights."""
+    flags = dict(quantization=quantization, max_train_steps=3, eval_steps=0)
+    plain, compiled = (theta(train(textual_inversion, name, compile=name == "compiled" or None, **flags))
+                       for name in ("plain", "compiled"))  # fmt: skip
+    # each step moves an element by at most the learning rate, 5e-3 at first; Adam divides the gradient by its own size, and so
+    # also enlarges the rounding, of 1e-6 of the largest, of those that are a thousand times as small
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-4)
+
+
 # ----------------------------------------------------------------------------------------------------- GF-TI
 
 
