@@ -89,7 +89,7 @@ class Judge:
         self.args, self.world = runs.spec_args(spec, settings), settings.world
         self.pictures_of, self.subject = Path(self.args.train_data_dir), spec["subject"]
         self.judged_on = str(self.world.data / self.world.judging_subject(self.subject))
-        self.device = make_accelerator(1, **{"compile": False} | flags_for(make_accelerator, vars(self.args))).device
+        self.device = make_accelerator(1, **flags_for(make_accelerator, vars(self.args))).device
 
     def loss(self, name: str) -> float:
         """The loss of what the run ended with, over a set of `fixed_sets`."""

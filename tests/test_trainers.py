@@ -116,19 +116,6 @@ def test_training_lowers_the_loss(train):
     assert last < first - 1e-4
 
 
-@pytest.mark.slow  # a minute of compiling
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_compiled_gradients(train, quantization):
-    """--compile changes only the rounding of a gradient, also of one that passes through 4-bit weights."""
-    flags = dict(quantization=quantization, max_train_steps=3, eval_steps=0)
-    plain, compiled = (theta(train(textual_inversion, name, compile=name == "compiled" or None, **flags))
-                       for name in ("plain", "compiled"))  # fmt: skip
-    # each step moves an element by at most the learning rate, 5e-3 at first; Adam divides the gradient by its own size, and so
-    # also enlarges the rounding, of 1e-6 of the largest, of those that are a thousand times as small
-    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-4)
-
-
 # ----------------------------------------------------------------------------------------------------- GF-TI
 
 
@@ -372,7 +359,7 @@ def test_a_script_that_is_stopped(tiny_model, subject, tmp_path, train, module, 
 @pytest.mark.parametrize(("script", "flag"), [
     *[(script, flag) for script in (textual_inversion, gf_ti) for flag in ("--n", "--mu", "--tau", "--nu", "--estimator",
                                                                            "--save_quantized")],
-    (textual_inversion, "--candidates_per_forward"), (textual_inversion, "--population"), (textual_inversion, "--mode"),
+    *[(textual_inversion, flag) for flag in ("--compile", "--candidates_per_forward", "--population", "--mode")],
     (gf_ti, "--learning_rate"), (gf_ti, "--adam_epsilon"),
 ])  # fmt: skip
 def test_flags_without_meaning_do_not_exist(capsys, script, flag):

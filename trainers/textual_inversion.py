@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = arguments.new_parser(
         "Learn one token embedding for a subject by backpropagation through a quantised Stable Diffusion."
     )
-    arguments.add_model_flags(parser)
+    arguments.add_model_flags(parser, compiling=False)
     arguments.add_token_flags(parser)
     arguments.add_subject_flags(parser)
     add = parser.add_argument_group("method").add_argument

@@ -30,7 +30,7 @@ from zoodip.parsing import mark_prompt
 
 def build_parser() -> argparse.ArgumentParser:
     parser = new_parser("Draw prompts whose creatures keep their own attributes.")
-    add_model_flags(parser, packing=False)(
+    add_model_flags(parser, packing=False, compiling=False)(
         "--quantization", default=None, choices=["nf4", "int8", "none"],
         help="storage of the model's weights; default: none, or as --save_quantized packed them")  # fmt: skip
     add = parser.add_argument

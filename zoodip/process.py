@@ -13,7 +13,7 @@ from datetime import timedelta
 from zoodip.errors import InputError
 
 
-def make_accelerator(most_processes: int, *, cpu: bool, report_to: str, output_dir: str, compile: bool):
+def make_accelerator(most_processes: int, *, cpu: bool, report_to: str, output_dir: str, compile: bool = False):
     """Devices, processes and trackers. Raises InputError if a tracker is not installed or there are too many processes."""
     from importlib.util import find_spec
 

@@ -300,7 +300,7 @@ def prepare(system: System, flags: dict, setting_names: list[str]) -> Tuning:
     """
     inputs = read_tuning_inputs(**flags_for(read_tuning_inputs, flags))
     refuse_other_packing(system, inputs)
-    accelerator = make_accelerator(1, compile=False, **flags_for(make_accelerator, flags))
+    accelerator = make_accelerator(1, **flags_for(make_accelerator, flags))
     device = accelerator.device
     flags["mixed_precision"] = flags["mixed_precision"] or default_precision(device)
     flags["resolution"] = flags["resolution"] or native_resolution(inputs.folder)
