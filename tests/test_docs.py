@@ -254,3 +254,15 @@ def test_the_archive_has_as_many_runs_as_the_page_says():
     runs = archives.read_archive(ROOT / "reproduction/evidence" / archives.ARCHIVE).values()
     whole = [files for files in runs if {"spec.json", "result.json"} <= files.keys()]
     assert f"has all {len(whole):,} runs," in " ".join((ROOT / "reproduction/README.md").read_text().split())
+
+
+def test_runs_made_again_differ_as_the_page_says():
+    """The same runs on two machines."""
+    runs = json.loads((ROOT / "reproduction/evidence/elsewhere.json").read_text())["runs"]
+    archived = archives.read_archive(ROOT / "reproduction/evidence" / archives.ARCHIVE)
+    assert {run["run"] for run in runs} <= archived.keys()
+    differences = np.array([run["third_machine"]["CLIP-I"] - run["first_machine"]["CLIP-I"] for run in runs])
+    mean, most, rms = np.abs(differences).mean(), np.abs(differences).max(), np.sqrt(np.square(differences).mean())
+    text = " ".join((ROOT / "reproduction/README.md").read_text().split())
+    said = f"differs by {mean:.3f} on average and by {most:.3f} at most, in both directions (mean {differences.mean():+.3f})"
+    assert said.replace("0.", ".") in text and f"here {rms:.3f})".replace("0.", ".") in text
