@@ -74,7 +74,7 @@ def add_model_flags(
     """Add the model flags -> the group's `add_argument`, for further flags.
 
     `packing`: how weights are stored can be chosen; `compiling`: the UNet can be compiled. Only for methods without gradients:
-    a compiled backward pass can return wrong ones (PyTorch 2.13, CPU, fp32: by 20 to 36 % for the tests' UNet).
+    a compiled backward pass can return wrong ones (docs/trainers.md).
     """
     add = parser.add_argument_group("model").add_argument
     add(
